@@ -1,0 +1,374 @@
+"""Shapes and settings: read once, validated here, frozen ever after.
+
+`ModelShape` comes from either dialect of config.json: the official one (`compress_ratios`) or the one that
+Transformers writes (`layer_types`, nested `rope_parameters`). Source: DeepSeek-V4 config.json, report section 4.2.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from triptych.errors import ConfigError, nearest
+
+PAGE = 128  # tokens of a page: the smallest span in which both compressors close their groups, lcm(4, 128)
+WINDOW = 128  # rows a query sees through the sliding window, itself included
+CSA_RATIO = 4
+HCA_RATIO = 128
+SWA_LAYER, CSA_LAYER, HCA_LAYER = 0, CSA_RATIO, HCA_RATIO
+
+_LAYER_TYPES = {
+    "sliding_attention": SWA_LAYER,
+    "compressed_sparse_attention": CSA_LAYER,
+    "heavily_compressed_attention": HCA_LAYER,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """YaRN scaling of the compress rope (reference section 2.4); no mscale."""
+
+    factor: float = 16.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position: int = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Geometry of one DeepSeek-V4 checkpoint. `ratios[l]` is 0 (SWA), 4 (CSA) or 128 (HCA) for backbone layer l."""
+
+    vocab_size: int
+    hidden_size: int
+    ratios: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    index_heads: int
+    index_head_dim: int
+    index_topk: int
+    num_experts: int
+    experts_per_token: int
+    moe_intermediate_size: int
+    num_hash_layers: int
+    routed_scaling: float
+    swiglu_limit: float = 10.0
+    num_shared_experts: int = 1
+    num_mtp_layers: int = 1
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    yarn: Yarn | None = None
+    max_position: int = 1048576
+    bos_id: int = 0
+    eos_ids: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        _check_shape(self)
+
+    @property
+    def num_layers(self) -> int:
+        """Backbone layers, without MTP."""
+        return len(self.ratios)
+
+    @property
+    def csa_layers(self) -> tuple[int, ...]:
+        """Indices of the CSA layers."""
+        return tuple(i for i, r in enumerate(self.ratios) if r == CSA_LAYER)
+
+    @property
+    def hca_layers(self) -> tuple[int, ...]:
+        """Indices of the HCA layers."""
+        return tuple(i for i, r in enumerate(self.ratios) if r == HCA_LAYER)
+
+    def is_hash_layer(self, layer: int) -> bool:
+        """True if `layer` routes by token id; the MTP block (layer = num_layers) never does."""
+        return layer < self.num_hash_layers
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
+        """The shape of a parsed config.json in either dialect. Raises ConfigError naming the key."""
+        return _shape_from_dict(raw, source)
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelShape:
+        """The shape in the config.json at `path`."""
+        return cls.from_dict(read_config(path), source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """An official-dialect config.json that `from_dict` and Transformers both read."""
+        return _shape_to_dict(self)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`. Raises ConfigError if it is missing or not an object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no {path.name} in {path.parent}.", "Point at a checkpoint directory.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return raw
+
+
+# official key -> field, for values that carry over as they are
+_PLAIN_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "head_dim": "head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "o_groups": "o_groups",
+    "o_lora_rank": "o_lora_rank",
+    "index_n_heads": "index_heads",
+    "index_head_dim": "index_head_dim",
+    "index_topk": "index_topk",
+    "n_routed_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "routed_scaling_factor": "routed_scaling",
+}
+_OPTIONAL_KEYS = {
+    "swiglu_limit": "swiglu_limit",
+    "n_shared_experts": "num_shared_experts",
+    "num_nextn_predict_layers": "num_mtp_layers",
+    "hc_mult": "hc_mult",
+    "hc_sinkhorn_iters": "hc_sinkhorn_iters",
+    "hc_eps": "hc_eps",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "compress_rope_theta": "compress_rope_theta",
+    "max_position_embeddings": "max_position",
+    "bos_token_id": "bos_id",
+}
+# settings of which only one value exists in the family; another value means another architecture
+_FIXED = {
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+}
+
+
+def _shape_from_dict(raw: Mapping[str, Any], source: str) -> ModelShape:
+    if raw.get("model_type", "deepseek_v4") != "deepseek_v4":
+        raise ConfigError(f"{source}: model_type {raw['model_type']!r} is not deepseek_v4; only DeepSeek-V4 is served.")
+    for key, value in _FIXED.items():
+        if raw.get(key, value) != value:
+            raise ConfigError(f"{source}: {key} is {raw[key]!r}, but DeepSeek-V4 has {value!r}.")
+    values: dict[str, Any] = {}
+    for key, name in _PLAIN_KEYS.items():
+        if raw.get(key) is None:
+            raise ConfigError(f"{source} lacks {key!r}.", nearest(key, raw))
+        values[name] = raw[key]
+    values |= {name: raw[key] for key, name in _OPTIONAL_KEYS.items() if raw.get(key) is not None}
+    layers = raw.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise ConfigError(f"{source}: num_hidden_layers must be a positive integer, not {layers!r}.")
+    values["ratios"] = _ratios(raw, layers, source)
+    values["rope_dim"] = _rope_dim(raw, source)
+    values["num_hash_layers"] = _hash_layers(raw, layers, source)
+    values |= _rope(raw, source)
+    eos = raw.get("eos_token_id", 1)
+    values["eos_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    try:
+        return ModelShape(**values)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _ratios(raw: Mapping[str, Any], layers: int, source: str) -> tuple[int, ...]:
+    """Layer kinds from `layer_types` or `compress_ratios`; the latter has extra entries for MTP blocks."""
+    types = raw.get("layer_types")
+    if types is not None:
+        unknown = [t for t in types if t not in _LAYER_TYPES]
+        if unknown:
+            raise ConfigError(f"{source}: unknown layer type {unknown[0]!r}.", nearest(str(unknown[0]), _LAYER_TYPES))
+        rates = raw.get("compress_rates") or {}
+        for name, rate in rates.items():
+            if _LAYER_TYPES.get(name) != rate:
+                raise ConfigError(f"{source}: compress_rates says {name!r}: {rate!r}; only ratios 4 and 128 exist.")
+        ratios = [_LAYER_TYPES[t] for t in types]
+    elif raw.get("compress_ratios") is not None:
+        ratios = list(raw["compress_ratios"])
+    else:
+        raise ConfigError(f"{source} has neither 'compress_ratios' nor 'layer_types'.")
+    if len(ratios) < layers:
+        raise ConfigError(f"{source}: {len(ratios)} layer kinds for {layers} layers.")
+    return tuple(ratios[:layers])
+
+
+def _rope_dim(raw: Mapping[str, Any], source: str) -> int:
+    if raw.get("qk_rope_head_dim") is not None:
+        return int(raw["qk_rope_head_dim"])
+    factor = raw.get("partial_rotary_factor")
+    rope = raw.get("rope_parameters") or {}
+    if factor is None and isinstance(rope.get("main"), dict):
+        factor = rope["main"].get("partial_rotary_factor")
+    if factor is None:
+        raise ConfigError(f"{source} has neither 'qk_rope_head_dim' nor 'partial_rotary_factor'.")
+    return int(raw["head_dim"] * factor)
+
+
+def _hash_layers(raw: Mapping[str, Any], layers: int, source: str) -> int:
+    kinds = raw.get("mlp_layer_types")
+    if kinds is None:
+        return min(int(raw.get("num_hash_layers", 3)), layers)
+    count = sum(1 for kind in kinds[:layers] if kind == "hash_moe")
+    if any(kind == "hash_moe" for kind in kinds[count:layers]):
+        raise ConfigError(f"{source}: hash_moe layers must come first in mlp_layer_types.")
+    return count
+
+
+def _rope(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Thetas and YaRN from official `rope_scaling` or Transformers' `rope_parameters`."""
+    out: dict[str, Any] = {}
+    scaling: Mapping[str, Any] = raw.get("rope_scaling") or {}
+    nested = raw.get("rope_parameters") or {}
+    if isinstance(nested.get("compress"), dict):
+        scaling = nested["compress"]
+        out["compress_rope_theta"] = float(scaling.get("rope_theta", raw.get("compress_rope_theta", 160000.0)))
+        out["rope_theta"] = float(nested.get("main", {}).get("rope_theta", raw.get("rope_theta", 10000.0)))
+    elif nested:
+        scaling = nested
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "yarn":
+        out["yarn"] = Yarn(
+            factor=float(scaling["factor"]),
+            beta_fast=float(scaling.get("beta_fast", 32)),
+            beta_slow=float(scaling.get("beta_slow", 1)),
+            original_max_position=int(scaling.get("original_max_position_embeddings", 65536)),
+        )
+    elif kind != "default":
+        raise ConfigError(f"{source}: rope type {kind!r} is not known; DeepSeek-V4 uses 'yarn' or 'default'.")
+    return out
+
+
+def _shape_to_dict(shape: ModelShape) -> dict[str, Any]:
+    inverse = {name: key for key, name in (_PLAIN_KEYS | _OPTIONAL_KEYS).items()}
+    plain = {inverse[name]: value for name, value in asdict(shape).items() if name in inverse}
+    eos = shape.eos_ids[0] if len(shape.eos_ids) == 1 else list(shape.eos_ids)
+    out = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        **plain,
+        "num_hidden_layers": shape.num_layers,
+        "compress_ratios": [*shape.ratios, *([SWA_LAYER] * shape.num_mtp_layers)],
+        "num_hash_layers": shape.num_hash_layers,
+        "qk_rope_head_dim": shape.rope_dim,
+        "eos_token_id": eos,
+        **_FIXED,
+    }
+    if shape.yarn is not None:
+        out["rope_scaling"] = {
+            "type": "yarn",
+            "factor": shape.yarn.factor,
+            "beta_fast": shape.yarn.beta_fast,
+            "beta_slow": shape.yarn.beta_slow,
+            "original_max_position_embeddings": shape.yarn.original_max_position,
+        }
+    return out
+
+
+def _check_shape(shape: ModelShape) -> None:
+    for item in fields(shape):
+        value = getattr(shape, item.name)
+        if item.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{item.name} must be an integer, not {value!r}.")
+        low = 0 if item.name in ("num_hash_layers", "num_mtp_layers", "bos_id") else 1
+        if item.type == "int" and value < low:
+            raise ConfigError(f"{item.name} must be at least {low}, not {value}.")
+        if item.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ConfigError(f"{item.name} must be a positive number, not {value!r}.")
+    bad = [r for r in shape.ratios if r not in (SWA_LAYER, CSA_LAYER, HCA_LAYER)]
+    if bad:
+        raise ConfigError(f"compress_ratios holds {bad[0]!r}; only 0, 4 and 128 exist.")
+    if shape.num_heads % shape.o_groups:
+        raise ConfigError(f"num_attention_heads {shape.num_heads} is no multiple of o_groups {shape.o_groups}.")
+    if shape.rope_dim % 2 or not shape.rope_dim <= min(shape.head_dim, shape.index_head_dim):
+        raise ConfigError(f"qk_rope_head_dim {shape.rope_dim} must be even and fit head_dim and index_head_dim.")
+    if shape.experts_per_token > shape.num_experts:
+        raise ConfigError(f"num_experts_per_tok {shape.experts_per_token} exceeds n_routed_experts {shape.num_experts}.")
+    if shape.num_shared_experts != 1:
+        raise ConfigError(f"n_shared_experts is {shape.num_shared_experts}, but DeepSeek-V4 has 1.")
+
+
+KvFormat = Literal["float32", "bfloat16", "fp8"]
+Numerics = Literal["exact", "native"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """How much memory the caches get and how it is used. Sizes in bytes and counts.
+
+    `kv_memory` None means a quarter of the free RAM. `snapshot_share` of what slots leave goes to snapshots.
+    """
+
+    kv_memory: int | None = None
+    kv_format: KvFormat = "float32"
+    prefix_cache: bool = True
+    snapshot_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.kv_memory is not None and self.kv_memory < 1:
+            raise ConfigError(f"kv_memory must be positive, not {self.kv_memory}.")
+        if not 0.0 <= self.snapshot_share <= 0.9:
+            raise ConfigError(f"snapshot_share must be from 0 to 0.9, not {self.snapshot_share}.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs. Unknown options are errors; see `EngineConfig.from_options`.
+
+    `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step;
+    `max_context` tokens at most belong to one request (None: what the model allows);
+    `deterministic` makes logits bitwise independent of batch mates, chunking and cache path.
+    """
+
+    max_running: int = 16
+    max_waiting: int = 1024
+    step_tokens: int = 512
+    max_context: int | None = None
+    numerics: Numerics = "exact"
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    deterministic: bool = False
+    threads: int | None = None
+    kernel_backend: Literal["auto", "ref", "cpu"] = "auto"
+    cache: CacheConfig = CacheConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.step_tokens < self.max_running:
+            raise ConfigError(
+                f"step_tokens {self.step_tokens} is below max_running {self.max_running}.",
+                "Each running request decodes one token a step: raise step_tokens or lower max_running.",
+            )
+        if self.max_context is not None and self.max_context < 2:
+            raise ConfigError(f"max_context must be at least 2, not {self.max_context}.")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Options of engine and cache by name, flat. An unknown one is an error that names the nearest."""
+        cache_names = {f.name for f in fields(CacheConfig)}
+        own_names = {f.name for f in fields(cls)} - {"cache"}
+        for name in options:
+            if name not in cache_names | own_names:
+                raise ConfigError(f"Unknown option {name!r}.", nearest(name, cache_names | own_names))
+        cache = CacheConfig(**{k: v for k, v in options.items() if k in cache_names})
+        return cls(**{k: v for k, v in options.items() if k in own_names}, cache=cache)

@@ -1,0 +1,82 @@
+"""Where values are rounded: nowhere (`exact`) or where the released model rounds them (`native`).
+
+Source: reference section 2.9. Native values stay in float32 tensors but lie on the bf16, e4m3 or e2m1 grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from triptych.kernels.quant import ref as quant
+
+
+class NumericsRules(Protocol):
+    """The rounding points of a forward pass. `expert_rounding` is None when experts round nothing."""
+
+    expert_rounding: Callable[[Tensor], Tensor] | None
+    fused_front: bool
+
+    def linear_input(self, x: Tensor) -> Tensor:
+        """Input of an FP8 or FP4 linear."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Output of a linear, norm or residual update."""
+
+    def latent(self, kv: Tensor, rope_dim: int) -> Tensor:
+        """A window row or main entry, after rope: all dims but the rotated tail."""
+
+    def index(self, x: Tensor) -> Tensor:
+        """Index queries and keys, after rope."""
+
+
+class Exact:
+    """No rounding anywhere: comparable with Transformers in float32."""
+
+    expert_rounding = None
+    fused_front = True
+
+    def linear_input(self, x: Tensor) -> Tensor:
+        """x as it is."""
+        return x
+
+    def activation(self, x: Tensor) -> Tensor:
+        """x as it is."""
+        return x
+
+    def latent(self, kv: Tensor, rope_dim: int) -> Tensor:
+        """kv as it is."""
+        return kv
+
+    def index(self, x: Tensor) -> Tensor:
+        """x as it is: the Hadamard rotation is orthogonal and changes nothing without rounding."""
+        return x
+
+
+class Native:
+    """The released model's quantisation points (it was trained with them)."""
+
+    fused_front = False
+
+    def __init__(self) -> None:
+        self.expert_rounding: Callable[[Tensor], Tensor] | None = self.linear_input
+
+    def linear_input(self, x: Tensor) -> Tensor:
+        """e4m3 in groups of 128 along the last dim."""
+        return quant.fake_quant_fp8(x, 128)
+
+    def activation(self, x: Tensor) -> Tensor:
+        """bf16."""
+        return x.to(torch.bfloat16).to(x.dtype)
+
+    def latent(self, kv: Tensor, rope_dim: int) -> Tensor:
+        """e4m3 in groups of 64 for the unrotated dims, bf16 for the rotated tail."""
+        nope = quant.fake_quant_fp8(self.activation(kv[..., :-rope_dim]), 64)
+        return torch.cat([nope, self.activation(kv[..., -rope_dim:])], dim=-1)
+
+    def index(self, x: Tensor) -> Tensor:
+        """Hadamard rotation, then e2m1 in groups of 32."""
+        return quant.fake_quant_fp4(self.activation(quant.hadamard(self.activation(x))), 32)

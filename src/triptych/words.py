@@ -1,0 +1,262 @@
+"""The words every room shares: requests, sampling, the step plan and its result.
+
+Nothing here knows tensors. Token ids are read-only int32 numpy vectors; positions count from 0 and
+ranges are half-open.
+
+One request's positions in one step:
+
+    0          read_from      start              end
+    |  pages    |   window     |  this chunk      |  not yet known
+    |-----------|--------------|==================|
+                                  write_from somewhere in [start, end] or beyond:
+                                  entries of tokens before it are already in their pages
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from triptych.errors import RequestError
+
+TokenIds = npt.NDArray[np.int32]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the values are OpenAI's, plus `abort` for a caller that went away."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def token_ids(ids: object, *, vocab_size: int | None = None, param: str = "prompt") -> TokenIds:
+    """A read-only int32 vector [n] of `ids`; RequestError if one is no integer or out of range."""
+    try:
+        array = np.asarray(ids)
+        if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise RequestError("Token ids must be a flat list of integers.", param=param) from None
+    if array.size:
+        low, high = int(array.min()), int(array.max())
+        limit = vocab_size if vocab_size is not None else 2**31
+        if low < 0 or high >= limit:
+            worst = low if low < 0 else high
+            raise RequestError(f"Token id {worst} is outside [0, {limit}).", param=param)
+    out = array.astype(np.int32).reshape(-1)
+    out.flags.writeable = False
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy. Invalid values raise RequestError naming the field.
+
+    `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
+    `seed` makes one request's draws reproducible whatever shares its batch.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _int_in("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
+        _float_in("temperature", self.temperature, 0.0, 100.0)
+        _float_in("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _int_in("top_k", self.top_k, 0, 2**31 - 1)
+        _float_in("min_p", self.min_p, 0.0, 1.0)
+        _float_in("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _float_in("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _float_in("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _int_in("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        _int_in("logprobs", self.logprobs, 0, 20, optional=True)
+        _int_in("n", self.n, 1, 128)
+        if len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
+            raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        for token in self.stop_token_ids:
+            _int_in("stop_token_ids", token, 0, 2**31 - 1)
+        for token, bias in self.logit_bias.items():
+            _int_in("logit_bias", token, 0, 2**31 - 1)
+            _float_in("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the highest logit is taken and no random number is drawn."""
+        return self.temperature == 0.0
+
+
+def _int_in(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} must be an integer from {low} to {high}, not {value!r}.", param=name)
+
+
+def _float_in(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not (low < value if open_low else low <= value) or not value <= high:  # type: ignore[operator]
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}.", param=name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One prompt to continue. The caller hands over the whole token list; reuse is the engine's business.
+
+    `salt` separates tenants: prefixes with different salts share nothing. `fork_of` names a request with
+    the same prompt (n > 1) whose prefill this one waits for, so that it finds the prompt in the cache.
+    """
+
+    request_id: str
+    prompt_ids: TokenIds
+    params: SamplingParams
+    salt: str = ""
+    fork_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one request cost, in tokens. cached + recomputed + computed = prompt tokens.
+
+    `recomputed_tokens` were in the cache but had to run again to rebuild window state.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that were in no cache."""
+        return self.prompt_tokens - self.cached_tokens - self.recomputed_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt plus completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWrite:
+    """Store the window rows that make page boundary `position` resumable into snapshot `snapshot`."""
+
+    position: int
+    snapshot: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The rows [start, end) of one request in one step.
+
+    `pages[i]` is the device page of tokens [128 i, 128 (i+1)) and covers [0, end).
+    `write_from`: entries completed by tokens before it are already stored; they are read, never rewritten.
+    `read_from`: lowest position whose window row exists (0, or where a restored or replayed window begins).
+    `restore`: snapshot copied into the slot before the first row, or None.
+    `snapshots`: boundaries in (start, end] whose state is stored from inside this chunk.
+    `samples`: the last row's logits are wanted.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    end: int
+    tokens: TokenIds
+    pages: npt.NDArray[np.int32]
+    write_from: int
+    read_from: int = 0
+    restore: int | None = None
+    snapshots: tuple[SnapshotWrite, ...] = ()
+    samples: bool = False
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.read_from <= self.start < self.end, (self.read_from, self.start, self.end)
+        assert len(self.tokens) == self.end - self.start
+        assert len(self.pages) * 128 >= self.end
+
+    @property
+    def rows(self) -> int:
+        """How many tokens this chunk runs through the model."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """What one step executes, as a value: decode chunks (one row each) first, then prefill chunks."""
+
+    step: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole batch."""
+        return sum(chunk.rows for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of the chosen token and of the `top` alternatives, best first, as (token id, logprob).
+
+    Taken from the model's own distribution, before temperature, penalties and truncation.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token drawn for one request in one step."""
+
+    request_id: str
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came out of a step: one token per chunk with `samples`, in plan order.
+
+    `failed` maps request ids to a sentence for requests whose rows could not be sampled (NaN logits).
+    """
+
+    step: int
+    tokens: tuple[SampledToken, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one sample of a request gained: text that is safe to show, the tokens behind it, and the end.
+
+    `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
