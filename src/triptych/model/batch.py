@@ -10,41 +10,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from triptych.kernels.compress.ref import CompressPlan
-
-
-@dataclass(frozen=True, slots=True)
-class WindowPlan:
-    """How a layer's window rows of one step lie in one tensor, sequence after sequence:
-
-        rows    | past rows of seq 0 | step rows of seq 0 | past rows of seq 1 | ...
-                 <- from slot rings   <- just computed
-
-    total rows; past_src (flat ring row) -> past_dst; step_dst[r] is row r's place; first, count [R] each query's stretch;
-    keep_src (step rows) -> keep_dst (flat ring rows) after attention; snap_src (rows here) -> snap_dst (flat snapshot rows).
-    """
-
-    total: int
-    past_src: Tensor
-    past_dst: Tensor
-    step_dst: Tensor
-    first: Tensor
-    count: Tensor
-    keep_src: Tensor
-    keep_dst: Tensor
-    snap_src: Tensor
-    snap_dst: Tensor
+from triptych.kernels.window.ref import WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
 class EntryPlan:
     """Compressed entries of one ratio in one step: what is pooled, at which rope position, and what each row sees.
 
-    first [E] rope positions of the entries that complete; visible [R] = floor((t+1)/m).
+    first [E] rope positions of the entries that complete; visible [R] = floor((t+1)/m), at most max_visible.
     """
 
     compress: CompressPlan
     first: Tensor
     visible: Tensor
+    max_visible: int
 
 
 @dataclass(frozen=True, slots=True)

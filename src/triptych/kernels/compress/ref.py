@@ -25,8 +25,7 @@ class CompressPlan(NamedTuple):
     """Which rows of a step pool into which entries; the same for every layer of one ratio.
 
     src [E, k] int64: k = 8 (CSA, the four A rows first) or 128 (HCA). s >= 0 is row s of this step, s < 0 is row
-    -1-s of the flattened state rings, ABSENT no row. first [E] is the entry's rope position m*g.
-    page, offset [E]: where the entry goes. keep_src [K] rows of this step go to ring rows keep_dst [K] afterwards.
+    -1-s of the flattened state rings, ABSENT no row. page, offset [E]: where the entry goes. keep_src [K] rows of this step go to ring rows keep_dst [K] afterwards.
     phase [R] is position mod m of each row of the step.
     """
 
@@ -48,15 +47,16 @@ class Compressor(NamedTuple):
 
 
 def compress(
-    rows: Tensor, ring: Tensor, plan: CompressPlan, weights: Compressor, angles: tuple[Tensor, Tensor]
+    front: Tensor, start: int, ring: Tensor, plan: CompressPlan, weights: Compressor, angles: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Pool the groups that this step completes and store the step's last rows in the ring.
 
-    rows [R, 2*coff*D] = [C | Z] of this step, Z still without ape (added here, in place); ring [N, 2*coff*D] flat over slots.
-    angles = (cos, sin) [E, rope/2] at the entries' first tokens. Returns entries [E, D], normed and rotated.
+    front [R, F] holds this step's rows [C | Z] from column `start` on, Z still without ape; ring [N, 2*coff*D] is flat
+    over slots. angles = (cos, sin) [E, rope/2] at the entries' first tokens. Returns entries [E, D], normed and rotated.
     """
-    half = rows.shape[1] // 2
-    rows[:, half:] += weights.ape[plan.phase]
+    half = weights.ape.shape[1]
+    value, gate = front[:, start : start + half], front[:, start + half : start + 2 * half]
+    rows = torch.cat([value, gate + weights.ape[plan.phase]], dim=1)
     entries = _pool(rows, ring, plan.src, weights.overlap)
     ring[plan.keep_dst] = rows[plan.keep_src]
     return rope(rms_norm(entries, weights.norm, weights.eps), *angles)

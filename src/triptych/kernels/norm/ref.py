@@ -30,22 +30,28 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def latent_rows(
-    qa: Tensor, kv: Tensor, norms: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float
+    front: Tensor, q_lora: int, norms: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Low-rank query rows and window rows of the attention front end.
 
-    qa [R, q_lora] and kv [R, c] are projections; norms = (q_norm, kv_norm); angles = (cos, sin) [R, rope/2].
-    Returns qr [R, q_lora] (normed) and the window rows [R, c] (normed, rotated).
+    front [R, F] starts with the query projection [q_lora] and the window projection [c]; norms = (q_norm, kv_norm);
+    angles = (cos, sin) [R, rope/2]. Returns qr [R, q_lora] (normed) and the window rows [R, c] (normed, rotated).
     """
-    return rms_norm(qa, norms[0], eps), rope(rms_norm(kv, norms[1], eps), *angles)
+    kv = front[:, q_lora : q_lora + norms[1].shape[0]]
+    return rms_norm(front[:, :q_lora], norms[0], eps), rope(rms_norm(kv, norms[1], eps), *angles)
 
 
-def query_rows(q: Tensor, angles: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Heads q [R, H, c] after the per-head norm without weight, then rotated. May work in place."""
+def query_rows(heads: Tensor, count: int, dim: int, angles: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """Queries [R, count, dim] from the first count*dim columns of heads [R, Q]: normed per head without weight, rotated."""
+    q = heads[:, : count * dim].unflatten(1, (count, dim))
     return rope(rms_norm(q, None, eps), *angles)
 
 
-def rope_rows(x: Tensor, angles: tuple[Tensor, Tensor], inverse: bool = False) -> Tensor:
-    """Heads x [R, H, c] rotated at the row's position, or rotated back (`inverse`). May work in place."""
-    cos, sin = angles
-    return rope(x, cos, -sin if inverse else sin)
+def index_query_rows(heads: Tensor, count: int, dim: int, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Index queries [R, count, dim] from the last count*dim columns of heads [R, Q], rotated; no norm."""
+    return rope(heads[:, -count * dim :].unflatten(1, (count, dim)), *angles)
+
+
+def derotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention outputs x [R, H, c] rotated back at the query's position. May work in place."""
+    return rope(x, angles[0], -angles[1])

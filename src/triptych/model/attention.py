@@ -1,0 +1,107 @@
+"""One attention block: front end, compressors, selection, attention, output projection.
+
+Source: reference sections 2.3 to 2.6. The same code serves SWA, CSA and HCA layers and any mix of prefill chunks
+and decode rows; entries of the step are written before they are read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triptych.config import CSA_LAYER, SWA_LAYER, ModelShape
+from triptych.kernels.attend.ref import WindowRows
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.registry import KernelSet
+from triptych.model.batch import Batch, EntryPlan, LayerCache
+from triptych.model.numerics import NumericsRules
+from triptych.model.rope import Angles
+from triptych.model.weights import AttentionWeights, FrontLayout
+
+
+class AttentionBlock:
+    """Runs attention of layers of one ratio. `angles` are the rows' rotations; `entry_angles` those of new entries."""
+
+    def __init__(self, shape: ModelShape, kernels: KernelSet, numerics: NumericsRules) -> None:
+        self._shape = shape
+        self._k = kernels
+        self._n = numerics
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: AttentionWeights,
+        ratio: int,
+        batch: Batch,
+        cache: LayerCache,
+        angles: tuple[Angles, Angles | None],
+    ) -> Tensor:
+        """x [R, d], the normed layer input -> the block's output [R, d]. Writes the layer's caches."""
+        shape, n = self._shape, self._n
+        k = self._k
+        front = self._front(x, weights)
+        norms = (weights.q_norm, weights.kv_norm)
+        qr, kv = k.latent_rows(front, weights.layout.q_lora, norms, angles[0], shape.norm_eps)
+        qr, kv = n.activation(qr), n.latent(kv, shape.rope_dim)
+        heads = n.activation(k.linear(n.linear_input(qr), weights.query))
+        entries, selected = None, None
+        if ratio != SWA_LAYER:
+            plan = batch.csa if ratio == CSA_LAYER else batch.hca
+            assert angles[1] is not None
+            entries = self._compress(front, weights, plan, batch, cache, angles[1])
+            if ratio == CSA_LAYER:
+                selected = self._select(heads, front, weights.layout, entries, plan, cache, angles[0])
+        q = n.activation(k.query_rows(heads, shape.num_heads, shape.head_dim, angles[0], shape.norm_eps))
+        rows = k.window_rows(kv, cache.window, batch.window)
+        window = WindowRows(rows, batch.window.first, batch.window.count)
+        out = n.activation(k.attend(q, window, entries, selected, weights.core))
+        k.keep_window(rows, cache.window, cache.snapshots, batch.window)
+        out = n.activation(k.derotate(out, angles[0]))
+        grouped = n.activation(k.grouped_linear(out.view(out.shape[0], shape.o_groups, -1), weights.o_a))
+        return n.activation(k.linear(n.linear_input(grouped), weights.o_b))
+
+    def _front(self, x: Tensor, weights: AttentionWeights) -> Tensor:
+        """All projections of x in one product, or in two where only the latent's input is quantised."""
+        if self._n.fused_front:
+            return self._k.linear(x, weights.front)  # type: ignore[no-any-return]
+        cut = weights.layout.latent
+        latent = self._n.activation(self._k.linear(self._n.linear_input(x), weights.front[:cut]))
+        return torch.cat([latent, self._k.linear(x, weights.front[cut:])], dim=1)
+
+    def _compress(
+        self, front: Tensor, weights: AttentionWeights, plan: EntryPlan, batch: Batch, cache: LayerCache, angles: Angles
+    ) -> PagedEntries:
+        """Pool and store the entries (and index keys) that this step completes; returns what rows may see."""
+        layout, steps = weights.layout, plan.compress
+        assert cache.entries is not None and cache.state is not None
+        new = self._k.compress(front, layout.compress[0], cache.state, steps, weights.compressor, angles)
+        if len(new):
+            latent = self._n.latent(new, self._shape.rope_dim)
+            cache.entries[steps.page, steps.offset] = latent.to(cache.entries.dtype)
+        if cache.index_keys is not None:
+            column = layout.index_compress[0]
+            keys = self._k.compress(front, column, cache.index_state, steps, weights.index_compressor, angles)
+            if len(keys):
+                cache.index_keys[steps.page, steps.offset] = self._n.index(keys).to(cache.index_keys.dtype)
+        return PagedEntries(cache.entries, batch.page_table, batch.seq, plan.visible)
+
+    def _select(
+        self,
+        heads: Tensor,
+        front: Tensor,
+        layout: FrontLayout,
+        entries: PagedEntries,
+        plan: EntryPlan,
+        cache: LayerCache,
+        angles: Angles,
+    ) -> Tensor | None:
+        """Entries each row reads, or None while every row may read all it sees (visible <= top-k)."""
+        shape = self._shape
+        if plan.max_visible <= shape.index_topk:
+            return None
+        assert cache.index_keys is not None
+        scale = shape.index_head_dim**-0.5 * shape.index_heads**-0.5
+        head_weights = self._n.activation(front[:, slice(*layout.index_weights)]) * scale
+        q = self._k.index_query_rows(heads, shape.index_heads, shape.index_head_dim, angles)
+        keys = entries._replace(pool=cache.index_keys)
+        return self._k.select_entries(self._n.index(q), head_weights, keys, shape.index_topk)  # type: ignore[no-any-return]

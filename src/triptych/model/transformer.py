@@ -1,0 +1,76 @@
+"""The DeepSeek-V4 forward pass over one Batch. Source: reference section 2.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triptych.config import SWA_LAYER, Numerics
+from triptych.kernels.registry import KernelSet
+from triptych.model.attention import AttentionBlock
+from triptych.model.batch import Batch, LayerCache
+from triptych.model.moe import moe
+from triptych.model.numerics import Exact, Native, NumericsRules
+from triptych.model.rope import Angles, RopeTables
+from triptych.model.weights import LayerWeights, ModelWeights
+
+
+class Transformer:
+    """A backbone ready to run. Holds weights, kernels and rounding rules; all request state is in the caches."""
+
+    def __init__(self, weights: ModelWeights, kernels: KernelSet, numerics: Numerics = "exact") -> None:
+        self.shape = weights.shape
+        self._weights = weights
+        self._k = kernels
+        self._n: NumericsRules = Exact() if numerics == "exact" else Native()
+        self._rope = RopeTables(weights.shape)
+        self._attention = AttentionBlock(weights.shape, kernels, self._n)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """Run all rows through all layers, writing the caches. Returns logits [S, V] of the sampled rows, float32."""
+        streams = self._embed(batch.token_ids)
+        angles = self._angles(batch)
+        for layer, cache in zip(self._weights.layers, caches, strict=True):
+            streams = self._layer(streams, layer, batch, cache, angles[layer.ratio])
+        return self._head(streams[batch.sampled])
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Residual streams [R, n, d]: n identical copies of the embedding."""
+        rows = self._weights.embed[token_ids].float()
+        return rows.unsqueeze(1).repeat(1, self.shape.hc_mult, 1)
+
+    def _angles(self, batch: Batch) -> dict[int, tuple[Angles, Angles | None]]:
+        """Rotations of rows and of new entries for each layer ratio, computed once a step."""
+        main = self._rope.main_angles(batch.positions)
+        compress = self._rope.compress_angles(batch.positions)
+        return {
+            SWA_LAYER: (main, None),
+            4: (compress, self._rope.compress_angles(batch.csa.first)),
+            128: (compress, self._rope.compress_angles(batch.hca.first)),
+        }
+
+    def _layer(
+        self,
+        streams: Tensor,
+        layer: LayerWeights,
+        batch: Batch,
+        cache: LayerCache,
+        angles: tuple[Angles, Angles | None],
+    ) -> Tensor:
+        n = self._n
+        x, post, comb = self._k.mhc_pre(streams, layer.attn_site, layer.attn_norm)
+        y = self._attention.forward(n.activation(x), layer.attention, layer.ratio, batch, cache, angles)
+        streams = n.activation(self._k.mhc_post(y, streams, post, comb))
+        x, post, comb = self._k.mhc_pre(streams, layer.ffn_site, layer.ffn_norm)
+        y = moe(n.activation(x), batch.token_ids, layer.moe, self._k, n)
+        return n.activation(self._k.mhc_post(y, streams, post, comb))
+
+    def _head(self, streams: Tensor) -> Tensor:
+        """Logits [S, V] in float32 from the last streams [S, n, d]."""
+        w = self._weights
+        hidden = self._n.activation(self._k.mhc_head(streams, w.hc_head))
+        hidden = self._n.activation(self._k.rms_norm(hidden, w.norm, self.shape.norm_eps))
+        return self._k.linear(hidden, w.head).float()  # type: ignore[no-any-return]

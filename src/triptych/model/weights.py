@@ -1,0 +1,276 @@
+"""Where every tensor of a checkpoint goes: allocated once by shape, then filled in any order.
+
+Projections that read the same input share one matrix, so that one product serves them all:
+
+    front  [ wq_a | wkv | compressor wkv | wgate | indexer wkv | wgate | indexer weights_proj ]   input: normed layer input
+    query  [ wq_b | indexer wq_b ]                                                               input: low-rank query
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from triptych.config import CSA_LAYER, HCA_RATIO, SWA_LAYER, ModelShape
+from triptych.errors import CheckpointError
+from triptych.kernels.attend.ref import Attention
+from triptych.kernels.compress.ref import Compressor
+from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.moe.ref import Experts, Router
+
+
+@dataclass(frozen=True, slots=True)
+class FrontLayout:
+    """Column ranges of the front matrix. compress and index_compress are [C | Z] rows of the two compressors."""
+
+    latent: int  # wq_a and wkv together: the columns whose input native numerics quantises
+    q_lora: int
+    compress: tuple[int, int]
+    index_compress: tuple[int, int]
+    index_weights: tuple[int, int]
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """One attention block. q_norm [q_lora], kv_norm [c]; o_a [G, rank, in]; o_b [d, G*rank]."""
+
+    layout: FrontLayout
+    front: Tensor
+    query: Tensor
+    q_norm: Tensor
+    kv_norm: Tensor
+    o_a: Tensor
+    o_b: Tensor
+    core: Attention
+    compressor: Compressor | None
+    index_compressor: Compressor | None
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """Router, routed experts and the shared expert (w13 [2I, d], w2 [d, I])."""
+
+    router: Router
+    experts: Experts
+    shared_w13: Tensor
+    shared_w2: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One block of the backbone (or of MTP, with ratio 0). `ratio` is 0, 4 or 128."""
+
+    ratio: int
+    attn_norm: Tensor
+    ffn_norm: Tensor
+    attn_site: MhcSite
+    ffn_site: MhcSite
+    attention: AttentionWeights
+    moe: MoeWeights
+
+
+@dataclass(frozen=True, slots=True)
+class MtpWeights:
+    """The multi-token prediction block (reference section 2.8); e_proj and h_proj [d, d]."""
+
+    block: LayerWeights
+    e_proj: Tensor
+    h_proj: Tensor
+    enorm: Tensor
+    hnorm: Tensor
+    norm: Tensor
+    head: MhcHead
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Everything a forward pass multiplies. embed and head [V, d]."""
+
+    shape: ModelShape
+    embed: Tensor
+    head: Tensor
+    norm: Tensor
+    hc_head: MhcHead
+    layers: tuple[LayerWeights, ...]
+    mtp: tuple[MtpWeights, ...]
+
+
+class WeightStore:
+    """Allocates all weights of `shape` and remembers where each official tensor name goes.
+
+    Matrices are `dtype`; norms, mHC, sinks, biases and ape are float32, as in the checkpoint.
+    """
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype = torch.float32, *, mtp: bool = True) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._targets: dict[str, Tensor] = {}
+        self._placed: set[str] = set()
+        self.weights = self._model(mtp)
+
+    def place(self, name: str, tensor: Tensor) -> None:
+        """Copy `tensor` to where `name` belongs. Raises CheckpointError for unknown names and wrong shapes."""
+        target = self._targets.get(name)
+        if target is None:
+            raise CheckpointError(f"Tensor {name} has no place in this model.")
+        if target.shape != tensor.shape:
+            raise CheckpointError(f"Tensor {name} is {list(tensor.shape)}, expected {list(target.shape)}.")
+        target.copy_(tensor)
+        self._placed.add(name)
+
+    @property
+    def expected(self) -> frozenset[str]:
+        """Official names of all tensors that must be placed."""
+        return frozenset(self._targets)
+
+    def missing(self) -> list[str]:
+        """Names not placed yet, sorted. MTP tensors count only once one of them was placed."""
+        absent = self._targets.keys() - self._placed
+        if not any(name.startswith("mtp.") for name in self._placed):
+            absent = {name for name in absent if not name.startswith("mtp.")}
+        return sorted(absent)
+
+    # -- allocation: each call makes a tensor and files views of it under their official names
+
+    def _new(self, name: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = torch.empty(*size, dtype=dtype or self._dtype)
+        self._targets[name] = tensor
+        return tensor
+
+    def _f32(self, name: str, *size: int) -> Tensor:
+        return self._new(name, *size, dtype=torch.float32)
+
+    def _stack(self, width: int, parts: list[tuple[str, int]]) -> Tensor:
+        """One matrix [sum of rows, width] whose row ranges are the named tensors."""
+        whole = torch.empty(sum(rows for _, rows in parts), width, dtype=self._dtype)
+        at = 0
+        for name, rows in parts:
+            self._targets[name] = whole[at : at + rows]
+            at += rows
+        return whole
+
+    def _model(self, mtp: bool) -> ModelWeights:
+        s = self._shape
+        return ModelWeights(
+            shape=s,
+            embed=self._new("embed.weight", s.vocab_size, s.hidden_size),
+            head=self._new("head.weight", s.vocab_size, s.hidden_size),
+            norm=self._f32("norm.weight", s.hidden_size),
+            hc_head=self._mhc_head(""),
+            layers=tuple(self._layer(f"layers.{i}.", r, s.is_hash_layer(i)) for i, r in enumerate(s.ratios)),
+            mtp=tuple(self._mtp(f"mtp.{i}.") for i in range(s.num_mtp_layers)) if mtp else (),
+        )
+
+    def _mtp(self, at: str) -> MtpWeights:
+        d = self._shape.hidden_size
+        return MtpWeights(
+            block=self._layer(at, SWA_LAYER, False),
+            e_proj=self._new(at + "e_proj.weight", d, d),
+            h_proj=self._new(at + "h_proj.weight", d, d),
+            enorm=self._f32(at + "enorm.weight", d),
+            hnorm=self._f32(at + "hnorm.weight", d),
+            norm=self._f32(at + "norm.weight", d),
+            head=self._mhc_head(at),
+        )
+
+    def _mhc_head(self, at: str) -> MhcHead:
+        s = self._shape
+        n = s.hc_mult
+        return MhcHead(
+            self._f32(at + "hc_head_fn", n, n * s.hidden_size),
+            self._f32(at + "hc_head_base", n),
+            self._f32(at + "hc_head_scale", 1),
+            s.hc_eps,
+            s.norm_eps,
+        )
+
+    def _site(self, at: str) -> MhcSite:
+        s = self._shape
+        maps = (2 + s.hc_mult) * s.hc_mult
+        return MhcSite(
+            self._f32(at + "_fn", maps, s.hc_mult * s.hidden_size),
+            self._f32(at + "_base", maps),
+            self._f32(at + "_scale", 3),
+            s.hc_sinkhorn_iters,
+            s.hc_eps,
+            s.norm_eps,
+        )
+
+    def _layer(self, at: str, ratio: int, hashed: bool) -> LayerWeights:
+        d = self._shape.hidden_size
+        return LayerWeights(
+            ratio=ratio,
+            attn_norm=self._f32(at + "attn_norm.weight", d),
+            ffn_norm=self._f32(at + "ffn_norm.weight", d),
+            attn_site=self._site(at + "hc_attn"),
+            ffn_site=self._site(at + "hc_ffn"),
+            attention=self._attention(at + "attn.", ratio),
+            moe=self._moe(at + "ffn.", hashed),
+        )
+
+    def _attention(self, at: str, ratio: int) -> AttentionWeights:
+        s = self._shape
+        c, d, di = s.head_dim, s.hidden_size, s.index_head_dim
+        wide = 2 * c if ratio == CSA_LAYER else c
+        parts = [(at + "wq_a.weight", s.q_lora_rank), (at + "wkv.weight", c)]
+        queries = [(at + "wq_b.weight", s.num_heads * c)]
+        if ratio != SWA_LAYER:
+            parts += [(at + "compressor.wkv.weight", wide), (at + "compressor.wgate.weight", wide)]
+        if ratio == CSA_LAYER:
+            parts += [(at + f"indexer.compressor.{w}.weight", 2 * di) for w in ("wkv", "wgate")]
+            parts.append((at + "indexer.weights_proj.weight", s.index_heads))
+            queries.append((at + "indexer.wq_b.weight", s.index_heads * di))
+        o_in = s.num_heads * c // s.o_groups
+        o_a = torch.empty(s.o_groups, s.o_lora_rank, o_in, dtype=self._dtype)
+        self._targets[at + "wo_a.weight"] = o_a.view(s.o_groups * s.o_lora_rank, o_in)
+        return AttentionWeights(
+            layout=_front_layout(s, ratio),
+            front=self._stack(d, parts),
+            query=self._stack(s.q_lora_rank, queries),
+            q_norm=self._f32(at + "q_norm.weight", s.q_lora_rank),
+            kv_norm=self._f32(at + "kv_norm.weight", c),
+            o_a=o_a,
+            o_b=self._new(at + "wo_b.weight", d, s.o_groups * s.o_lora_rank),
+            core=Attention(self._f32(at + "attn_sink", s.num_heads), c**-0.5),
+            compressor=self._compressor(at + "compressor.", ratio, c) if ratio != SWA_LAYER else None,
+            index_compressor=self._compressor(at + "indexer.compressor.", ratio, di) if ratio == CSA_LAYER else None,
+        )
+
+    def _compressor(self, at: str, ratio: int, dim: int) -> Compressor:
+        overlap = ratio != HCA_RATIO
+        ape = self._f32(at + "ape", ratio, dim * (2 if overlap else 1))
+        return Compressor(ape, self._f32(at + "norm.weight", dim), overlap, self._shape.norm_eps)
+
+    def _moe(self, at: str, hashed: bool) -> MoeWeights:
+        s = self._shape
+        e, i, d, k = s.num_experts, s.moe_intermediate_size, s.hidden_size, s.experts_per_token
+        router = Router(
+            gate=self._f32(at + "gate.weight", e, d),  # float32: a bf16 router flips experts
+            bias=None if hashed else self._f32(at + "gate.bias", e),
+            tid2eid=self._new(at + "gate.tid2eid", s.vocab_size, k, dtype=torch.int64) if hashed else None,
+            experts_per_token=k,
+            scaling=s.routed_scaling,
+        )
+        w13 = torch.empty(e, 2 * i, d, dtype=self._dtype)
+        w2 = torch.empty(e, d, i, dtype=self._dtype)
+        for x in range(e):
+            self._targets[at + f"experts.{x}.w1.weight"] = w13[x, :i]
+            self._targets[at + f"experts.{x}.w3.weight"] = w13[x, i:]
+            self._targets[at + f"experts.{x}.w2.weight"] = w2[x]
+        shared = self._stack(d, [(at + "shared_experts.w1.weight", i), (at + "shared_experts.w3.weight", i)])
+        shared_w2 = self._new(at + "shared_experts.w2.weight", d, i)
+        return MoeWeights(router, Experts(w13, w2, s.swiglu_limit), shared, shared_w2)
+
+
+def _front_layout(s: ModelShape, ratio: int) -> FrontLayout:
+    latent = s.q_lora_rank + s.head_dim
+    wide = {SWA_LAYER: 0, CSA_LAYER: 4 * s.head_dim}.get(ratio, 2 * s.head_dim)
+    index_wide = 4 * s.index_head_dim if ratio == CSA_LAYER else 0
+    heads = s.index_heads if ratio == CSA_LAYER else 0
+    compress = (latent, latent + wide)
+    index = (compress[1], compress[1] + index_wide)
+    weights = (index[1], index[1] + heads)
+    return FrontLayout(latent, s.q_lora_rank, compress, index, weights, weights[1])
