@@ -260,3 +260,20 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One look at a running engine: requests now, steps and tokens since start, gauges of the cache by name.
+
+    Token totals count prompts as they finish their prefill; `cache` holds what `CacheStats` says, as plain numbers.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    generated_tokens: int = 0
+    cache: Mapping[str, float] = field(default_factory=dict)
