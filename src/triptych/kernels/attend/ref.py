@@ -45,6 +45,8 @@ def attend(
         if entries is not None and int(entries.visible[rows].max()) > 0:
             more, more_valid = _entry_keys(entries, selected, rows)
             keys, valid = torch.cat([keys, more], dim=1), torch.cat([valid, more_valid], dim=1)
+        # a slot that holds no key points at memory that may never have been written: 0 * NaN is NaN
+        keys = keys.masked_fill(~valid.unsqueeze(-1), 0.0)
         scores = torch.einsum("rhc,rkc->rhk", q[rows], keys.to(q.dtype)) * attention.scale
         scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
         sink = attention.sink.to(q.dtype).view(1, -1, 1).expand(len(rows), -1, 1)
