@@ -82,7 +82,7 @@ def table(backend: Backend = "auto", *, deterministic: bool = False) -> tuple[Ch
         )
     rows = []
     for op, folder in FOLDER.items():
-        fast = have_numba and backend != "ref" and op in _fast_ops(folder)
+        fast = have_numba and backend != "ref" and op in _fast_ops(folder, deterministic)
         if fast:
             reason = "compiled by numba for this processor"
         elif backend == "ref":
@@ -107,8 +107,18 @@ def select(backend: Backend = "auto", *, deterministic: bool = False) -> KernelS
 
 
 # operations with a cpu.py implementation, by folder; a law test holds this against the modules
-_FAST: dict[str, tuple[str, ...]] = {}
+_FAST: dict[str, tuple[str, ...]] = {
+    "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
+    "norm": ("latent_rows", "query_rows", "index_query_rows", "derotate"),
+    "window": ("window_rows", "keep_window"),
+    "compress": ("compress",),
+    "index": ("select_entries",),
+    "attend": ("attend",),
+    "moe": ("route", "experts", "shared_expert"),
+}
+# operations whose ordinary version is the library's own, but whose rows then depend on their batch mates
+_DETERMINISTIC_ONLY = {"linear": ("linear", "grouped_linear"), "norm": ("rms_norm",)}
 
 
-def _fast_ops(folder: str) -> tuple[str, ...]:
-    return _FAST.get(folder, ())
+def _fast_ops(folder: str, deterministic: bool) -> tuple[str, ...]:
+    return _FAST.get(folder, ()) + (_DETERMINISTIC_ONLY.get(folder, ()) if deterministic else ())

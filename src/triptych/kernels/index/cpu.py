@@ -1,0 +1,146 @@
+"""Index scores and top-k compiled for the CPU.
+
+Decode rows score page by page straight from the pool. Prefill rows of one sequence share gathered keys and one matrix
+product per tile, so that no T x S score matrix ever exists. The k-th score is found by a radix search over its bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.jit import inline, kernel
+
+_TILE = 32  # rows scored by one product: heads * tile * T floats are alive at once
+_GEMM_ROWS = 8  # from here on a matrix product beats reading keys row by row
+
+
+def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_entries."""
+    out = _empty_selection(q, keys, topk)
+    rows_of = torch.bincount(keys.seq, minlength=keys.page_table.shape[0]).tolist()
+    first = 0
+    for sequence, rows in enumerate(rows_of):
+        part = slice(first, first + rows)
+        if rows >= _GEMM_ROWS:
+            _select_by_product(q[part], weights[part], keys, sequence, part, topk, out[part])
+        elif rows:
+            _select_rows(q, weights, keys, part, topk, out)
+        first += rows
+    return out
+
+
+def select_entries_deterministic(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_entries; a row's choice does not depend on its batch mates."""
+    out = _empty_selection(q, keys, topk)
+    _select_rows(q, weights, keys, slice(0, len(q)), topk, out)
+    return out
+
+
+def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+    return torch.empty(q.shape[0], min(topk, int(keys.visible.max())), dtype=torch.int64)
+
+
+def _select_rows(q: Tensor, weights: Tensor, keys: PagedEntries, part: slice, topk: int, out: Tensor) -> None:
+    pool = keys.pool.float().numpy() if keys.pool.dtype != torch.float32 else keys.pool.numpy()
+    _score_and_select(
+        q[part].numpy(), weights[part].contiguous().numpy(), pool, keys.page_table.numpy(),
+        keys.seq[part].numpy(), keys.visible[part].numpy(), topk, out[part].numpy(),
+    )  # fmt: skip
+
+
+def _select_by_product(
+    q: Tensor, weights: Tensor, keys: PagedEntries, sequence: int, part: slice, topk: int, out: Tensor
+) -> None:
+    visible = keys.visible[part]
+    pages = -(-int(visible.max()) // keys.pool.shape[1])
+    k = keys.pool[keys.page_table[sequence, :pages]].flatten(0, 1).to(q.dtype)  # [T, Di]
+    for at in range(0, len(q), _TILE):
+        tile = slice(at, at + _TILE)
+        seen = int(visible[tile].max())
+        scores = torch.matmul(q[tile].flatten(0, 1), k[:seen].T).view(-1, q.shape[1], seen)
+        _reduce_and_select(
+            scores.numpy(), weights[tile].contiguous().numpy(), visible[tile].numpy(), topk, out[tile].numpy()
+        )
+
+
+@kernel
+def _score_and_select(q, weights, pool, table, seq, visible, topk, out):  # type: ignore[no-untyped-def]
+    per_page, heads, dim = pool.shape[1], q.shape[1], q.shape[2]
+    scores = np.empty(max(visible.max(), 1), np.float32)
+    counts = np.empty(2048, np.int64)
+    for r in range(q.shape[0]):
+        total = visible[r]
+        if total > topk:
+            for g in range(total):
+                page, offset = table[seq[r], g // per_page], g % per_page
+                score = np.float32(0)
+                for h in range(heads):
+                    dot = np.float32(0)
+                    for i in range(dim):
+                        dot += q[r, h, i] * pool[page, offset, i]
+                    if dot > 0:
+                        score += dot * weights[r, h]
+                scores[g] = score
+        _largest(scores, total, topk, counts, out[r])
+
+
+@kernel
+def _reduce_and_select(scores, weights, visible, topk, out):  # type: ignore[no-untyped-def]
+    sums = np.empty(scores.shape[2], np.float32)
+    counts = np.empty(2048, np.int64)
+    for r in range(scores.shape[0]):
+        if visible[r] > topk:
+            sums[:] = 0
+            for h in range(scores.shape[1]):
+                w = weights[r, h]
+                for g in range(visible[r]):
+                    sums[g] += max(scores[r, h, g], np.float32(0)) * w
+        _largest(sums, visible[r], topk, counts, out[r])
+
+
+@inline
+def _ordered(raw):  # type: ignore[no-untyped-def]
+    """An unsigned integer that sorts like the float whose bits are `raw`; -0.0 counts as 0.0."""
+    bits = np.int64(raw)
+    if bits >= 0:
+        return bits + 2147483648
+    return np.int64(2147483648) if bits == -2147483648 else -1 - bits
+
+
+@inline
+def _largest(scores, total, k, counts, out):  # type: ignore[no-untyped-def]
+    """Ids of the k largest of scores[:total], ascending, ties to the lower id; all ids if total <= k; -1 behind."""
+    filled = 0
+    raw = scores.view(np.int32)
+    if total <= k:
+        for g in range(total):
+            out[g] = g
+        filled = total
+    else:
+        prefix, wanted = np.int64(0), k
+        for level in range(3):  # 11 + 11 + 10 bits from the top: the wanted-th largest, digit by digit
+            shift = (21, 10, 0)[level]
+            known = (32, 21, 10)[level]
+            width = 1024 if level == 2 else 2048
+            counts[:width] = 0
+            for g in range(total):
+                bits = _ordered(raw[g])
+                if bits >> known == prefix:
+                    counts[(bits >> shift) & (width - 1)] += 1
+            digit = width - 1
+            while counts[digit] < wanted:
+                wanted -= counts[digit]
+                digit -= 1
+            prefix = prefix * width + digit
+        for g in range(total):  # `wanted` ids equal to the k-th score remain to be taken, lowest first
+            bits = _ordered(raw[g])
+            if bits > prefix or (bits == prefix and wanted > 0):
+                if bits == prefix:
+                    wanted -= 1
+                out[filled] = g
+                filled += 1
+    for n in range(filled, out.shape[0]):
+        out[n] = -1
