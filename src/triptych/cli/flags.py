@@ -1,0 +1,119 @@
+"""The flags that several commands share, as dataclasses that a decorator spreads over a command's options.
+
+Without it `serve`, `generate` and `chat` would each repeat every engine option, and drift apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from triptych.cli.sizes import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFlags:
+    """How the engine runs; names are those of EngineConfig and CacheConfig, sizes are still text."""
+
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM."),
+    ] = None
+    max_running: Annotated[
+        int | None, typer.Option(metavar="N", help="Requests that run at once; each owns a window slot.")
+    ] = None
+    step_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that one step runs at most, over all requests.")
+    ] = None
+    max_context: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompt plus output tokens of one request. Default: the model's.")
+    ] = None
+    numerics: Annotated[
+        Literal["exact", "native"] | None,
+        typer.Option(help="exact: plain arithmetic. native: rounds where the released model does."),
+    ] = None
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Processor threads. Default: one per core.")] = None
+    kernel_backend: Annotated[
+        Literal["auto", "ref", "cpu"] | None, typer.Option(help="Which kernels run; see `triptych doctor`.")
+    ] = None
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same bits whatever shares the batch. Slower.")
+    ] = False
+
+    def options(self) -> dict[str, Any]:
+        """Keyword options for Engine.load; what was not given is left to the engine's default."""
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        if self.kv_memory is not None:
+            given["kv_memory"] = parse_size(self.kv_memory, "--kv-memory")
+        return given
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFlags:
+    """How tokens are chosen; names and defaults are those of SamplingParams, which checks the values."""
+
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 256
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token each time.")] = 1.0
+    top_p: Annotated[float, typer.Option(metavar="P", help="Keep the likeliest tokens of total probability P.")] = 1.0
+    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")] = 0
+    min_p: Annotated[float, typer.Option(metavar="P", help="Drop tokens below P times the likeliest.")] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1 makes tokens that already occurred less likely.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Subtracted once from each token generated before.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Subtracted for every time a token was generated before.")
+    ] = 0.0
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the draws of this run repeatable.")] = None
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None
+
+    def values(self) -> dict[str, Any]:
+        """Keyword arguments for SamplingParams."""
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        return given | {"stop": tuple(self.stop or ())}
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with every dataclass parameter replaced by that dataclass's fields as keyword options.
+
+    Typer sees the wide signature; the command receives the dataclasses.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def wide(**given: Any) -> None:
+        packed = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**given, **packed)
+
+    del wide.__wrapped__  # or inspect would look through to the narrow signature
+    wide.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wide.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wide
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if item.default is MISSING else item.default,
+            annotation=hints[item.name],
+        )
+        for item in fields(kind)
+    ]
