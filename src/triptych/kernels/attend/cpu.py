@@ -14,14 +14,137 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
 
 _BLOCK = 64  # prefill queries that share one window product
-_PRODUCT_ROWS = 8
+_BLOCK_FROM = 16  # rows of one sequence from which on they do
+_GATHERED = 1 << 20  # floats of gathered keys alive at once: about what the L2 cache holds
 
 
 def attend(
     q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
 ) -> Tensor:
     """See ref.attend."""
-    return attend_deterministic(q, window, entries, selected, attention)
+    if entries is not None and entries.pool.dtype != torch.float32:
+        return ref.attend(q, window, entries, selected, attention)
+    job = _Job(q, window, entries, selected, attention)
+    single = 0  # first row not yet done; rows of short runs wait to be done together
+    for first, last in _runs(window, entries):
+        if last - first < _BLOCK_FROM:
+            continue
+        job.gathered(single, first)
+        for at in range(first, last, _BLOCK):
+            job.block(at, min(at + _BLOCK, last))
+        single = last
+    job.gathered(single, len(q))
+    return job.out
+
+
+def _runs(window: WindowRows, entries: PagedEntries | None) -> list[tuple[int, int]]:
+    """Row ranges [first, last) of neighbours in one sequence: their windows end one row apart."""
+    ends = (window.first + window.count).numpy()
+    cut = np.diff(ends) != 1
+    if entries is not None:
+        cut |= np.diff(entries.seq.numpy()) != 0
+    edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(ends)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+class _Job:
+    """One call of attend: q [R, H, c] and where its keys are; fills `out`."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        window: WindowRows,
+        entries: PagedEntries | None,
+        selected: Tensor | None,
+        attention: Attention,
+    ) -> None:
+        self.out = torch.empty_like(q)
+        self._q = q
+        self._rows = window.rows
+        self._first, self._count = window.first.numpy(), window.count.numpy()
+        self._entries = entries
+        self._selected = selected
+        self._sink, self._scale = attention.sink, np.float32(attention.scale)
+        self._used = np.zeros(len(q), np.int64)  # entries each row reads
+        if entries is not None:
+            most = selected.shape[1] if selected is not None else np.iinfo(np.int64).max
+            self._used = np.minimum(entries.visible.numpy(), most)
+
+    def block(self, first: int, last: int) -> None:
+        """Rows of one sequence: one product for all their windows, masked to a band."""
+        q = self._q[first:last]
+        b, h, c = q.shape
+        q2 = q.reshape(b * h, c)
+        low, high = int(self._first[first]), int(self._first[last - 1] + self._count[last - 1])
+        keys = self._rows[low:high]
+        used = self._used[first:last]
+        most = int(used.max())
+        scores = torch.empty(b, h, high - low + most + 1)
+        start, count = self._first[first:last] - low, self._count[first:last]
+        _fill(torch.mm(q2, keys.T).view(b, h, -1).numpy(), 0, start, count, self._scale, scores.numpy(), 0, high - low)
+        gathered = None
+        if most:
+            gathered = self._entry_keys(first, last, most)
+            shared = gathered.dim() == 2
+            raw = torch.mm(q2, gathered.T).view(b, h, -1) if shared else torch.bmm(q, gathered.transpose(1, 2))
+            none = np.zeros(b, np.int64)
+            _fill(raw.numpy(), 0, none, used, self._scale, scores.numpy(), high - low, most)
+        probs = self._softmax(scores)
+        out = self.out[first:last].view(b * h, c)
+        torch.mm(probs.view(b * h, -1)[:, : high - low], keys, out=out)
+        if gathered is not None and gathered.dim() == 2:
+            out.addmm_(probs.view(b * h, -1)[:, high - low : -1], gathered)
+        elif gathered is not None:
+            self.out[first:last].baddbmm_(probs[:, :, high - low : -1], gathered)
+
+    def gathered(self, first: int, last: int) -> None:
+        """Any rows: each row's keys side by side, in groups whose keys fit the cache."""
+        if first == last:
+            return
+        width = int(self._count[first:last].max() + self._used[first:last].max())
+        step = max(1, _GATHERED // (width * self._q.shape[2]))
+        for at in range(first, last, step):
+            self._gathered(at, min(at + step, last))
+
+    def _gathered(self, first: int, last: int) -> None:
+        q = self._q[first:last]
+        b, h, c = q.shape
+        count, used = self._count[first:last], self._used[first:last]
+        near, most = int(count.max()), int(used.max())
+        keys = torch.empty(b, near + most, c)
+        _gather_window(self._rows.numpy(), self._first[first:last], count, near, keys.numpy())
+        if most:
+            self._gather_entries(first, last, keys, near)
+        raw = torch.bmm(q, keys.transpose(1, 2)).numpy()
+        scores = torch.empty(b, h, near + most + 1)
+        none = np.zeros(b, np.int64)
+        _fill(raw, 0, none, count, self._scale, scores.numpy(), 0, near)
+        _fill(raw, near, none, used, self._scale, scores.numpy(), near, most)
+        torch.bmm(self._softmax(scores)[:, :, :-1], keys, out=self.out[first:last])
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        scores[:, :, -1] = self._sink
+        return torch.softmax(scores, dim=-1)
+
+    def _entry_keys(self, first: int, last: int, most: int) -> Tensor:
+        """Entries that rows of one sequence read: [most, c] if they share them, else [rows, most, c]."""
+        assert self._entries is not None
+        if self._selected is None:
+            pages = -(-most // self._entries.pool.shape[1])
+            table = self._entries.page_table[int(self._entries.seq[first]), :pages]
+            return self._entries.pool[table].flatten(0, 1)[:most]
+        keys = torch.empty(last - first, most, self._q.shape[2])
+        self._gather_entries(first, last, keys, 0)
+        return keys
+
+    def _gather_entries(self, first: int, last: int, keys: Tensor, column: int) -> None:
+        entries = self._entries
+        assert entries is not None
+        ids = np.empty((0, 0), np.int64) if self._selected is None else self._selected[first:last].numpy()
+        _gather_entries(
+            entries.pool.numpy(), entries.page_table.numpy(), entries.seq[first:last].numpy(),
+            self._used[first:last], ids, column, keys.numpy(),
+        )  # fmt: skip
 
 
 def attend_deterministic(
@@ -42,6 +165,41 @@ def attend_deterministic(
         ids, sink, scale, out.numpy(),
     )  # fmt: skip
     return out
+
+
+@kernel
+def _fill(raw, column, start, count, scale, out, at, width):  # type: ignore[no-untyped-def]
+    """Copy raw[:, :, column : column + width], scaled, to out[:, :, at:]; -inf outside [start, start + count)."""
+    for r in range(raw.shape[0]):
+        low, high = start[r], start[r] + count[r]
+        for h in range(raw.shape[1]):
+            for j in range(low):
+                out[r, h, at + j] = -np.inf
+            for j in range(low, high):
+                out[r, h, at + j] = raw[r, h, column + j] * scale
+            for j in range(high, width):
+                out[r, h, at + j] = -np.inf
+
+
+@kernel
+def _gather_window(rows, first, count, near, keys):  # type: ignore[no-untyped-def]
+    for r in range(keys.shape[0]):
+        for j in range(count[r]):
+            for i in range(rows.shape[1]):
+                keys[r, j, i] = rows[first[r] + j, i]
+        keys[r, count[r] : near] = 0  # masked, but 0 * NaN would not be
+
+
+@kernel
+def _gather_entries(pool, table, seq, used, ids, column, keys):  # type: ignore[no-untyped-def]
+    per_page = pool.shape[1]
+    for r in range(keys.shape[0]):
+        for j in range(used[r]):
+            g = ids[r, j] if ids.shape[0] > 0 else j
+            page, offset = table[seq[r], g // per_page], g % per_page
+            for i in range(pool.shape[2]):
+                keys[r, column + j, i] = pool[page, offset, i]
+        keys[r, column + used[r] :] = 0
 
 
 @inline
