@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -33,14 +34,14 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The hardware and its software. Memory in bytes, None where the system does not tell."""
+    """The hardware and its software. Memory in bytes; `load` is None where the system does not tell."""
 
     system: str
     cpu: str
     cores: int
     simd: str
-    memory_total: int | None
-    memory_free: int | None
+    memory_total: int
+    memory_free: int
     load: float | None
     python: str
     triptych: str
@@ -92,7 +93,7 @@ def examine(kernel_backend: Literal["auto", "ref", "cpu"] = "auto") -> Report:
 def render(report: Report) -> str:
     """The report as aligned text."""
     machine = report.machine
-    free, total = (_size(machine.memory_free), _size(machine.memory_total))
+    free, total = format_size(machine.memory_free), format_size(machine.memory_total)
     load = "unknown" if machine.load is None else f"{machine.load:.1f}"
     lines = [
         "Machine",
@@ -128,10 +129,6 @@ def _remedy(package: Package) -> str:
     return "" if package.version else f"pip install 'triptych[{package.extra}]'"
 
 
-def _size(size: int | None) -> str:
-    return "unknown" if size is None else format_size(size)
-
-
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -142,15 +139,16 @@ def _version(distribution: str) -> str | None:
 def _machine() -> Machine:
     import torch
 
-    memory = _proc_table("meminfo")
+    from triptych.engine.memory import free_memory
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Machine(
         system=platform.platform(terse=True),
-        cpu=_proc_table("cpuinfo").get("model name", platform.processor() or platform.machine()),
+        cpu=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         simd=torch.backends.cpu.get_cpu_capability(),
-        memory_total=_kibibytes(memory.get("MemTotal")),
-        memory_free=_kibibytes(memory.get("MemAvailable")),
+        memory_total=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_free=free_memory(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         python=platform.python_version(),
         triptych=__version__,
@@ -158,21 +156,13 @@ def _machine() -> Machine:
     )
 
 
-def _proc_table(name: str) -> dict[str, str]:
-    """First value of each `key: value` line of a Linux status file; empty elsewhere."""
-    found: dict[str, str] = {}
-    try:
-        with open(f"/proc/{name}", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                found.setdefault(key.strip(), value.strip())
-    except OSError:
-        return {}
-    return found
-
-
-def _kibibytes(text: str | None) -> int | None:
-    return None if text is None else int(text.split()[0]) * 1024
+def _processor() -> str:
+    """The processor's name where Linux tells it, else what Python knows."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _advice(machine: Machine, packages: tuple[Package, ...]) -> list[str]:
@@ -187,7 +177,7 @@ def _advice(machine: Machine, packages: tuple[Package, ...]) -> list[str]:
     if machine.load is not None and machine.load > machine.cores / 2:
         busy = f"{machine.load:.1f} of {machine.cores} cores"
         advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")
-    if machine.memory_free is not None and machine.memory_free < 2 * 1024**3:
+    if machine.memory_free < 2 * 1024**3:
         advice.append(
             f"Only {format_size(machine.memory_free)} of memory are free; the caches get a quarter of that by default."
         )
