@@ -63,7 +63,9 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rou
     out = torch.zeros_like(x)
     for e in torch.unique(ids).tolist():
         row, slot = torch.nonzero(ids == e, as_tuple=True)
-        hidden = swiglu(F.linear(x[row], moe.w13[e].to(x.dtype)), moe.limit) * weights[row, slot].unsqueeze(1).to(x.dtype)
+        hidden = swiglu(F.linear(x[row], moe.w13[e].to(x.dtype)), moe.limit) * weights[row, slot].unsqueeze(1).to(
+            x.dtype
+        )
         hidden = hidden if rounding is None else rounding(hidden)
         out.index_add_(0, row, F.linear(hidden, moe.w2[e].to(x.dtype)))
     return out

@@ -8,6 +8,8 @@ near the ends. A group that holds Inf or NaN becomes NaN throughout. Source: ref
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,7 +94,7 @@ def hadamard(x: Tensor) -> Tensor:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         out = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         half *= 2
-    return out * float(n) ** -0.5
+    return out / math.sqrt(n)
 
 
 def quantize_fp8(w: Tensor, block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)) -> tuple[Tensor, Tensor]:

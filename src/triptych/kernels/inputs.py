@@ -1,0 +1,221 @@
+"""Random inputs for each operation, shaped as a real step would make them: several sequences at odd positions.
+
+A maker takes the number of rows and a generator and returns the operation's arguments. Memory that no row may read
+is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.moe.ref import Experts, Router
+from triptych.kernels.window.ref import WindowPlan
+
+D, HEADS, DIM, ROPE, LORA = 48, 3, 40, 8, 24  # sizes that are no power of two
+EXPERTS, HIDDEN, VOCAB = 7, 20, 31
+SEQUENCES, PAGES = 3, 11
+
+
+WRITES = {"keep_window": (1, 2), "compress": (2,)}
+"""Positions of the arguments that an operation is there to change."""
+
+
+def _randn(g: Generator, *size: int) -> Tensor:
+    return torch.randn(*size, generator=g)
+
+
+def _angles(rows: int, g: Generator) -> tuple[Tensor, Tensor]:
+    angle = _randn(g, rows, ROPE // 2) * 3
+    return angle.cos(), angle.sin()
+
+
+def _site(g: Generator) -> MhcSite:
+    return MhcSite(_randn(g, 24, 4 * D), _randn(g, 24), _randn(g, 3), 20, 1e-6, 1e-6)
+
+
+def _mhc_pre(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, 4, D) * 3, _site(g), _randn(g, D)
+
+
+def _mhc_post(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _randn(g, rows, 4, D), _randn(g, rows, 4), _randn(g, rows, 4, 4)
+
+
+def _mhc_head(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, 4, D), MhcHead(_randn(g, 4, 4 * D), _randn(g, 4), _randn(g, 1), 1e-6, 1e-6)
+
+
+def _rms_norm(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _randn(g, D), 1e-6
+
+
+def _latent_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, LORA + DIM + 9), LORA, (_randn(g, LORA), _randn(g, DIM)), _angles(rows, g), 1e-6
+
+
+def _query_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, HEADS * DIM + 5), HEADS, DIM, _angles(rows, g), 1e-6
+
+
+def _index_query_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, HEADS * DIM + 5), HEADS, DIM, _angles(rows, g)
+
+
+def _derotate(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, HEADS, DIM), _angles(rows, g)
+
+
+def _window_plan(rows: int, g: Generator) -> WindowPlan:
+    past = 5
+    order = torch.randperm(rows + past, generator=g)
+    places = torch.randperm(2 * rows + past, generator=g)
+    return WindowPlan(
+        total=rows + past,
+        past_src=torch.randperm(2 * rows + past, generator=g)[:past],
+        past_dst=order[:past],
+        step_dst=order[past:],
+        first=torch.zeros(rows, dtype=torch.int64),
+        count=torch.ones(rows, dtype=torch.int64),
+        keep_src=torch.randperm(rows, generator=g)[: rows // 2 + 1],
+        keep_dst=places[: rows // 2 + 1],
+        snap_src=torch.arange(past),
+        snap_dst=torch.arange(past).flip(0),
+    )
+
+
+def _window_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, DIM), _randn(g, 2 * rows + 5, DIM), _window_plan(rows, g)
+
+
+def _keep_window(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows + 5, DIM), _randn(g, 2 * rows + 5, DIM), _randn(g, 9, DIM), _window_plan(rows, g)
+
+
+def _compress(rows: int, g: Generator) -> tuple[Any, ...]:
+    """CSA: entry 0 without A rows, the others from the step and from the ring."""
+    groups, ring = rows // 4 + 1, 16
+    src = torch.randint(-ring, rows, (groups, 8), generator=g)
+    src[0, :4] = ABSENT
+    steps = torch.arange(rows)
+    keep = torch.randperm(rows, generator=g)[:8]
+    plan = CompressPlan(src, steps[:0], steps[:0], steps % 4, keep, torch.randperm(ring, generator=g)[: len(keep)])
+    # step rows carry the phase of the place they are pooled in, as real plans do
+    phase = torch.randint(0, 4, (rows,), generator=g)
+    src[:, :8] = torch.where(src >= 0, _row_of_phase(phase, src, g), src)
+    weights = Compressor(_randn(g, 4, 2 * DIM), _randn(g, DIM), True, 1e-6)
+    front = _randn(g, rows, 4 * DIM + 11)
+    return front, 7, _randn(g, ring, 4 * DIM), plan._replace(src=src, phase=phase), weights, _angles(groups, g)
+
+
+def _row_of_phase(phase: Tensor, src: Tensor, g: Generator) -> Tensor:
+    """For each place k of each entry some step row whose phase is k mod 4, or a ring row if there is none."""
+    out = torch.empty_like(src)
+    for k in range(src.shape[1]):
+        rows = torch.nonzero(phase == k % 4).flatten()
+        pick = torch.randint(0, max(len(rows), 1), (src.shape[0],), generator=g)
+        out[:, k] = rows[pick] if len(rows) else -1 - pick
+    return out
+
+
+def _entries(rows: int, g: Generator, dim: int) -> PagedEntries:
+    """Entries behind page tables; pages and offsets that no row may see are NaN."""
+    per_page = 4
+    wide = torch.full((PAGES * SEQUENCES, per_page * dim + 13), float("nan"))
+    table = torch.randperm(PAGES * SEQUENCES, generator=g).view(SEQUENCES, PAGES)
+    seq = torch.sort(torch.randint(0, SEQUENCES, (rows,), generator=g)).values
+    visible = torch.zeros(rows, dtype=torch.int64)
+    for s in range(SEQUENCES):
+        mine = seq == s
+        visible[mine] = torch.sort(torch.randint(0, PAGES * per_page, (int(mine.sum()),), generator=g)).values
+    pool = wide[:, 13:].unflatten(1, (per_page, dim))
+    for s in range(SEQUENCES):
+        most = int(visible[seq == s].max()) if bool((seq == s).any()) else 0
+        for at in range(most):
+            pool[table[s, at // per_page], at % per_page] = _randn(g, dim)
+    return PagedEntries(pool, table, seq, visible)
+
+
+def _select_entries(rows: int, g: Generator) -> tuple[Any, ...]:
+    entries = _entries(rows, g, DIM)
+    if int(entries.visible.max()) == 0:
+        entries = entries._replace(visible=entries.visible.clone().fill_(0))
+    return _randn(g, rows, HEADS, DIM), _randn(g, rows, HEADS), entries, 6
+
+
+def _attend(rows: int, g: Generator) -> tuple[Any, ...]:
+    entries = _entries(rows, g, DIM)
+    first, count, total = _window_of(entries.seq, g)
+    window = WindowRows(_randn(g, total, DIM), first, count)
+    steps = torch.arange(6)
+    selected = torch.where(steps < entries.visible.unsqueeze(1), steps * 1, -1)
+    return _randn(g, rows, HEADS, DIM), window, entries, selected, Attention(_randn(g, HEADS), DIM**-0.5)
+
+
+def _window_of(seq: Tensor, g: Generator) -> tuple[Tensor, Tensor, int]:
+    """first, count and the number of window rows for rows of sequences that start at random positions."""
+    first, count, base = torch.zeros_like(seq), torch.zeros_like(seq), 0
+    for s in range(SEQUENCES):
+        mine = torch.nonzero(seq == s).flatten()
+        past = int(torch.randint(0, 140, (1,), generator=g))
+        ends = past + 1 + torch.arange(len(mine))
+        count[mine] = ends.clamp(max=128)
+        first[mine] = base + ends - count[mine]
+        base += past + len(mine)
+    return first, count, base
+
+
+def _router(g: Generator, hashed: bool) -> Router:
+    table = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(VOCAB)]) if hashed else None
+    return Router(_randn(g, EXPERTS, D) * 3, None if hashed else _randn(g, EXPERTS), table, 2, 1.5)
+
+
+def _route(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), torch.randint(0, VOCAB, (rows,), generator=g), _router(g, hashed=rows % 2 == 0)
+
+
+def _experts(rows: int, g: Generator) -> tuple[Any, ...]:
+    ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(rows)])
+    moe = Experts(_randn(g, EXPERTS, 2 * HIDDEN, D), _randn(g, EXPERTS, D, HIDDEN), 10.0)
+    return _randn(g, rows, D) * 2, ids, torch.rand(rows, 2, generator=g), moe
+
+
+def _shared_expert(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D) * 2, _randn(g, 2 * HIDDEN, D), _randn(g, D, HIDDEN), 10.0
+
+
+def _linear(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _randn(g, HIDDEN, D)
+
+
+def _grouped_linear(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, 3, D), _randn(g, 3, HIDDEN, D)
+
+
+MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
+    "mhc_pre": _mhc_pre,
+    "mhc_post": _mhc_post,
+    "mhc_head": _mhc_head,
+    "rms_norm": _rms_norm,
+    "latent_rows": _latent_rows,
+    "query_rows": _query_rows,
+    "index_query_rows": _index_query_rows,
+    "derotate": _derotate,
+    "window_rows": _window_rows,
+    "keep_window": _keep_window,
+    "compress": _compress,
+    "select_entries": _select_entries,
+    "attend": _attend,
+    "route": _route,
+    "experts": _experts,
+    "shared_expert": _shared_expert,
+    "linear": _linear,
+    "grouped_linear": _grouped_linear,
+}
