@@ -1,0 +1,147 @@
+"""What users call: `Engine` in the caller's thread, `AsyncEngine` with a thread of its own.
+
+Both hand whole token lists to the same EngineLoop and turn its events into deltas.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triptych.config import EngineConfig
+from triptych.engine.async_engine import AsyncEngine
+from triptych.engine.load import LoadedEngine, load
+from triptych.engine.outputs import OutputText
+from triptych.engine.samples import Sample, deltas, expand
+from triptych.errors import RequestError, TriptychError
+from triptych.words import Delta, FinishReason, SamplingParams, TokenIds, TokenLogprob, Usage, token_ids
+
+__all__ = ["AsyncEngine", "Engine", "Output"]
+
+Prompt = str | Sequence[int] | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One finished sample. `logprobs` has one entry per token if they were asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+
+
+class Engine:
+    """Offline inference. Not for use from several threads at once; AsyncEngine is.
+
+    from triptych import Engine, SamplingParams
+    engine = Engine.load("tiny")
+    [out] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0.0))
+    """
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self._loaded = loaded
+        self._loop = loaded.loop
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self.model_name = loaded.name
+        self.shape = loaded.shape
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.max_context = loaded.max_context
+
+    @classmethod
+    def load(cls, model: str | Path = "tiny", **options: Any) -> Engine:
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
+        return cls(load(model, EngineConfig.from_options(**options)))
+
+    def describe(self) -> str:
+        """A few lines: the model, the cache and what it holds."""
+        return self._loaded.banner
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Continue all prompts together; n outputs per prompt, in order. Raises RequestError for a bad prompt.
+
+        `params` is one for all or one per prompt.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("generate takes a list of prompts.", "Wrap the string in a list.", param="prompts")
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
+        with self._lock:
+            samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one)]
+            parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
+            for request_id, delta in self._run(samples):
+                parts[request_id].append(delta)
+        return [_output(parts[s.request.request_id]) for s in samples]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continue one prompt, yielding text as it comes. Closing the iterator aborts."""
+        with self._lock:
+            for _, delta in self._run(self._expand(prompt, params or SamplingParams())):
+                yield delta
+
+    def check_integrity(self) -> None:
+        """Assert that every page, slot and snapshot is accounted for."""
+        self._loop.cache.check_integrity()
+
+    def reset_cache(self) -> None:
+        """Forget all cached prefixes. Only between requests."""
+        self._loop.cache.reset()
+
+    def close(self) -> None:
+        """Nothing to release beyond memory; for symmetry with files and servers."""
+
+    def _expand(self, prompt: Prompt, params: SamplingParams) -> list[Sample]:
+        ids = self._encode(prompt)
+        return expand(f"r{next(self._ids)}", ids, params, self.tokenizer)
+
+    def _encode(self, prompt: Prompt) -> TokenIds:
+        if not isinstance(prompt, str):
+            return token_ids(prompt, vocab_size=self.shape.vocab_size)
+        if self.tokenizer is None:
+            raise RequestError("This checkpoint has no tokenizer.json.", "Pass token ids.", param="prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _run(self, samples: list[Sample]) -> Iterator[tuple[str, Delta]]:
+        """Feed samples in as room permits and yield their deltas until all have ended."""
+        live: dict[str, OutputText] = {}
+        waiting = list(reversed(samples))
+        try:
+            while waiting or live:
+                while waiting and len(live) < self.config.max_waiting:
+                    sample = waiting.pop()
+                    self._loop.add(sample.request, sample.output.index)
+                    live[sample.request.request_id] = sample.output
+                for event in self._loop.step():
+                    for delta in deltas(event, live[event.request_id], self._loop.finish):
+                        yield event.request_id, delta
+                        if delta.finish_reason is not None:
+                            del live[event.request_id]
+        finally:
+            for request_id in live:
+                self._loop.finish(request_id, FinishReason.ABORT)
+
+
+def _output(parts: list[Delta]) -> Output:
+    last = parts[-1]
+    if last.error is not None:
+        raise TriptychError(last.error)
+    assert last.finish_reason is not None and last.usage is not None
+    return Output(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        logprobs=tuple(one for part in parts for one in part.logprobs),
+        index=last.index,
+    )

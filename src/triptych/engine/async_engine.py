@@ -1,0 +1,222 @@
+"""The engine behind a server: steps run in a thread of their own, deltas arrive on the event loop.
+
+    event loop                                engine thread
+    stream() -- commands (add, finish) ---->  run commands, step, run commands, step, ...
+    queues  <-- events, once per step ------  (sleeps while nothing runs)
+
+Tokenising and detokenising never run in the engine thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triptych.config import EngineConfig
+from triptych.engine.load import LoadedEngine, load
+from triptych.engine.loop import TokenEvent
+from triptych.engine.outputs import OutputText
+from triptych.engine.samples import Sample, deltas, expand
+from triptych.errors import ConfigError, TriptychError, Unavailable
+from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds, Usage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where a live sample's deltas go."""
+
+    output: OutputText
+    queue: asyncio.Queue[Delta]
+
+
+class AsyncEngine:
+    """Serves many requests at once from one event loop. Call `start` on it, `stop` or `drain` at the end."""
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self._loaded = loaded
+        self._loop = loaded.loop
+        self.model_name = loaded.name
+        self.shape = loaded.shape
+        self.config = loaded.config
+        if loaded.tokenizer is None:
+            raise ConfigError(
+                f"Checkpoint {loaded.name} has no tokenizer.json, which a server needs.",
+                "Put the model's tokenizer.json into the checkpoint directory.",
+            )
+        self.tokenizer = loaded.tokenizer
+        self.max_context = loaded.max_context
+        self._routes: dict[str, _Route] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._accepting = False
+        self._stopping = False
+        self._stats = EngineStats()
+
+    @classmethod
+    def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
+        return cls(load(model, EngineConfig.from_options(**options)))
+
+    def describe(self) -> str:
+        """A few lines: the model, the cache and what it holds."""
+        return self._loaded.banner
+
+    async def start(self) -> None:
+        """Start the engine thread; deltas will arrive on the running event loop."""
+        self._events = asyncio.get_running_loop()
+        self._accepting, self._stopping = True, False
+        self._thread = threading.Thread(target=self._run, name="triptych-engine", daemon=True)
+        self._thread.start()
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, wait for running ones up to `timeout` seconds, stop. True if all finished."""
+        self._accepting = False
+        deadline = time.monotonic() + timeout
+        while self._routes and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        finished = not self._routes
+        await self.stop()
+        return finished
+
+    async def stop(self) -> None:
+        """Stop now: what still runs ends with finish reason abort."""
+        self._accepting = False
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(thread.join)
+        for route in list(self._routes.values()):
+            route.queue.put_nowait(route.output.finish(FinishReason.ABORT, Usage(), "The engine was stopped."))
+        self._routes.clear()
+
+    def stats(self) -> EngineStats:
+        """Figures as of the last step."""
+        return self._stats
+
+    async def stream(
+        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+    ) -> AsyncIterator[Delta]:
+        """Deltas of all n samples until each has finished. Closing the iterator aborts what is left.
+
+        Raises RequestError or Unavailable before the first delta.
+        """
+        if not self._accepting:
+            raise Unavailable("The server is shutting down.", "Retry elsewhere or later.")
+        samples = expand(request_id, prompt_ids, params, self.tokenizer, salt)
+        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        for sample in samples:
+            self._routes[sample.request.request_id] = _Route(sample.output, queue)
+        try:
+            await self._submit(samples)
+            left = len(samples)
+            while left:
+                delta = await queue.get()
+                left -= delta.finish_reason is not None
+                yield delta
+        finally:
+            self._abandon(samples)
+
+    async def _submit(self, samples: list[Sample]) -> None:
+        """Add all samples in the engine thread; raises what adding raised, with none left behind."""
+        assert self._events is not None
+        added: asyncio.Future[None] = self._events.create_future()
+
+        def add() -> None:
+            error: TriptychError | None = None
+            try:
+                for sample in samples:
+                    self._loop.add(sample.request, sample.output.index)
+            except TriptychError as caught:
+                error = caught
+                for sample in samples:
+                    self._loop.finish(sample.request.request_id, FinishReason.ABORT)
+            self._on_events(_settle, added, error)
+
+        self._command(add)
+        await added
+
+    def _abandon(self, samples: list[Sample]) -> None:
+        """Forget the samples; the ones still running are aborted."""
+        live = [s.request.request_id for s in samples if self._routes.pop(s.request.request_id, None) is not None]
+        if live:
+            self._command(lambda: [self._loop.finish(request_id, FinishReason.ABORT) for request_id in live] and None)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _on_events(self, function: Callable[..., None], *args: Any) -> None:
+        """Run `function` on the event loop, unless that is already closed."""
+        assert self._events is not None
+        try:
+            self._events.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            logger.debug("event loop closed; dropped %s", function)
+
+    # -- on the event loop
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            route = self._routes.get(event.request_id)
+            if route is None:
+                continue  # its caller went away
+            for delta in deltas(event, route.output, self._finish_later):
+                if delta.finish_reason is not None:
+                    del self._routes[event.request_id]
+                route.queue.put_nowait(delta)
+
+    def _finish_later(self, request_id: str, reason: FinishReason) -> None:
+        """End a request in the engine thread; its usage comes back as an event."""
+
+        def finish() -> None:
+            usage = self._loop.finish(request_id, reason)
+            if usage is not None:
+                self._on_events(self._deliver, [TokenEvent(request_id, reason=reason, usage=usage)])
+
+        self._command(finish)
+
+    # -- in the engine thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._commands and not self._loop.busy and not self._stopping:
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                commands, self._commands = self._commands, deque()
+            try:
+                for command in commands:
+                    command()
+                if self._loop.busy:
+                    events = self._loop.step()
+                    if events:
+                        self._on_events(self._deliver, events)
+            except Exception:
+                logger.exception("a step failed; its requests end with an error and the cache is emptied")
+                self._on_events(self._deliver, self._loop.fail_all("An internal error ended this request."))
+            self._stats = self._loop.stats()
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,136 @@
+"""From a model's name to a ready EngineLoop: find the checkpoint, plan the memory, load, compile."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from triptych import tiny
+from triptych.cache.geometry import CacheCapacity, CacheGeometry, plan_capacity
+from triptych.cache.manager import CacheManager
+from triptych.checkpoint import CheckpointReader
+from triptych.config import EngineConfig, ModelShape
+from triptych.engine.loop import EngineLoop
+from triptych.engine.memory import free_memory
+from triptych.engine.pools import Pools
+from triptych.engine.runner import Runner
+from triptych.errors import ConfigError, nearest
+from triptych.model.weights import ModelWeights, WeightStore
+from triptych.schedule.scheduler import Scheduler
+from triptych.text.tokenizer import Tokenizer
+
+BUNDLED = ("tiny",)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SMALL_MODEL = 200 << 20  # bytes of weights below which one thread is faster than the cost of waking two
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """Everything an engine consists of; `banner` says in a few lines what was loaded and planned."""
+
+    name: str
+    shape: ModelShape
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    loop: EngineLoop
+    max_context: int
+    banner: str
+
+
+def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
+    """Load `model`, a checkpoint directory or a bundled name. Raises ConfigError or CheckpointError."""
+    name, directory = _find(model)
+    reader = CheckpointReader(directory)
+    shape = reader.shape
+    geometry = CacheGeometry.of(shape, config.cache.kv_format)
+    free = free_memory()
+    memory = config.cache.kv_memory or free // 4
+    capacity = plan_capacity(geometry, memory, config.max_running, config.cache.snapshot_share)
+    if capacity.bytes(geometry) > free:
+        raise ConfigError(
+            f"The cache is planned at {capacity.bytes(geometry) / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
+            "Lower --kv-memory.",
+        )
+    weights = _weights(reader, shape, _DTYPES[config.weight_dtype])
+    _set_threads(config, weights)
+    loop = build_loop(weights, config, geometry, capacity)
+    limit = config.max_context or shape.max_position
+    max_context = min(limit, shape.max_position, capacity.tokens)
+    tokenizer = _tokenizer(directory, shape)
+    banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
+    return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner)
+
+
+def build_loop(
+    weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity
+) -> EngineLoop:
+    """The engine's parts around given weights, wired together."""
+    shape = weights.shape
+    cache = CacheManager(geometry, capacity, shape.num_layers, prefix_cache=config.cache.prefix_cache)
+    runner = Runner(weights, config, Pools(shape, geometry, capacity))
+    return EngineLoop(shape, cache, Scheduler(cache, config, shape.max_position), runner)
+
+
+def _find(model: str | Path) -> tuple[str, Path]:
+    """Display name and directory of a model given by bundled name or path."""
+    if str(model) in BUNDLED:
+        try:
+            return str(model), tiny.ensure_checkpoint()
+        except OSError as error:
+            raise ConfigError(f"The bundled checkpoint could not be written: {error}.") from None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve().name, path
+    if path.exists():
+        raise ConfigError(f"{path} is a file.", "Name the directory that holds config.json and the safetensors files.")
+    hint = nearest(str(model), BUNDLED)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        hint = "Models are not downloaded: fetch the repository first and name its directory."
+    raise ConfigError(f"There is no checkpoint directory {str(model)!r}.", hint)
+
+
+def _weights(reader: CheckpointReader, shape: ModelShape, dtype: torch.dtype) -> ModelWeights:
+    store = WeightStore(shape, dtype, mtp=reader.has_mtp)
+    for name, tensor in reader.tensors(dtype=torch.float32):
+        store.place(name, tensor)
+    missing = store.missing()
+    if missing:
+        raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
+    return store.weights
+
+
+def _set_threads(config: EngineConfig, weights: ModelWeights) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif _bytes_of(weights) < _SMALL_MODEL:
+        torch.set_num_threads(1)
+
+
+def _bytes_of(weights: ModelWeights) -> int:
+    """Rough weight bytes: embeddings, head and experts, which are nearly all of it."""
+    experts = sum(layer.moe.experts.w13.nbytes + layer.moe.experts.w2.nbytes for layer in weights.layers)
+    return weights.embed.nbytes + weights.head.nbytes + experts
+
+
+def _tokenizer(directory: Path, shape: ModelShape) -> Tokenizer | None:
+    """The checkpoint's own tokenizer, DeepSeek's if the vocabulary is DeepSeek's, or none (token ids only)."""
+    if (directory / "tokenizer.json").is_file():
+        return Tokenizer.from_directory(directory)
+    if shape.vocab_size == 129280:
+        return Tokenizer.deepseek()
+    return None
+
+
+def _banner(name: str, weights: ModelWeights, memory: int, capacity: str, max_context: int) -> str:
+    shape = weights.shape
+    kinds = f"{len(shape.csa_layers)} CSA, {len(shape.hca_layers)} HCA"
+    swa = shape.num_layers - len(shape.csa_layers) - len(shape.hca_layers)
+    return (
+        f"Model    {name}: {shape.num_layers} layers ({swa} SWA, {kinds}), weights about "
+        f"{_bytes_of(weights) / 2**20:,.0f} MiB in {str(weights.embed.dtype).removeprefix('torch.')}\n"
+        f"Cache    {memory / 2**30:.2f} GiB: {capacity}\n"
+        f"Context  up to {max_context:,} tokens per request"
+    )

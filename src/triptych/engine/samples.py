@@ -1,0 +1,59 @@
+"""One request as the engine runs it: n samples that share a prompt, and the deltas their events become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from triptych.engine.loop import TokenEvent
+from triptych.engine.outputs import OutputText
+from triptych.errors import RequestError
+from triptych.text.tokenizer import Tokenizer
+from triptych.words import Delta, FinishReason, Request, SamplingParams, TokenIds, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of the n samples of a request: what the loop runs and the text that grows from it."""
+
+    request: Request
+    output: OutputText
+
+
+def expand(
+    request_id: str, prompt: TokenIds, params: SamplingParams, tokenizer: Tokenizer | None, salt: str = ""
+) -> list[Sample]:
+    """The n samples of a request. All but the first wait for the first one's prefill and find it cached."""
+    if not len(prompt):
+        raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
+    if params.stop and tokenizer is None:
+        raise RequestError("Stop strings need a tokenizer.", "Use stop_token_ids.", param="stop")
+    first = f"{request_id}.0"
+    return [
+        Sample(
+            Request(f"{request_id}.{i}", prompt, params, salt, fork_of=first if i else None),
+            OutputText(i, params, tokenizer),
+        )
+        for i in range(params.n)
+    ]
+
+
+def deltas(
+    event: TokenEvent, output: OutputText, finish: Callable[[str, FinishReason], Usage | None]
+) -> list[Delta]:
+    """What an event shows to the user. A stop string ends the request through `finish`.
+
+    If `finish` returns no usage, the end comes as a later event; tokens that were already on their way are dropped.
+    """
+    out: list[Delta] = []
+    usage, reason = event.usage, event.reason
+    if event.token_id is not None and not output.stopped:
+        delta = output.push(event.token_id, event.logprob, hidden=event.hidden)
+        if delta is not None:
+            out.append(delta)
+        if output.stopped and reason is None:
+            usage = finish(event.request_id, FinishReason.STOP)
+            reason = FinishReason.STOP if usage is not None else None
+    if reason is not None:
+        out.append(output.finish(reason, usage or Usage(), event.error))
+    return out
