@@ -108,6 +108,10 @@ class ModelShape:
         """An official-dialect config.json that `from_dict` and Transformers both read."""
         return _shape_to_dict(self)
 
+    def to_transformers_dict(self) -> dict[str, Any]:
+        """A config.json in the words of Transformers 5.23: layer types by name and nested rope parameters."""
+        return _shape_to_transformers(self)
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object at `path`. Raises ConfigError if it is missing or not an object."""
@@ -284,6 +288,33 @@ def _shape_to_dict(shape: ModelShape) -> dict[str, Any]:
     return out
 
 
+def _shape_to_transformers(shape: ModelShape) -> dict[str, Any]:
+    out = _shape_to_dict(shape)
+    for key in ("compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_scaling"):
+        out.pop(key, None)
+    names = {ratio: name for name, ratio in _LAYER_TYPES.items()}
+    factor = shape.rope_dim / shape.head_dim
+    compress: dict[str, Any] = {"rope_type": "default"}
+    if shape.yarn is not None:
+        compress = {
+            "rope_type": "yarn",
+            "factor": shape.yarn.factor,
+            "beta_fast": shape.yarn.beta_fast,
+            "beta_slow": shape.yarn.beta_slow,
+            "original_max_position_embeddings": shape.yarn.original_max_position,
+            "attention_factor": 1.0,
+        }
+    out["layer_types"] = [names[ratio] for ratio in shape.ratios]
+    out["mlp_layer_types"] = ["hash_moe" if shape.is_hash_layer(i) else "moe" for i in range(shape.num_layers)]
+    out["compress_rates"] = {name: ratio for name, ratio in _LAYER_TYPES.items() if ratio != SWA_LAYER}
+    out["partial_rotary_factor"] = factor
+    out["rope_parameters"] = {
+        "main": {"rope_type": "default", "rope_theta": shape.rope_theta, "partial_rotary_factor": factor},
+        "compress": {**compress, "rope_theta": shape.compress_rope_theta, "partial_rotary_factor": factor},
+    }
+    return out
+
+
 def _check_shape(shape: ModelShape) -> None:
     for item in fields(shape):
         value = getattr(shape, item.name)
@@ -302,10 +333,56 @@ def _check_shape(shape: ModelShape) -> None:
     if shape.rope_dim % 2 or not shape.rope_dim <= min(shape.head_dim, shape.index_head_dim):
         raise ConfigError(f"qk_rope_head_dim {shape.rope_dim} must be even and fit head_dim and index_head_dim.")
     if shape.experts_per_token > shape.num_experts:
-        raise ConfigError(f"num_experts_per_tok {shape.experts_per_token} exceeds n_routed_experts {shape.num_experts}.")
+        raise ConfigError(
+            f"num_experts_per_tok {shape.experts_per_token} exceeds n_routed_experts {shape.num_experts}."
+        )
     if shape.num_shared_experts != 1:
         raise ConfigError(f"n_shared_experts is {shape.num_shared_experts}, but DeepSeek-V4 has 1.")
 
+
+SHAPES = {
+    "flash": ModelShape(
+        vocab_size=129280,
+        hidden_size=4096,
+        ratios=(SWA_LAYER, SWA_LAYER, *(CSA_LAYER, HCA_LAYER) * 20, CSA_LAYER),
+        num_heads=64,
+        head_dim=512,
+        rope_dim=64,
+        q_lora_rank=1024,
+        o_groups=8,
+        o_lora_rank=1024,
+        index_heads=64,
+        index_head_dim=128,
+        index_topk=512,
+        num_experts=256,
+        experts_per_token=6,
+        moe_intermediate_size=2048,
+        num_hash_layers=3,
+        routed_scaling=1.5,
+        yarn=Yarn(),
+    ),
+    "pro": ModelShape(
+        vocab_size=129280,
+        hidden_size=7168,
+        ratios=(HCA_LAYER, HCA_LAYER, *(CSA_LAYER, HCA_LAYER) * 29, CSA_LAYER),
+        num_heads=128,
+        head_dim=512,
+        rope_dim=64,
+        q_lora_rank=1536,
+        o_groups=16,
+        o_lora_rank=1024,
+        index_heads=64,
+        index_head_dim=128,
+        index_topk=1024,
+        num_experts=384,
+        experts_per_token=6,
+        moe_intermediate_size=3072,
+        num_hash_layers=3,
+        routed_scaling=2.5,
+        yarn=Yarn(),
+    ),
+}
+"""The released models, as their config.json describes them (reference section 1.1)."""
 
 KvFormat = Literal["float32", "bfloat16", "fp8"]
 Numerics = Literal["exact", "native"]
