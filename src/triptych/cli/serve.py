@@ -39,3 +39,51 @@ def serve(
 
     Stops gracefully on SIGTERM and Ctrl-C: running requests end, new ones are refused.
     """
+    need_server_packages()
+    body_limit = parse_size(max_body, "--max-body")
+    options = engine.options()
+    check_address(host, port)  # before the model is loaded, which may take minutes
+    from triptych.engine.api import AsyncEngine
+    from triptych.server.app import ServerOptions, run_server
+
+    loaded = AsyncEngine.load(model, **options)
+    typer.echo(loaded.describe(), err=True)
+    run_server(
+        loaded,
+        ServerOptions(
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            max_body=body_limit,
+            drain_timeout=drain_timeout,
+            log_level=log_level,
+        ),
+    )
+
+
+def need_server_packages() -> None:
+    """ConfigError if the web stack is not installed."""
+    missing = [name for name in ("starlette", "uvicorn", "msgspec") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"The server needs {', '.join(missing)}.", "Install it with: pip install 'triptych[server]'.")
+
+
+def check_address(host: str, port: int) -> None:
+    """ConfigError if nothing can listen on `host`:`port` now."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port must be from 0 to 65535, not {port}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror:
+        raise ConfigError(f"--host {host!r} is no address of a machine.", "Use 127.0.0.1 or 0.0.0.0.") from None
+    except OSError as error:
+        remedies = {
+            errno.EADDRINUSE: "Another program listens there: stop it, or choose another --port.",
+            errno.EACCES: "Ports below 1024 need privileges: choose a higher --port.",
+            errno.EADDRNOTAVAIL: "The address is not one of this machine's: use 127.0.0.1 or 0.0.0.0.",
+        }
+        remedy = remedies.get(error.errno or 0, f"{error.strerror}.")
+        raise ConfigError(f"Cannot listen on {host} port {port}.", remedy) from None

@@ -1,0 +1,75 @@
+"""The command line as a frame: help, unknown names, exit codes, one sentence per error."""
+
+from __future__ import annotations
+
+import pytest
+
+from triptych import __version__
+from triptych.cli.main import COMMANDS, main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of `triptych ARGV`."""
+    status = main(list(argv))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"]):
+        status, out, err = run(capsys, *argv)
+        assert (status, err) == (0, "")
+        for name, text in COMMANDS.items():
+            assert f"{name} " in out and text in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"triptych {__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_that_opens_with_its_listed_line(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, err = run(capsys, name, "--help")
+    assert (status, err) == (0, "")
+    assert f"Usage: triptych {name}" in out
+    assert COMMANDS[name] in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["srve"], "There is no command 'srve'. Did you mean 'serve'?"),
+        (["--versoin"], "triptych has no option --versoin. Did you mean '--version'?"),
+        (["serve", "--prot", "9"], "triptych serve has no option --prot. Did you mean '--port'?"),
+        (["serve", "--kv-memroy", "2GiB"], "triptych serve has no option --kv-memroy. Did you mean '--kv-memory'?"),
+        (["doctor", "--kernel-backend", "cuda"], "'cuda' is not one of 'auto', 'ref', 'cpu'"),
+        (["serve", "--port", "many"], "'--port'"),
+        (["generate", "tiny", "one", "two"], "two"),
+    ],
+)
+def test_usage_errors_are_one_sentence_with_a_remedy(
+    capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+) -> None:
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("triptych: ") and err.count("\n") == 1
+    assert sentence in err
+    assert "Did you mean" in err or "See: triptych " in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["generate", "--temperature", "-1", "x"], "temperature must be a number in [0, 100], not -1.0."),
+        (["generate", "--max-tokens", "0", "x"], "max_tokens must be an integer from 1"),
+        (["generate", "--kv-memory", "2 GiBs", "x"], "--kv-memory '2 GiBs' has an unknown unit 'GiBs'."),
+        (["chat", "--top-p", "nan"], "top_p must be a number in (0, 1], not nan."),
+    ],
+)
+def test_wrong_values_end_before_any_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+) -> None:
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert err.startswith("triptych: ") and sentence in err

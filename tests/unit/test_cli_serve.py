@@ -1,0 +1,68 @@
+"""What `serve` checks before it loads a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import pytest
+
+from triptych.cli.main import main
+from triptych.cli.serve import check_address, need_server_packages
+from triptych.errors import ConfigError
+
+
+@pytest.fixture
+def taken() -> object:
+    """A port that something listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_taken_port_is_one_sentence_and_no_model_is_loaded(capsys: pytest.CaptureFixture[str], taken: int) -> None:
+    assert main(["serve", "/nowhere/at/all", "--port", str(taken)]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        f"triptych: Cannot listen on 127.0.0.1 port {taken}. "
+        "Another program listens there: stop it, or choose another --port.\n"
+    )
+
+
+def test_a_free_port_passes_and_stays_free() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    check_address("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "sentence"),
+    [
+        ("127.0.0.1", 70000, "--port must be from 0 to 65535, not 70000"),
+        ("127.0.0.1", -1, "--port must be from 0 to 65535, not -1"),
+        ("no such host", 8000, "'no such host' is no address"),
+        ("192.0.2.1", 8000, "not one of this machine's"),
+    ],
+)
+def test_addresses_that_cannot_work_are_named(host: str, port: int, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_address(host, port)
+
+
+def test_a_missing_web_stack_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    with pytest.raises(
+        ConfigError, match=r"The server needs uvicorn\. Install it with: pip install 'triptych\[server\]'"
+    ):
+        need_server_packages()
+
+
+@pytest.mark.parametrize("size", ["0", "ten", "5 parsecs"])
+def test_a_wrong_body_limit_names_its_option(capsys: pytest.CaptureFixture[str], size: str) -> None:
+    assert main(["serve", "--max-body", size]) == 2
+    assert "--max-body" in capsys.readouterr().err
