@@ -110,14 +110,15 @@ def select(backend: Backend = "auto", *, deterministic: bool = False) -> KernelS
 _FAST: dict[str, tuple[str, ...]] = {
     "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
     "norm": ("latent_rows", "query_rows", "index_query_rows", "derotate"),
+    "linear": ("linear", "grouped_linear"),
     "window": ("window_rows", "keep_window"),
     "compress": ("compress",),
     "index": ("select_entries",),
     "attend": ("attend",),
     "moe": ("route", "experts", "shared_expert"),
 }
-# operations whose ordinary version is the library's own, but whose rows then depend on their batch mates
-_DETERMINISTIC_ONLY = {"linear": ("linear", "grouped_linear"), "norm": ("rms_norm",)}
+# operations whose reference is fast enough, but whose rows then depend on their batch mates
+_DETERMINISTIC_ONLY = {"norm": ("rms_norm",)}
 
 
 def _fast_ops(folder: str, deterministic: bool) -> tuple[str, ...]:

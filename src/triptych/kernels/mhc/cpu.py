@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.jit import inline, kernel
-from triptych.kernels.linear.cpu import linear_deterministic
+from triptych.kernels.linear.cpu import linear_deterministic, project
 from triptych.kernels.mhc import ref
 from triptych.kernels.mhc.ref import MhcHead, MhcSite
 
@@ -23,7 +22,7 @@ _N = 4  # streams of every released model; other counts take the reference
 
 def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ref.mhc_pre."""
-    return _pre(streams, site, norm, F.linear)
+    return _pre(streams, site, norm, project)
 
 
 def mhc_pre_deterministic(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +49,11 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
     return ref.mhc_head(streams, head)
 
 
-def _pre(streams: Tensor, site: MhcSite, norm: Tensor, project: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _pre(streams: Tensor, site: MhcSite, norm: Tensor, product: Any) -> tuple[Tensor, Tensor, Tensor]:
     if streams.shape[1] != _N:
         return ref.mhc_pre(streams, site, norm)
     rows, n, d = streams.shape
-    z = project(streams.view(rows, n * d), site.fn)
+    z = product(streams.view(rows, n * d), site.fn)
     x = torch.empty(rows, d)
     post = torch.empty(rows, n)
     comb = torch.empty(rows, n, n)

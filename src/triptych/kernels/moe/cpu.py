@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.jit import inline, kernel
-from triptych.kernels.linear.cpu import linear_deterministic
+from triptych.kernels.linear.cpu import linear_deterministic, project
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.ref import Experts, Router, Rounding
 
-_PRODUCT_PICKS = 128  # rows times experts per row from which on matrix products win
+_PRODUCT_PICKS = 512  # rows times experts per row from which on matrix products win
 
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See ref.route."""
-    return _routed(F.linear(x, router.gate), token_ids, router)
+    return _routed(project(x, router.gate), token_ids, router)
 
 
 def route_deterministic(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Ro
     """See ref.shared_expert."""
     if rounding is not None or w13.dtype != torch.float32:
         return ref.shared_expert(x, w13, w2, limit, rounding)
-    return F.linear(_activated(F.linear(x, w13), limit), w2)
+    return project(_activated(project(x, w13), limit), w2)
 
 
 def shared_expert_deterministic(
