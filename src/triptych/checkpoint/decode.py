@@ -11,6 +11,7 @@ Scales are e8m0 bytes, or float32 as in the -Base releases. Source: reference se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from triptych.config import ModelShape
 from triptych.errors import CheckpointError
 from triptych.kernels.quant import ref as quant
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 """Stored bytes decoded at once; more only costs memory."""
 
 Format = Literal["float32", "bfloat16", "float16", "fp8", "mxfp4", "int64", "int32"]
@@ -101,19 +102,29 @@ def _check_scale(spec: TensorSpec, data: Stored, scale: Stored | None, found: Fo
 
 def values(source: Source, dtype: torch.dtype, shape: ModelShape) -> Tensor:
     """The logical values of one tensor in `dtype` (int64 for ids). Raises CheckpointError for NaN, Inf and bad ids."""
-    spec, data = source.spec, source.data
-    scale = read_scale(source)
+    spec = source.spec
     out = torch.empty(spec.shape, dtype=torch.int64 if spec.kind == "ids" else dtype)
-    for start, stop in row_pieces(data, PIECE_BYTES, quant.FP8_BLOCK):
-        piece = _decode(source, read_rows(data, start, stop), scale, start, stop)
-        if spec.kind == "ids":
+    for start, stop, piece in pieces(source, shape):
+        out[start:stop] = piece
+    return out
+
+
+def check(source: Source, shape: ModelShape) -> None:
+    """Raises CheckpointError if a tensor holds NaN, Inf or expert ids that do not exist."""
+    for _ in pieces(source, shape):
+        pass
+
+
+def pieces(source: Source, shape: ModelShape) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, logical values of rows [start, stop)), checked, a bounded piece at a time."""
+    scale = read_scale(source)
+    for start, stop in row_pieces(source.data, PIECE_BYTES, quant.FP8_BLOCK):
+        piece = _decode(source, read_rows(source.data, start, stop), scale, start, stop)
+        if source.spec.kind == "ids":
             _check_ids(source, piece, shape.num_experts, start)
         else:
             _check_finite(source, piece)
-        out[start:stop] = piece
-    if out.is_floating_point() and dtype == torch.float16:
-        _check_finite(source, out)
-    return out
+        yield start, stop, piece
 
 
 def read_scale(source: Source) -> Tensor | None:

@@ -52,8 +52,9 @@ class CheckpointReader:
         self.directory = Path(directory)
         self.config = read_config(self.directory / "config.json")
         self.shape = ModelShape.from_dict(self.config, source=str(self.directory / "config.json"))
-        self.files = shard_files(self.directory)
+        self.files, self._index = shard_files(self.directory)
         self.problems: list[CheckpointError] = []
+        self._unreadable: set[str] = set()
         self._strict = strict
         table = tensor_table(self.shape)
         stored = self._collect()
@@ -84,6 +85,17 @@ class CheckpointReader:
         for source in self._wanted(mtp):
             yield RawTensor(source.spec, source.format, read_rows(source.data), decode.read_scale(source))
 
+    def check_values(self, *, show_progress: bool = True) -> Iterator[CheckpointError]:
+        """One error for each tensor with NaN, infinite or out-of-range values. Reads everything."""
+        sources = self._wanted(True)
+        with progress("Checking values", sum(s.nbytes for s in sources), show=show_progress) as advance:
+            for source in sources:
+                try:
+                    decode.check(source, self.shape)
+                except CheckpointError as error:
+                    yield error
+                advance(source.nbytes)
+
     def _wanted(self, mtp: bool) -> list[Source]:
         """The sources in the order in which they lie in the files."""
         chosen = [s for s in self.sources.values() if mtp or not s.spec.name.startswith("mtp.")]
@@ -99,9 +111,10 @@ class CheckpointReader:
         found: dict[str, Stored] = {}
         for file in self.files:
             try:
-                header = read_header(file)
+                header = read_header(file) if file.is_file() else self._absent(file)
             except CheckpointError as error:
                 self._report(error)
+                self._unreadable.add(file.name)
                 continue
             for stored in header.values():
                 for name, piece in self._pieces(stored):
@@ -145,8 +158,7 @@ class CheckpointReader:
         """False where MTP blocks are absent legitimately: Transformers drops them when it writes."""
         if any(name.startswith("mtp.") and not _IGNORED.search(name) for name in stored):
             return True
-        by_transformers = "layer_types" in self.config or "transformers_weights" in self.config
-        return self.shape.num_mtp_layers > 0 and not by_transformers
+        return self.shape.num_mtp_layers > 0 and "layer_types" not in self.config
 
     def _resolve(self, table: dict[str, TensorSpec], stored: dict[str, Stored]) -> dict[str, Source]:
         sources: dict[str, Source] = {}
@@ -157,7 +169,10 @@ class CheckpointReader:
             data = rest.pop(name, None)
             scale = rest.pop(spec.scale_name, None) if spec.scale_name != name else None
             try:
-                sources[name] = decode.resolve(spec, data, scale) if data is not None else self._missing(spec)
+                if data is not None:
+                    sources[name] = decode.resolve(spec, data, scale)
+                elif self._index.get(name) not in self._unreadable:
+                    self._missing(spec)
             except CheckpointError as error:
                 self._report(error)
         for name, extra in rest.items():
@@ -166,11 +181,19 @@ class CheckpointReader:
                 self._report(CheckpointError(f"Tensor {extra.name} in {extra.file} is not part of this model.", hint))
         return sources
 
-    def _missing(self, spec: TensorSpec) -> Source:
+    def _missing(self, spec: TensorSpec) -> None:
         hint = "If this checkpoint has no MTP block, set num_nextn_predict_layers to 0 in config.json."
+        listed = self._index.get(spec.name)
+        where = f"not in {listed}, where the index puts it" if listed else f"in none of the {len(self.files)} files"
         raise CheckpointError(
-            f"Tensor {spec.name} {list(spec.shape)} is in none of the {len(self.files)} files of {self.directory}.",
+            f"Tensor {spec.name} {list(spec.shape)} is {where} ({self.directory}).",
             hint if spec.name.startswith("mtp.") else "",
+        )
+
+    def _absent(self, file: Path) -> dict[str, Stored]:
+        tensor = next((name for name, shard in self._index.items() if shard == file.name), "weights")
+        raise CheckpointError(
+            f"The index puts tensor {tensor} in {file}, but there is no such file.", "Fetch the missing shard."
         )
 
 
@@ -181,14 +204,17 @@ def near(name: str, table: dict[str, TensorSpec]) -> list[str]:
     return same or [known for known in table if known.count(".") < 2]
 
 
-def shard_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint: those its index names, or all there are. CheckpointError if none."""
+def shard_files(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The safetensors files of a checkpoint, and its index as official name -> file name.
+
+    Without an index: all files there are, and an empty index. Raises CheckpointError if there is none or no good one.
+    """
     index = directory / INDEX_FILE
     if not index.exists():
         found = tuple(sorted(directory.glob("*.safetensors")))
         if not found:
             raise CheckpointError(f"There is no safetensors file in {directory}.", "Point at a checkpoint directory.")
-        return found
+        return found, {}
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -196,10 +222,4 @@ def shard_files(directory: Path) -> tuple[Path, ...]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is no index of safetensors files: it has no usable weight_map.") from None
-    for name in names:
-        if not (directory / name).is_file():
-            tensor = next(key for key, file in weight_map.items() if file == name)
-            raise CheckpointError(
-                f"{index} puts tensor {tensor} in {name}, but {directory} has no such file.", "Fetch the missing shard."
-            )
-    return tuple(directory / name for name in names)
+    return tuple(directory / name for name in names), {official_name(key): file for key, file in weight_map.items()}

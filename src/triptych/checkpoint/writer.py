@@ -18,6 +18,7 @@ from torch import Tensor
 from triptych.checkpoint.names import fused_name, transformers_name
 from triptych.checkpoint.progress import progress
 from triptych.checkpoint.reader import INDEX_FILE, near
+from triptych.checkpoint.sizes import Weights, stored_bytes
 from triptych.checkpoint.synthetic import random_tensors
 from triptych.checkpoint.table import TensorSpec, tensor_table
 from triptych.config import ModelShape
@@ -25,9 +26,6 @@ from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels.quant import ref as quant
 
 Dialect = Literal["official", "transformers"]
-Weights = Literal["fp32", "bf16", "fp8"]
-"""fp32: all float32. bf16: mHC, sinks, biases and ape float32, all else bf16. fp8: as released, FP8 and MXFP4."""
-
 SHARD_BYTES = 1 << 30
 
 
@@ -68,25 +66,38 @@ def write_checkpoint(
 
     MTP tensors may be absent from a Transformers checkpoint, which has no place for them. A `tokenizer` file is copied
     in as tokenizer.json. Raises CheckpointError for unknown, missing, repeated or misshapen tensors, ConfigError for a
-    shape that the format cannot hold. The directory is made; files of an older checkpoint in it are replaced.
+    shape that the format cannot hold or a directory that holds a checkpoint already. Whatever goes wrong, no weights
+    are left behind.
     """
     target = Path(directory)
     _check_format(shape, weights)
-    target.mkdir(parents=True, exist_ok=True)
-    for old in [*target.glob("*.safetensors"), target / INDEX_FILE]:
-        old.unlink(missing_ok=True)
+    _make_directory(target)
     shards = _Shards(target, max_shard_bytes)
     table = tensor_table(shape)
-    total = sum(spec.numel for spec in table.values())
-    with progress("Writing weights", total) as advance:
-        for name, tensor in _stored(_checked(tensors, table, dialect), shape, weights, dialect):
-            shards.add(name, tensor)
-            advance(tensor.numel())
-    shards.finish()
-    config = checkpoint_config(shape, weights=weights, dialect=dialect)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        with progress("Writing weights", stored_bytes(table.values(), weights)) as advance:
+            for name, tensor in _stored(_checked(tensors, table, dialect), shape, weights, dialect):
+                shards.add(name, tensor)
+                advance(tensor.nbytes)
+        shards.finish()
+    except BaseException:
+        shards.discard()
+        raise
     if tokenizer is not None:
         shutil.copyfile(tokenizer, target / "tokenizer.json")
+    config = checkpoint_config(shape, weights=weights, dialect=dialect)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_directory(target: Path) -> None:
+    """Never over an older checkpoint: it may be all that somebody has."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be made a directory: {error.strerror}.") from None
+    old = [target / "config.json", target / INDEX_FILE, *target.glob("*.safetensors")]
+    if any(path.exists() for path in old):
+        raise ConfigError(f"{target} holds a checkpoint already.", "Choose another directory, or remove it first.")
 
 
 def checkpoint_config(shape: ModelShape, *, weights: Weights, dialect: Dialect) -> dict[str, Any]:
@@ -206,8 +217,8 @@ class _Shards:
 
     def _flush(self) -> None:
         path = self._directory / f"part-{len(self._written)}.safetensors"
-        save_file(self._tensors, path, metadata={"format": "pt"})
         self._written.append((path, list(self._tensors)))
+        save_file(self._tensors, path, metadata={"format": "pt"})
         self._total += self._bytes
         self._tensors, self._bytes = {}, 0
 
@@ -215,13 +226,20 @@ class _Shards:
         """Write what is left, name all files `model-00001-of-0000N.safetensors` and write their index."""
         self._flush()
         count = len(self._written)
-        weight_map: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._written, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self._directory / final)
-            weight_map |= dict.fromkeys(names, final)
+        files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        weight_map = {name: file for file, (_, names) in zip(files, self._written, strict=True) for name in names}
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index_file = self._directory / INDEX_FILE
+        index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file, (path, _) in zip(files, self._written, strict=True):
+            path.chmod(index_file.stat().st_mode)  # the library writes files that only their owner can read
+            path.rename(self._directory / file)
+
+    def discard(self) -> None:
+        """Remove every file written so far."""
+        for path in [*self._directory.glob("model-*-of-*.safetensors"), *(path for path, _ in self._written)]:
+            path.unlink(missing_ok=True)
+        (self._directory / INDEX_FILE).unlink(missing_ok=True)
 
 
 def _is_part(tensor: Tensor) -> bool:
