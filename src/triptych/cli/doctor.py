@@ -8,7 +8,7 @@ import os
 import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -87,7 +87,7 @@ def examine(kernel_backend: Literal["auto", "ref", "cpu"] = "auto") -> Report:
     kernels = tuple(asdict(row) for row in table(kernel_backend))
     packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
     machine = _machine()
-    return Report(machine, packages, kernels, tuple(_advice(machine, packages)))
+    return Report(machine, packages, kernels, advise(machine, packages))
 
 
 def render(report: Report) -> str:
@@ -165,20 +165,20 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _advice(machine: Machine, packages: tuple[Package, ...]) -> list[str]:
-    installed: dict[str, Any] = {package.name: package.version for package in packages}
+def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
+    """What makes this machine slower than it need be, one sentence each with the remedy."""
+    missing = {package.name for package in packages if package.version is None}
     advice = []
-    if not installed["numba"]:
+    if "numba" in missing:
         advice.append("The reference kernels will run, several times slower: pip install 'triptych[cpu]'.")
-    if not installed["starlette"] or not installed["uvicorn"]:
+    if missing & {"starlette", "uvicorn"}:
         advice.append("`triptych serve` needs the server packages: pip install 'triptych[server]'.")
     if machine.gpus:
         advice.append("There is a GPU, but this version computes on the processor.")
     if machine.load is not None and machine.load > machine.cores / 2:
         busy = f"{machine.load:.1f} of {machine.cores} cores"
         advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")
-    if machine.memory_free < 2 * 1024**3:
-        advice.append(
-            f"Only {format_size(machine.memory_free)} of memory are free; the caches get a quarter of that by default."
-        )
-    return advice
+    if machine.memory_free < 2 << 30:
+        free = format_size(machine.memory_free)
+        advice.append(f"Only {free} of memory is free, and the caches get a quarter of that: see --kv-memory.")
+    return tuple(advice)
