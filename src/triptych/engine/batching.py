@@ -88,7 +88,7 @@ def _window_plan(rows: _Rows, pools: Pools) -> WindowPlan:
 
 
 def _snapshot_rows(rows: _Rows, shift: Ints, stride: int) -> tuple[Tensor, Tensor]:
-    """Rows [b - 132, b - 4) for each snapshot written from inside a chunk; shift[s] maps positions to workspace rows."""
+    """Rows [b - 132, b - 4) of each snapshot written from inside a chunk; shift[s] maps positions to workspace rows."""
     src, dst = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for s, chunk in enumerate(rows.chunks):
         for write in chunk.snapshots:

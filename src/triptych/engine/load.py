@@ -51,7 +51,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     capacity = plan_capacity(geometry, memory, config.max_running, config.cache.snapshot_share)
     if capacity.bytes(geometry) > free:
         raise ConfigError(
-            f"The cache is planned at {capacity.bytes(geometry) / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
+            f"The cache needs {capacity.bytes(geometry) / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
             "Lower --kv-memory.",
         )
     weights = _weights(reader, shape, _DTYPES[config.weight_dtype])

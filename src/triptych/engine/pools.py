@@ -2,7 +2,7 @@
 
 Layouts, so that one object moves as one span (c = head_dim, L layers):
 
-    pages      [n_pages, page]           per page: csa_main | csa_index | hca segments of all layers, in geometry's order
+    pages      [n_pages, page]           csa_main | csa_index | hca segments of all layers, in geometry's order
     window     [slots, L, SLOT_ROWS, c]  rows addressed by position % SLOT_ROWS
     snapshots  [n, L, WINDOW, c]         row i of a snapshot at boundary b is position b - SNAPSHOT_REACH + i
     state      [slots, layers, ring, w]  compressor rows [C | Z], float32, addressed by position % ring
@@ -15,7 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, LOOKBACK, SLOT_ROWS, CacheCapacity, CacheGeometry
+from triptych.cache.geometry import (
+    CSA_RING,
+    HCA_RING,
+    LOOKBACK,
+    SLOT_ROWS,
+    CacheCapacity,
+    CacheGeometry,
+    SegmentKind,
+)
 from triptych.config import CSA_LAYER, HCA_LAYER, WINDOW, ModelShape
 from triptych.errors import ConfigError
 from triptych.model.batch import LayerCache
@@ -75,12 +83,13 @@ class Pools:
     def _layer_views(self, shape: ModelShape, geometry: CacheGeometry) -> tuple[LayerCache, ...]:
         segments = {(s.layer, s.kind): s for s in geometry.segments}
 
-        def entries(layer: int, kind: str, dim: int) -> Tensor:
+        def entries(layer: int, kind: SegmentKind, dim: int) -> Tensor:
             segment = segments[layer, kind]
             item = self.pages.element_size()
             start, width = segment.offset // item, segment.entries * dim
             assert segment.entry_bytes == dim * item
-            return self.pages[:, start : start + width].unflatten(1, (segment.entries, dim))
+            view: Tensor = self.pages[:, start : start + width].unflatten(1, (segment.entries, dim))
+            return view
 
         views, csa, hca = [], 0, 0
         for layer, ratio in enumerate(shape.ratios):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from triptych.engine.pools import Pools
 from triptych.kernels.registry import select
 from triptych.model.transformer import Transformer
 from triptych.model.weights import ModelWeights
-from triptych.words import Chunk, StepPlan
+from triptych.words import StepPlan
 
 
 class Runner:

@@ -38,9 +38,7 @@ def expand(
     ]
 
 
-def deltas(
-    event: TokenEvent, output: OutputText, finish: Callable[[str, FinishReason], Usage | None]
-) -> list[Delta]:
+def deltas(event: TokenEvent, output: OutputText, finish: Callable[[str, FinishReason], Usage | None]) -> list[Delta]:
     """What an event shows to the user. A stop string ends the request through `finish`.
 
     If `finish` returns no usage, the end comes as a later event; tokens that were already on their way are dropped.

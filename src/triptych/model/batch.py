@@ -44,8 +44,9 @@ class Batch:
 class LayerCache:
     """One layer's views of the pools.
 
-    window [slots * ring, c] and snapshots [n * 128, c] flat rows; entries [pages, 32 or 1, c]; index_keys [pages, 32, Di];
-    state, index_state [slots * ring, width] compressor rows, float32. None where the layer kind has no such cache.
+    window [slots * ring, c] and snapshots [n * 128, c] flat rows; entries [pages, 32 or 1, c]; index_keys
+    [pages, 32, Di]; state, index_state [slots * ring, width] compressor rows, float32. None where the layer kind has
+    no such cache.
     """
 
     window: Tensor

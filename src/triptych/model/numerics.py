@@ -17,8 +17,13 @@ from triptych.kernels.quant import ref as quant
 class NumericsRules(Protocol):
     """The rounding points of a forward pass. `expert_rounding` is None when experts round nothing."""
 
-    expert_rounding: Callable[[Tensor], Tensor] | None
-    fused_front: bool
+    @property
+    def expert_rounding(self) -> Callable[[Tensor], Tensor] | None:
+        """What experts do to their input of W2, if anything."""
+
+    @property
+    def fused_front(self) -> bool:
+        """True if all projections of the layer input read the same bits."""
 
     def linear_input(self, x: Tensor) -> Tensor:
         """Input of an FP8 or FP4 linear."""
@@ -70,7 +75,8 @@ class Native:
 
     def activation(self, x: Tensor) -> Tensor:
         """bf16."""
-        return x.to(torch.bfloat16).to(x.dtype)
+        rounded: Tensor = x.to(torch.bfloat16).to(x.dtype)
+        return rounded
 
     def latent(self, kv: Tensor, rope_dim: int) -> Tensor:
         """e4m3 in groups of 64 for the unrotated dims, bf16 for the rotated tail."""

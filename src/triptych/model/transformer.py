@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triptych.config import SWA_LAYER, Numerics
+from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, Numerics
 from triptych.kernels.registry import KernelSet
 from triptych.model.attention import AttentionBlock
 from triptych.model.batch import Batch, LayerCache
@@ -48,8 +48,8 @@ class Transformer:
         compress = self._rope.compress_angles(batch.positions)
         return {
             SWA_LAYER: (main, None),
-            4: (compress, self._rope.compress_angles(batch.csa.first)),
-            128: (compress, self._rope.compress_angles(batch.hca.first)),
+            CSA_LAYER: (compress, self._rope.compress_angles(batch.csa.first)),
+            HCA_LAYER: (compress, self._rope.compress_angles(batch.hca.first)),
         }
 
     def _layer(

@@ -2,8 +2,8 @@
 
 Projections that read the same input share one matrix, so that one product serves them all:
 
-    front  [ wq_a | wkv | compressor wkv | wgate | indexer wkv | wgate | indexer weights_proj ]   input: normed layer input
-    query  [ wq_b | indexer wq_b ]                                                               input: low-rank query
+    front  [ wq_a | wkv | compressor wkv | wgate | indexer wkv | wgate | weights_proj ]   of the normed layer input
+    query  [ wq_b | indexer wq_b ]                                                        of the low-rank query
 """
 
 from __future__ import annotations

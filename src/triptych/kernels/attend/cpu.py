@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -44,7 +45,7 @@ def _runs(window: WindowRows, entries: PagedEntries | None) -> list[tuple[int, i
     if entries is not None:
         cut |= np.diff(entries.seq.numpy()) != 0
     edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(ends)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 class _Job:

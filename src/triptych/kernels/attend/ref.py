@@ -5,6 +5,7 @@ Source: reference section 2.3. Keys are values: the same rotated vector is both.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from triptych.kernels.index.ref import PagedEntries, gather_entries
 
 
-class WindowRows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WindowRows:
     """Window rows of a step in one tensor and each query's stretch of it: rows[first[r] : first[r] + count[r]].
 
     rows [N, c]; first, count [R] int64, count <= 128.

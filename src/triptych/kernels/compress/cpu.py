@@ -30,53 +30,60 @@ def compress(
 
 
 @inline
-def _source(front, start, ring, src, column, ape, ratio, k, gate_row):  # type: ignore[no-untyped-def]
-    """Gates of source row k into gate_row; returns nothing. A step row still lacks its ape."""
+def _gates(front, start, ring, src, column, ape, phase, out):  # type: ignore[no-untyped-def]
+    """Gates of one source row; a row of this step still lacks its ape."""
     half = ape.shape[1]
-    d = gate_row.shape[0]
-    if src >= 0:
-        at = start + half + column
-        for i in range(d):
-            gate_row[i] = front[src, at + i] + ape[k % ratio, column + i]
-    elif src == ABSENT:
-        for i in range(d):
-            gate_row[i] = -np.inf
+    if src == ABSENT:
+        out[:] = -np.inf
+    elif src >= 0:
+        for i in range(out.shape[0]):
+            out[i] = front[src, start + half + column + i] + ape[phase, column + i]
     else:
-        for i in range(d):
-            gate_row[i] = ring[-1 - src, half + column + i]
+        for i in range(out.shape[0]):
+            out[i] = ring[-1 - src, half + column + i]
+
+
+@inline
+def _add_weighted(front, start, ring, src, column, weights, out):  # type: ignore[no-untyped-def]
+    """out += weights * value of one source row, per channel."""
+    if src >= 0:
+        for i in range(out.shape[0]):
+            out[i] += weights[i] * front[src, start + column + i]
+    elif src != ABSENT:  # its weights are zero, but it has no values to multiply
+        for i in range(out.shape[0]):
+            out[i] += weights[i] * ring[-1 - src, column + i]
+
+
+@inline
+def _softmax_rows(gates):  # type: ignore[no-untyped-def]
+    """Softmax over the rows of gates [k, d], per channel, in place."""
+    top = gates[0].copy()
+    for k in range(1, gates.shape[0]):
+        for i in range(gates.shape[1]):
+            top[i] = max(top[i], gates[k, i])
+    total = np.zeros_like(top)
+    for k in range(gates.shape[0]):
+        for i in range(gates.shape[1]):
+            gates[k, i] = np.float32(math.exp(gates[k, i] - top[i]))
+            total[i] += gates[k, i]
+    for k in range(gates.shape[0]):
+        for i in range(gates.shape[1]):
+            gates[k, i] /= total[i]
 
 
 @kernel
 def _pool(front, start, ring, plan, ape, norm, eps, cos, sin, overlap, out):  # type: ignore[no-untyped-def]
-    ratio, d, sources = ape.shape[0], norm.shape[0], plan.shape[1]
-    gates = np.empty((sources, d), np.float32)
-    top = np.empty(d, np.float32)
-    total = np.empty(d, np.float32)
+    ratio, d = ape.shape[0], norm.shape[0]
+    gates = np.empty((plan.shape[1], d), np.float32)
     for e in range(plan.shape[0]):
-        top[:] = -np.inf
-        for k in range(sources):
+        for k in range(plan.shape[1]):
             column = d if overlap and k >= ratio else 0
-            _source(front, start, ring, plan[e, k], column, ape, ratio, k, gates[k])
-            for i in range(d):
-                top[i] = max(top[i], gates[k, i])
-        total[:] = 0
+            _gates(front, start, ring, plan[e, k], column, ape, k % ratio, gates[k])
+        _softmax_rows(gates)
         out[e, :] = 0
-        for k in range(sources):
-            src = plan[e, k]
-            if src == ABSENT:
-                continue
+        for k in range(plan.shape[1]):
             column = d if overlap and k >= ratio else 0
-            for i in range(d):
-                gates[k, i] = np.float32(math.exp(gates[k, i] - top[i]))
-                total[i] += gates[k, i]
-            if src >= 0:
-                for i in range(d):
-                    out[e, i] += gates[k, i] * front[src, start + column + i]
-            else:
-                for i in range(d):
-                    out[e, i] += gates[k, i] * ring[-1 - src, column + i]
-        for i in range(d):
-            out[e, i] /= total[i]
+            _add_weighted(front, start, ring, plan[e, k], column, gates[k], out[e])
         scale = inverse_rms(out[e], eps)
         for i in range(d):
             out[e, i] = out[e, i] * scale * norm[i]

@@ -25,8 +25,8 @@ class CompressPlan(NamedTuple):
     """Which rows of a step pool into which entries; the same for every layer of one ratio.
 
     src [E, k] int64: k = 8 (CSA, the four A rows first) or 128 (HCA). s >= 0 is row s of this step, s < 0 is row
-    -1-s of the flattened state rings, ABSENT no row. page, offset [E]: where the entry goes. keep_src [K] rows of this step go to ring rows keep_dst [K] afterwards.
-    phase [R] is position mod m of each row of the step.
+    -1-s of the flattened state rings, ABSENT no row. page, offset [E]: where the entry goes. phase [R] is position
+    mod m of each row of the step. keep_src [K] rows of this step go to ring rows keep_dst [K] afterwards.
     """
 
     src: Tensor
@@ -51,8 +51,9 @@ def compress(
 ) -> Tensor:
     """Pool the groups that this step completes and store the step's last rows in the ring.
 
-    front [R, F] holds this step's rows [C | Z] from column `start` on, Z still without ape; ring [N, 2*coff*D] is flat
-    over slots. angles = (cos, sin) [E, rope/2] at the entries' first tokens. Returns entries [E, D], normed and rotated.
+    front [R, F] holds this step's rows [C | Z] from column `start` on, Z still without ape; ring [N, 2*coff*D] is
+    flat over slots. angles = (cos, sin) [E, rope/2] at the entries' first tokens. Returns entries [E, D], normed and
+    rotated.
     """
     half = weights.ape.shape[1]
     value, gate = front[:, start : start + half], front[:, start + half : start + 2 * half]

@@ -111,35 +111,43 @@ def _ordered(raw):  # type: ignore[no-untyped-def]
 
 
 @inline
+def _kth_largest(raw, total, k, counts):  # type: ignore[no-untyped-def]
+    """Ordered bits of the k-th largest of raw[:total], and how many of those equal to it belong to the first k.
+
+    Found digit by digit, 11 + 11 + 10 bits from the top, by counting.
+    """
+    prefix, wanted = np.int64(0), k
+    for level in range(3):
+        shift, known = (21, 10, 0)[level], (32, 21, 10)[level]
+        width = 1024 if level == 2 else 2048
+        counts[:width] = 0
+        for g in range(total):
+            bits = _ordered(raw[g])
+            if bits >> known == prefix:
+                counts[(bits >> shift) & (width - 1)] += 1
+        digit = width - 1
+        while counts[digit] < wanted:
+            wanted -= counts[digit]
+            digit -= 1
+        prefix = prefix * width + digit
+    return prefix, wanted
+
+
+@inline
 def _largest(scores, total, k, counts, out):  # type: ignore[no-untyped-def]
     """Ids of the k largest of scores[:total], ascending, ties to the lower id; all ids if total <= k; -1 behind."""
     filled = 0
-    raw = scores.view(np.int32)
     if total <= k:
         for g in range(total):
             out[g] = g
         filled = total
     else:
-        prefix, wanted = np.int64(0), k
-        for level in range(3):  # 11 + 11 + 10 bits from the top: the wanted-th largest, digit by digit
-            shift = (21, 10, 0)[level]
-            known = (32, 21, 10)[level]
-            width = 1024 if level == 2 else 2048
-            counts[:width] = 0
-            for g in range(total):
-                bits = _ordered(raw[g])
-                if bits >> known == prefix:
-                    counts[(bits >> shift) & (width - 1)] += 1
-            digit = width - 1
-            while counts[digit] < wanted:
-                wanted -= counts[digit]
-                digit -= 1
-            prefix = prefix * width + digit
-        for g in range(total):  # `wanted` ids equal to the k-th score remain to be taken, lowest first
+        raw = scores.view(np.int32)
+        least, equals = _kth_largest(raw, total, k, counts)
+        for g in range(total):
             bits = _ordered(raw[g])
-            if bits > prefix or (bits == prefix and wanted > 0):
-                if bits == prefix:
-                    wanted -= 1
+            if bits > least or (bits == least and equals > 0):
+                equals -= bits == least
                 out[filled] = g
                 filled += 1
     for n in range(filled, out.shape[0]):

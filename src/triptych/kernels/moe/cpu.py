@@ -16,7 +16,7 @@ from torch import Tensor
 from triptych.kernels.jit import inline, kernel
 from triptych.kernels.linear.cpu import linear_deterministic, project
 from triptych.kernels.moe import ref
-from triptych.kernels.moe.ref import Experts, Router, Rounding
+from triptych.kernels.moe.ref import Experts, Rounding, Router
 
 _PRODUCT_PICKS = 512  # rows times experts per row from which on matrix products win
 

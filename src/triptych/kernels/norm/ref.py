@@ -42,7 +42,7 @@ def latent_rows(
 
 
 def query_rows(heads: Tensor, count: int, dim: int, angles: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Queries [R, count, dim] from the first count*dim columns of heads [R, Q]: normed per head without weight, rotated."""
+    """Queries [R, count, dim] from the first columns of heads [R, Q]: normed per head without weight, then rotated."""
     q = heads[:, : count * dim].unflatten(1, (count, dim))
     return rope(rms_norm(q, None, eps), *angles)
 

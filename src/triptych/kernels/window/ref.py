@@ -8,17 +8,19 @@ This tensor is one layer's transient; only the last rows of each sequence are ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class WindowPlan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
     """Row indices of one step, the same for every layer; all int64.
 
-    total rows; past_src (flat ring row) -> past_dst; step_dst[r] is row r's place; first, count [R] each query's stretch;
-    keep_src (step rows) -> keep_dst (flat ring rows) after attention; snap_src (rows here) -> snap_dst (flat snapshot rows).
+    total rows; past_src (flat ring row) -> past_dst; step_dst[r] is row r's place; first, count [R] each query's
+    stretch; keep_src (step rows) -> keep_dst (flat ring rows) after attention; snap_src (rows here) -> snap_dst (flat
+    snapshot rows).
     """
 
     total: int
