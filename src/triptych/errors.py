@@ -5,6 +5,8 @@
     │   └── CheckpointError    a checkpoint file is missing, broken or of another shape  exit 2
     ├── RequestError           one request is wrong; the server goes on                  HTTP 400
     │   ├── ContextTooLong     prompt or output does not fit                             HTTP 400
+    │   ├── UnknownField       the request has a field that nothing here reads           HTTP 400
+    │   ├── Unsupported        a known field asks for something that is not built yet    HTTP 400
     │   ├── ModelNotFound      the request names a model that is not served              HTTP 404
     │   └── BodyTooLarge       the HTTP body is over the limit                           HTTP 413
     └── Unavailable            right request, wrong moment                               HTTP 503
@@ -57,6 +59,18 @@ class ContextTooLong(RequestError):
     """Prompt plus output would not fit the model's context or the cache."""
 
     code = "context_length_exceeded"
+
+
+class UnknownField(RequestError):
+    """The request has a field that would be silently ignored; the remedy names the nearest known one."""
+
+    code = "unknown_parameter"
+
+
+class Unsupported(RequestError):
+    """A field of the API that would change the answer, but which this engine cannot honour (yet)."""
+
+    code = "unsupported_parameter"
 
 
 class ModelNotFound(RequestError):
