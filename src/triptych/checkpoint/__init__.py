@@ -1,7 +1,21 @@
 """Checkpoints of DeepSeek-V4: read in any dialect and format, looked into, and written."""
 
+from triptych.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from triptych.checkpoint.reader import CheckpointReader, RawTensor
+from triptych.checkpoint.sizes import stored_bytes
 from triptych.checkpoint.synthetic import random_tensors
+from triptych.checkpoint.table import TensorSpec, tensor_table
 from triptych.checkpoint.writer import synthesize, write_checkpoint
 
-__all__ = ["CheckpointReader", "RawTensor", "random_tensors", "synthesize", "write_checkpoint"]
+__all__ = [
+    "CheckpointReader",
+    "CheckpointReport",
+    "RawTensor",
+    "TensorSpec",
+    "inspect_checkpoint",
+    "random_tensors",
+    "stored_bytes",
+    "synthesize",
+    "tensor_table",
+    "write_checkpoint",
+]

@@ -1,8 +1,8 @@
 """One tensor, many spellings: the official names and what other writers make of them.
 
 Inside Triptych a tensor has its official name (`layers.3.attn.wq_a.weight`). Files may spell it as Transformers'
-modules do (`model.layers.3.self_attn.q_a_proj.weight`), as its `save_pretrained` does (a mixture, in which the KV norm
-is `attn.norm`), or as official names behind `model.` with self_attn, mlp and weight_scale_inv.
+modules do (`model.layers.3.self_attn.q_a_proj.weight`), as its `save_pretrained` does (that or a mixture, with `norm`
+for each `kv_norm`), or as official names behind `model.` with self_attn, mlp and weight_scale_inv.
 Source: reference sections 5.1 and 5.3; Transformers 5.23, conversion_mapping.py.
 """
 
@@ -54,6 +54,8 @@ _TOP = (
     ("hc_head_scale", "model.hc_head.hc_scale"),
 )
 _TO_OFFICIAL = {theirs.removeprefix("model."): ours for ours, theirs in _BLOCK + _TOP}
+# save_pretrained undoes a renaming of norm to kv_norm everywhere, also where there was none
+_TO_OFFICIAL |= {theirs.replace("kv_norm", "norm"): ours for ours, theirs in _BLOCK if theirs.endswith("kv_norm")}
 _TO_TRANSFORMERS = dict(_BLOCK + _TOP)
 _BLOCK_NAME = re.compile(r"^((?:layers|mtp)\.\d+)\.(.+)$")
 _SUFFIX = re.compile(r"^(.*?)(\.weight_scale_inv|\.weight|\.scale)?$")
