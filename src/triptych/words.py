@@ -200,12 +200,31 @@ class Chunk:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class SlotSave:
+    """Copy the window rows that make page boundary `position` resumable from a slot's ring into `snapshot`.
+
+    The ring holds rows [position - 132, position - 4) (from `read_from` on where that is higher) of a request
+    that no longer runs; its slot may already belong to a chunk of the same plan.
+    """
+
+    slot: int
+    position: int
+    snapshot: int
+    read_from: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """What one step executes, as a value: decode chunks (one row each) first, then prefill chunks."""
+    """What one step executes, as a value: decode chunks (one row each) first, then prefill chunks.
+
+    Order of execution: all `saves`, then each chunk's `restore`, then the rows. So a slot is saved before its
+    next owner writes into it, and a chunk may restore what a save of the same plan stored.
+    """
 
     step: int
     chunks: tuple[Chunk, ...]
+    saves: tuple[SlotSave, ...] = ()
 
     @property
     def rows(self) -> int:

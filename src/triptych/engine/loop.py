@@ -67,12 +67,11 @@ class EngineLoop:
     def step(self) -> list[TokenEvent]:
         """Run one step. Returns what happened, in plan order; empty if there was nothing to do."""
         plan = self.scheduler.plan()
-        events = [self._event_of_end(*ended) for ended in self.scheduler.take_ended()]
         if plan is None:
-            return events
+            return []
         result = self._run(plan)
         self.scheduler.apply(plan, result)
-        return events + self._collect(result)
+        return self._collect(result)
 
     def _run(self, plan: StepPlan) -> StepResult:
         logits = self._runner.logits(plan)

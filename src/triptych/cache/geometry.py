@@ -1,0 +1,214 @@
+"""Bytes of every cached object. No other file knows them.
+
+A page is one contiguous span; its segments follow each other layer by layer without padding:
+
+    | layer 2: 32 main entries | 32 index keys | layer 3: 1 entry | layer 4: 32 main entries | ...
+      csa_main                   csa_index       hca                csa_main
+
+Sizes of entries: DeepSeek-V4 reference sections 4.1 (584-byte FP8 entry) and 4.2 (index keys).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, WINDOW, KvFormat, ModelShape
+from triptych.errors import ConfigError
+
+SLOT_ROWS = 260
+"""Window rows in a slot's ring per layer: 132 before a boundary, and up to 128 tokens run beyond it."""
+
+LOOKBACK = 4
+"""Tokens run again before a resumed boundary, so that no compressor state has to be stored (rule R3)."""
+
+CSA_RING = 2 * CSA_RATIO
+"""Positions whose compressor rows a slot keeps in a CSA layer: the previous group and the current one."""
+
+HCA_RING = HCA_RATIO
+"""Positions whose compressor rows a slot keeps in an HCA layer."""
+
+SegmentKind = Literal["csa_main", "csa_index", "hca"]
+IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one layer's entries of one kind lie inside a page: `entries` of `entry_bytes` from `offset` on."""
+
+    layer: int
+    kind: SegmentKind
+    offset: int
+    entries: int
+    entry_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Length of the segment in bytes."""
+        return self.entries * self.entry_bytes
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Sizes in bytes of page, window slot and snapshot for one model shape and one pair of formats."""
+
+    layers: int
+    csa_layers: tuple[int, ...]
+    hca_layers: tuple[int, ...]
+    head_dim: int
+    rope_dim: int
+    index_head_dim: int
+    kv_format: KvFormat
+    index_format: IndexFormat
+
+    @classmethod
+    def of(
+        cls, shape: ModelShape, kv_format: KvFormat = "float32", index_format: IndexFormat | None = None
+    ) -> CacheGeometry:
+        """The geometry of `shape`; index keys take the format of the entries unless named."""
+        return cls(
+            layers=shape.num_layers,
+            csa_layers=shape.csa_layers,
+            hca_layers=shape.hca_layers,
+            head_dim=shape.head_dim,
+            rope_dim=shape.rope_dim,
+            index_head_dim=shape.index_head_dim,
+            kv_format=kv_format,
+            index_format=index_format or kv_format,
+        )
+
+    @cached_property
+    def main_entry_bytes(self) -> int:
+        """One compressed entry. FP8: nope dims e4m3, rope dims bf16, one scale byte per 64 dims padded to 8."""
+        if self.kv_format == "fp8":
+            nope = self.head_dim - self.rope_dim
+            scales = -(-nope // 64)
+            return nope + 2 * self.rope_dim + -(-scales // 8) * 8
+        return self.head_dim * (4 if self.kv_format == "float32" else 2)
+
+    @property
+    def window_row_bytes(self) -> int:
+        """One window row of one layer: the same vector in the same format as a compressed entry."""
+        return self.main_entry_bytes
+
+    @cached_property
+    def index_key_bytes(self) -> int:
+        """One index key. FP8: values and one fp32 scale; MXFP4: half a byte a value and a scale per 32."""
+        dim = self.index_head_dim
+        sizes = {"float32": 4 * dim, "bfloat16": 2 * dim, "fp8": dim + 4, "mxfp4": dim // 2 + dim // 32}
+        return sizes[self.index_format]
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments of a page in the order of their bytes."""
+        out: list[Segment] = []
+        offset = 0
+
+        def add(layer: int, kind: SegmentKind, entries: int, size: int) -> None:
+            nonlocal offset
+            out.append(Segment(layer, kind, offset, entries, size))
+            offset += entries * size
+
+        csa, hca = set(self.csa_layers), set(self.hca_layers)
+        for layer in range(self.layers):
+            if layer in csa:
+                add(layer, "csa_main", PAGE // CSA_RATIO, self.main_entry_bytes)
+                add(layer, "csa_index", PAGE // CSA_RATIO, self.index_key_bytes)
+            elif layer in hca:
+                add(layer, "hca", PAGE // HCA_RATIO, self.main_entry_bytes)
+        return tuple(out)
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """128 tokens of one sequence, all layers."""
+        return sum(segment.bytes for segment in self.segments)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes a sequence grows by per token."""
+        return self.page_bytes / PAGE
+
+    @cached_property
+    def snapshot_bytes(self) -> int:
+        """The 128 window rows of each layer that make one boundary resumable."""
+        return self.layers * WINDOW * self.window_row_bytes
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Window ring and fp32 compressor rows [C | Z] of one running request (CSA rows have two halves)."""
+        csa_row = 4 * 2 * 2 * (self.head_dim + self.index_head_dim)
+        hca_row = 4 * 2 * self.head_dim
+        rings = len(self.csa_layers) * CSA_RING * csa_row + len(self.hca_layers) * HCA_RING * hca_row
+        return self.layers * SLOT_ROWS * self.window_row_bytes + rings
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCapacity:
+    """How many objects of each kind the memory holds."""
+
+    pages: int
+    slots: int
+    snapshots: int
+
+    def __post_init__(self) -> None:
+        if self.pages < 1 or self.slots < 1 or self.snapshots < 0:
+            raise ConfigError(f"A cache needs at least one page and one window slot, not {self}.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all pages together hold."""
+        return self.pages * PAGE
+
+    def bytes(self, geometry: CacheGeometry) -> int:
+        """Bytes of all objects together."""
+        return (
+            self.pages * geometry.page_bytes
+            + self.slots * geometry.slot_bytes
+            + self.snapshots * geometry.snapshot_bytes
+        )
+
+    def describe(self, geometry: CacheGeometry) -> str:
+        """One line for the start banner."""
+        return (
+            f"{self.tokens:,} tokens in {self.pages:,} pages of {_human(geometry.page_bytes)}, "
+            f"{self.slots} window slots of {_human(geometry.slot_bytes)}, "
+            f"{self.snapshots:,} snapshots of {_human(geometry.snapshot_bytes)}: "
+            f"{_human(self.bytes(geometry))} in {geometry.kv_format}"
+        )
+
+
+def plan_capacity(geometry: CacheGeometry, memory_bytes: int, max_running: int, snapshot_share: float) -> CacheCapacity:
+    """Divide `memory_bytes`: slots first, then `snapshot_share` of the rest for snapshots, all else for pages.
+
+    There is never more than one snapshot per page, and with a share above 0 at least one per slot if half of
+    the rest holds that. Raises ConfigError when not even two pages remain.
+    """
+    if not geometry.page_bytes:
+        raise ConfigError("A model with neither CSA nor HCA layers keeps no pages; DeepSeek-V4 has both.")
+    rest = memory_bytes - max_running * geometry.slot_bytes
+    least = max_running * geometry.slot_bytes + 2 * geometry.page_bytes + geometry.snapshot_bytes
+    if memory_bytes < least:
+        raise ConfigError(
+            f"{_human(memory_bytes)} of cache memory cannot hold {max_running} window slots of "
+            f"{_human(geometry.slot_bytes)} and two pages.",
+            f"Raise --kv-memory to at least {_human(least)} or lower --max-running.",
+        )
+    snapshots = 0
+    if snapshot_share > 0:
+        wanted = max(rest * snapshot_share, min(max_running * geometry.snapshot_bytes, rest / 2))
+        one_per_page = rest // (geometry.snapshot_bytes + geometry.page_bytes)
+        snapshots = max(1, min(int(wanted // geometry.snapshot_bytes), one_per_page))
+    pages = (rest - snapshots * geometry.snapshot_bytes) // geometry.page_bytes
+    return CacheCapacity(pages=pages, slots=max_running, snapshots=snapshots)
+
+
+def _human(size: float) -> str:
+    """`size` bytes with a binary unit, rounded up in the last digit so that a remedy is never too small."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    if unit == "bytes":
+        return f"{int(size)} bytes"
+    return f"{-int(-size * 10 // 1) / 10:.1f} {unit}"

@@ -1,0 +1,258 @@
+"""Which rows run next: continuous batching under a token budget, as values.
+
+One step: `plan` (grow what decodes, admit, share the rest among prefills) -> the engine runs it -> `apply`
+-> stop rules -> `finish`. Between `plan` and `apply` nothing that the plan names is given to anyone else.
+
+Progress. A request is refused at `add` unless the whole pool holds all tokens it may ever have. The oldest
+running request is never preempted, and preempting all others makes every page that it does not hold itself
+evictable; so it can always grow, and each step runs at least one of its rows. Nothing can wait for ever:
+admission is first come, first served, and a preempted request returns to the front.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict
+
+from triptych.cache.manager import CacheManager
+from triptych.config import EngineConfig
+from triptych.errors import ContextTooLong, QueueFull, RequestError
+from triptych.schedule.sequence import Sequence
+from triptych.schedule.shares import fair_shares
+from triptych.schedule.stats import Counters, ScheduleStats
+from triptych.words import Chunk, FinishReason, Request, SampledToken, SlotSave, StepPlan, StepResult, Usage
+
+
+class Scheduler:
+    """Waiting and running requests of one engine. `max_position` is the model's longest context in tokens."""
+
+    def __init__(self, cache: CacheManager, config: EngineConfig, max_position: int) -> None:
+        self._cache = cache
+        self._config = config
+        self._context = min(max_position, config.max_context or max_position)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._live: dict[str, Sequence] = {}
+        self._saves: list[SlotSave] = []
+        self._flight: StepPlan | None = None
+        self._counters = Counters()
+
+    # ---- what the engine asks
+
+    @property
+    def busy(self) -> bool:
+        """True while any request waits or runs."""
+        return bool(self._live)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one request may have, prompt and output together."""
+        return min(self._context, self._cache.capacity.tokens)
+
+    def max_new_tokens(self, request_id: str) -> int:
+        """Tokens that a live request may generate: its own max_tokens, the model's context, the cache."""
+        sequence = self._live[request_id]
+        return sequence.limit - sequence.prompt
+
+    def usage(self, request_id: str) -> Usage:
+        """What a live request has cost so far."""
+        return self._live[request_id].usage()
+
+    def stats(self) -> ScheduleStats:
+        """Requests now and totals since start."""
+        return ScheduleStats(running=len(self._running), waiting=len(self._waiting), **asdict(self._counters))
+
+    # ---- coming and going
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises QueueFull, ContextTooLong if it could never run, RequestError if it is malformed."""
+        if request.request_id in self._live:
+            raise RequestError(f"A request named {request.request_id!r} is already running.", "Give it another name.")
+        length = len(request.prompt_ids)
+        if not length:
+            raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
+        if length >= self.max_tokens:
+            raise self._too_long(length)
+        if len(self._waiting) >= self._config.max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting already.", "Retry after a pause.")
+        wanted = request.params.max_tokens
+        limit = self.max_tokens if wanted is None else min(self.max_tokens, length + wanted)
+        # looked up now: a parent that has ended, or comes later, holds nobody up
+        sequence = Sequence(request, limit, self._live.get(request.fork_of or ""))
+        self._live[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def _too_long(self, length: int) -> ContextTooLong:
+        cache = self._cache.capacity.tokens
+        if cache < self._context:
+            what, remedy = f"the cache holds {cache:,}", "Shorten the prompt or raise --kv-memory."
+        else:
+            what, remedy = f"a request may have {self._context:,}", "Shorten the prompt or raise --max-context."
+        sentence = f"The prompt has {length:,} tokens and needs room for one more, but {what} in all."
+        return ContextTooLong(sentence, remedy, param="prompt")
+
+    def finish(self, request_id: str, reason: FinishReason) -> Usage | None:
+        """End a request, whatever it is doing; what it computed stays cached. None if it is not known.
+
+        With ERROR the pages it sealed itself are dropped: they may hold what made it fail.
+        """
+        sequence = self._live.pop(request_id, None)
+        if sequence is None:
+            return None
+        sequence.ended = True
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._leave(sequence, forget=reason is FinishReason.ERROR)
+        else:
+            self._waiting.remove(sequence)
+        return sequence.usage()
+
+    def abort(self, request_id: str) -> bool:
+        """End a request whose caller went away. False if it is not known."""
+        return self.finish(request_id, FinishReason.ABORT) is not None
+
+    def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Give a running request's memory back. Its last boundary is saved first, out of the slot's ring."""
+        request_id = sequence.request_id
+        in_flight = self._flight is not None and any(c.request_id == request_id for c in self._flight.chunks)
+        # while its rows are being run, or after they failed, the ring is not what `processed` says
+        write = None if in_flight or forget else self._cache.boundary_snapshot(request_id)
+        if write is not None:
+            read_from = sequence.plan.read_from if sequence.plan is not None else 0
+            slot = self._cache.slot(request_id)
+            self._saves = [save for save in self._saves if save.snapshot != write.snapshot]
+            self._saves.append(SlotSave(slot, write.position, write.snapshot, read_from))
+            self._cache.publish_snapshot(request_id, write)
+        self._cache.release(request_id, forget=forget)
+
+    # ---- one step
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to run. Every plan must be applied before the next."""
+        if self._flight is not None:
+            self._abandon()
+        calm = self._grow_decodes()
+        if calm:
+            self._admit()
+        rows = self._share_rows()
+        chunks = [self._chunk(sequence, rows[sequence]) for sequence in self._running if rows.get(sequence)]
+        if not chunks:
+            return None
+        chunks.sort(key=lambda chunk: not self._live[chunk.request_id].prefilled)
+        self._counters.steps += 1
+        self._flight = StepPlan(self._counters.steps, tuple(chunks), tuple(self._saves))
+        self._saves = []
+        return self._flight
+
+    def _abandon(self) -> None:
+        """The last plan never came back: its requests must have been ended, and nothing cached is trusted."""
+        assert self._flight is not None
+        left = [chunk.request_id for chunk in self._flight.chunks if chunk.request_id in self._live]
+        if left:
+            raise RuntimeError(f"Step {self._flight.step} is still running request {left[0]!r}: apply it first.")
+        self._flight = None
+        self._cache.reset()
+
+    def _grow_decodes(self) -> bool:
+        """Memory for one more token of each decoding request, oldest first. False if any had to be preempted."""
+        before = self._counters.preemptions
+        for sequence in tuple(self._running):
+            if sequence.prefilled and sequence in self._running and not sequence.idle:
+                self._grow(sequence, sequence.length)
+        return before == self._counters.preemptions
+
+    def _grow(self, sequence: Sequence, upto: int) -> bool:
+        """Pages for [0, upto), preempting the newest requests; False if that was this one itself."""
+        while not self._cache.grow(sequence.request_id, upto):
+            newest = self._running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give up a running request's memory; it returns to the front of the queue with all its tokens."""
+        assert len(self._running) > 1, "the only running request always fits, see `add`"
+        self._running.remove(sequence)
+        self._leave(sequence)
+        sequence.suspend()
+        self._waiting.appendleft(sequence)
+        self._counters.preemptions += 1
+
+    def _admit(self) -> None:
+        """Admit waiting requests in order until one does not fit; forks of a prompt being prefilled stand aside."""
+        aside: list[Sequence] = []
+        while self._waiting:
+            sequence = self._waiting[0]
+            if sequence.parent is not None and sequence.parent.holds_up_forks:
+                aside.append(self._waiting.popleft())
+                continue
+            plan = self._cache.admit(sequence.request_id, sequence.tokens, sequence.request.salt, sequence.limit)
+            if plan is None:
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            self._count_admission(sequence, sequence.admit(plan))
+        self._waiting.extendleft(reversed(aside))
+
+    def _count_admission(self, sequence: Sequence, rerun: int) -> None:
+        self._counters.rerun_tokens += rerun
+        if sequence.admissions == 1:
+            usage = sequence.usage()
+            self._counters.prompt_tokens += usage.prompt_tokens
+            self._counters.cached_tokens += usage.cached_tokens
+            self._counters.recomputed_tokens += usage.recomputed_tokens
+
+    def _share_rows(self) -> dict[Sequence, int]:
+        """Rows of each running request in this step: one per decode, fair shares of the rest for prefills."""
+        rows = {s: s.pending for s in self._running if s.prefilled and not s.idle}
+        prefills = [s for s in self._running if not s.prefilled and not s.idle]
+        budget = self._config.step_tokens - sum(rows.values())
+        for sequence, share in zip(prefills, fair_shares(budget, [s.pending for s in prefills]), strict=True):
+            if share and sequence in self._running and self._grow(sequence, sequence.processed + share):
+                rows[sequence] = share
+        return rows
+
+    def _chunk(self, sequence: Sequence, rows: int) -> Chunk:
+        plan, start = sequence.plan, sequence.processed
+        assert plan is not None
+        end = start + rows
+        return Chunk(
+            request_id=sequence.request_id,
+            slot=self._cache.slot(sequence.request_id),
+            start=start,
+            end=end,
+            tokens=sequence.tokens[start:end],
+            pages=self._cache.page_table(sequence.request_id),
+            write_from=max(start, plan.write_from),
+            read_from=plan.read_from,
+            restore=sequence.restore,
+            snapshots=() if sequence.prefilled else self._cache.snapshot_writes(sequence.request_id, start, end),
+            samples=end == sequence.length,
+        )
+
+    def apply(self, plan: StepPlan, result: StepResult) -> tuple[SampledToken, ...]:
+        """Take in what the step produced. Returns the tokens of requests that are still live, in plan order.
+
+        A request in `result.failed` is left as it was before the step, for the caller to finish with ERROR.
+        """
+        if plan is not self._flight or result.step != plan.step:
+            raise RuntimeError(f"Step {result.step} is not the one in flight.")
+        self._flight = None
+        sampled = {token.request_id: token for token in result.tokens}
+        out = []
+        for chunk in plan.chunks:
+            sequence = self._live.get(chunk.request_id)
+            if sequence is None or sequence not in self._running:
+                continue
+            if chunk.request_id in result.failed:
+                sequence.failed = True
+                continue
+            sequence.advance(chunk.end)
+            self._cache.advance(chunk.request_id, sequence.tokens, chunk.end)
+            if chunk.samples:
+                token = sampled[chunk.request_id]
+                sequence.append(token.token_id)
+                self._counters.generated_tokens += 1
+                out.append(token)
+        return tuple(out)

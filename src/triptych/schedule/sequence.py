@@ -1,0 +1,103 @@
+"""One request as the scheduler sees it: its tokens, how far they have run, what they cost.
+
+    0           prompt            processed      length          limit
+    |===========|=================|~~~~~~~~~~~~~~|...............|
+     prompt_ids  generated, run    not yet run    not yet known
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from triptych.cache.resume import ResumePlan
+from triptych.words import Request, TokenIds, Usage
+
+
+class Sequence:
+    """Tokens of one request, prompt then output. `processed` of them have run since the last admission."""
+
+    def __init__(self, request: Request, limit: int, parent: Sequence | None = None) -> None:
+        self.request = request
+        self.limit = limit
+        self.parent = parent
+        self.prompt = len(request.prompt_ids)
+        self.length = self.prompt
+        self.processed = 0
+        self.prefilled = False
+        self.plan: ResumePlan | None = None
+        self.restore: int | None = None
+        self.failed = False
+        self.ended = False
+        self._reached = 0
+        self._cached = 0
+        self._recomputed = 0
+        self.admissions = 0
+        self._buffer = np.empty(self.prompt + 64, np.int32)
+        self._buffer[: self.prompt] = request.prompt_ids
+
+    @property
+    def request_id(self) -> str:
+        """The request's own name."""
+        return self.request.request_id
+
+    @property
+    def tokens(self) -> TokenIds:
+        """All tokens so far [length]; a read-only view that later tokens do not change."""
+        view = self._buffer[: self.length]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that have not run."""
+        return self.length - self.processed
+
+    @property
+    def generated(self) -> int:
+        """Tokens of output."""
+        return self.length - self.prompt
+
+    @property
+    def idle(self) -> bool:
+        """True when it must not run any more, at its limit or failed: whoever owns the stop rules has to end it."""
+        return self.failed or self.length >= self.limit
+
+    @property
+    def holds_up_forks(self) -> bool:
+        """True until the prompt has run once, so that its pages and its last boundary are cached."""
+        return not self.ended and not self.generated
+
+    def admit(self, plan: ResumePlan) -> int:
+        """Start running by `plan`. Returns how many tokens will run again that had run before a preemption."""
+        self.plan = plan
+        self.processed = plan.start
+        self.restore = plan.snapshot
+        self.admissions += 1
+        if self.admissions == 1:
+            self._cached, self._recomputed = plan.cached_tokens, plan.recomputed_tokens
+        return max(0, self._reached - plan.start)
+
+    def advance(self, processed: int) -> None:
+        """The first `processed` tokens have run."""
+        self.processed = processed
+        self._reached = max(self._reached, processed)
+        self.restore = None
+
+    def append(self, token: int) -> None:
+        """One more token, sampled from the last row."""
+        if self.length == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty(self.length, np.int32)])
+        self._buffer[self.length] = token
+        self.length += 1
+        self.prefilled = True
+
+    def suspend(self) -> None:
+        """Preempted: tokens stay, what has run is only what the cache will remember."""
+        self.plan = None
+        self.processed = 0
+        self.prefilled = False
+        self.restore = None
+
+    def usage(self) -> Usage:
+        """Cost so far; the prompt's part is that of the first admission."""
+        return Usage(self.prompt, self._cached, self._recomputed, self.generated)
