@@ -16,7 +16,6 @@ from triptych.kernels.jit import inline, kernel
 
 _BLOCK = 64  # prefill queries that share one window product
 _BLOCK_FROM = 16  # rows of one sequence from which on they do
-_GATHERED = 1 << 20  # floats of gathered keys alive at once: about what the L2 cache holds
 
 
 def attend(
@@ -30,11 +29,11 @@ def attend(
     for first, last in _runs(window, entries):
         if last - first < _BLOCK_FROM:
             continue
-        job.gathered(single, first)
+        job.rows(single, first)
         for at in range(first, last, _BLOCK):
             job.block(at, min(at + _BLOCK, last))
         single = last
-    job.gathered(single, len(q))
+    job.rows(single, len(q))
     return job.out
 
 
@@ -98,30 +97,22 @@ class _Job:
         elif gathered is not None:
             self.out[first:last].baddbmm_(probs[:, :, high - low : -1], gathered)
 
-    def gathered(self, first: int, last: int) -> None:
-        """Any rows: each row's keys side by side, in groups whose keys fit the cache."""
+    def rows(self, first: int, last: int) -> None:
+        """Rows [first, last) one by one: for decode, where each row has keys of its own."""
+        part = slice(first, last)
         if first == last:
             return
-        width = int(self._count[first:last].max() + self._used[first:last].max())
-        step = max(1, _GATHERED // (width * self._q.shape[2]))
-        for at in range(first, last, step):
-            self._gathered(at, min(at + step, last))
-
-    def _gathered(self, first: int, last: int) -> None:
-        q = self._q[first:last]
-        b, h, c = q.shape
-        count, used = self._count[first:last], self._used[first:last]
-        near, most = int(count.max()), int(used.max())
-        keys = torch.empty(b, near + most, c)
-        _gather_window(self._rows.numpy(), self._first[first:last], count, near, keys.numpy())
-        if most:
-            self._gather_entries(first, last, keys, near)
-        raw = torch.bmm(q, keys.transpose(1, 2)).numpy()
-        scores = torch.empty(b, h, near + most + 1)
-        none = np.zeros(b, np.int64)
-        _fill(raw, 0, none, count, self._scale, scores.numpy(), 0, near)
-        _fill(raw, near, none, used, self._scale, scores.numpy(), near, most)
-        torch.bmm(self._softmax(scores)[:, :, :-1], keys, out=self.out[first:last])
+        shared = (self._q[part].numpy(), self._rows.numpy(), self._first[part], self._count[part])
+        sink, out = self._sink.numpy(), self.out[part].numpy()
+        entries = self._entries
+        if entries is None:
+            _window_only(*shared, sink, self._scale, out)
+            return
+        ids = np.empty((0, 0), np.int64) if self._selected is None else self._selected[part].numpy()
+        _window_and_entries(
+            *shared, entries.pool.numpy(), entries.page_table.numpy(), entries.seq[part].numpy(),
+            self._used[part], ids, sink, self._scale, out,
+        )  # fmt: skip
 
     def _softmax(self, scores: Tensor) -> Tensor:
         scores[:, :, -1] = self._sink
@@ -135,17 +126,16 @@ class _Job:
             table = self._entries.page_table[int(self._entries.seq[first]), :pages]
             return self._entries.pool[table].flatten(0, 1)[:most]
         keys = torch.empty(last - first, most, self._q.shape[2])
-        self._gather_entries(first, last, keys, 0)
-        return keys
-
-    def _gather_entries(self, first: int, last: int, keys: Tensor, column: int) -> None:
         entries = self._entries
-        assert entries is not None
-        ids = np.empty((0, 0), np.int64) if self._selected is None else self._selected[first:last].numpy()
         _gather_entries(
-            entries.pool.numpy(), entries.page_table.numpy(), entries.seq[first:last].numpy(),
-            self._used[first:last], ids, column, keys.numpy(),
-        )  # fmt: skip
+            entries.pool.numpy(),
+            entries.page_table.numpy(),
+            int(entries.seq[first]),
+            self._used[first:last],
+            self._selected[first:last].numpy(),
+            keys.numpy(),
+        )
+        return keys
 
 
 def attend_deterministic(
@@ -154,18 +144,9 @@ def attend_deterministic(
     """See ref.attend; a row's result does not depend on its batch mates."""
     if entries is not None and entries.pool.dtype != torch.float32:
         return ref.attend(q, window, entries, selected, attention)
-    out = torch.empty_like(q)
-    shared = (q.numpy(), window.rows.numpy(), window.first.numpy(), window.count.numpy())
-    sink, scale = attention.sink.numpy(), np.float32(attention.scale)
-    if entries is None:
-        _window_only(*shared, sink, scale, out.numpy())
-        return out
-    ids = np.empty((0, 0), np.int64) if selected is None else selected.numpy()
-    _window_and_entries(
-        *shared, entries.pool.numpy(), entries.page_table.numpy(), entries.seq.numpy(), entries.visible.numpy(),
-        ids, sink, scale, out.numpy(),
-    )  # fmt: skip
-    return out
+    job = _Job(q, window, entries, selected, attention)
+    job.rows(0, len(q))
+    return job.out
 
 
 @kernel
@@ -183,24 +164,14 @@ def _fill(raw, column, start, count, scale, out, at, width):  # type: ignore[no-
 
 
 @kernel
-def _gather_window(rows, first, count, near, keys):  # type: ignore[no-untyped-def]
-    for r in range(keys.shape[0]):
-        for j in range(count[r]):
-            for i in range(rows.shape[1]):
-                keys[r, j, i] = rows[first[r] + j, i]
-        keys[r, count[r] : near] = 0  # masked, but 0 * NaN would not be
-
-
-@kernel
-def _gather_entries(pool, table, seq, used, ids, column, keys):  # type: ignore[no-untyped-def]
+def _gather_entries(pool, table, sequence, used, ids, keys):  # type: ignore[no-untyped-def]
     per_page = pool.shape[1]
     for r in range(keys.shape[0]):
         for j in range(used[r]):
-            g = ids[r, j] if ids.shape[0] > 0 else j
-            page, offset = table[seq[r], g // per_page], g % per_page
+            page, offset = table[sequence, ids[r, j] // per_page], ids[r, j] % per_page
             for i in range(pool.shape[2]):
-                keys[r, column + j, i] = pool[page, offset, i]
-        keys[r, column + used[r] :] = 0
+                keys[r, j, i] = pool[page, offset, i]
+        keys[r, used[r] :] = 0  # masked, but 0 * NaN would not be
 
 
 @inline
@@ -248,27 +219,22 @@ def _window_only(q, rows, first, count, sink, scale, out):  # type: ignore[no-un
 
 
 @kernel
-def _window_and_entries(q, rows, first, count, pool, table, seq, visible, ids, sink, scale, out):  # type: ignore[no-untyped-def]
-    per_page = pool.shape[1]
-    sparse = ids.shape[0] > 0
-    most = ids.shape[1] if sparse else visible.max()
+def _window_and_entries(q, rows, first, count, pool, table, seq, used, ids, sink, scale, out):  # type: ignore[no-untyped-def]
+    per_page, sparse = pool.shape[1], ids.shape[0] > 0
+    most = max(used.max(), 1)
     scores = np.empty((q.shape[1], max(count.max() + most, 1)), np.float32)
-    chosen = np.empty((max(most, 1), 2), np.int64)
+    places = np.empty((most, 2), np.int64)  # page and offset of each entry of a row
     for r in range(q.shape[0]):
         w = count[r]
         for j in range(w):
             _score(q[r], rows[first[r] + j], scale, j, scores)
-        n = 0
-        for j in range(most if sparse else visible[r]):
+        for j in range(used[r]):
             g = ids[r, j] if sparse else j
-            if g < 0:
-                break
-            chosen[n, 0], chosen[n, 1] = table[seq[r], g // per_page], g % per_page
-            _score(q[r], pool[chosen[n, 0], chosen[n, 1]], scale, w + n, scores)
-            n += 1
-        _softmax(scores, w + n, sink)
+            places[j, 0], places[j, 1] = table[seq[r], g // per_page], g % per_page
+            _score(q[r], pool[places[j, 0], places[j, 1]], scale, w + j, scores)
+        _softmax(scores, w + used[r], sink)
         out[r] = 0
         for j in range(w):
             _add(scores, rows[first[r] + j], j, out[r])
-        for j in range(n):
-            _add(scores, pool[chosen[j, 0], chosen[j, 1]], w + j, out[r])
+        for j in range(used[r]):
+            _add(scores, pool[places[j, 0], places[j, 1]], w + j, out[r])
