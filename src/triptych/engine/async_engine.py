@@ -153,7 +153,11 @@ class AsyncEngine:
         """Forget the samples; the ones still running are aborted."""
         live = [s.request.request_id for s in samples if self._routes.pop(s.request.request_id, None) is not None]
         if live:
-            self._command(lambda: [self._loop.finish(request_id, FinishReason.ABORT) for request_id in live] and None)
+            self._command(lambda: self._abort(live))
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._loop.finish(request_id, FinishReason.ABORT)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:

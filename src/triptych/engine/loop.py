@@ -5,14 +5,24 @@ Single-threaded and free of any clock or queue: `Engine` drives it in the caller
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
 from triptych.engine.runner import Runner
 from triptych.engine.sampler import SamplerState, sample
 from triptych.schedule.scheduler import Scheduler
-from triptych.words import FinishReason, Request, SampledToken, StepPlan, StepResult, TokenLogprob, Usage
+from triptych.words import (
+    EngineStats,
+    FinishReason,
+    Request,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +80,31 @@ class EngineLoop:
         if plan is None:
             return []
         result = self._run(plan)
-        self.scheduler.apply(plan, result)
-        return self._collect(result)
+        live = self.scheduler.apply(plan, result)
+        return self._collect(live, result.failed)
+
+    def fail_all(self, sentence: str) -> list[TokenEvent]:
+        """After a step broke: end every request with an error. The next plan starts from an empty cache."""
+        events = []
+        for request_id in tuple(self._samplers):
+            usage = self.finish(request_id, FinishReason.ERROR)
+            events.append(TokenEvent(request_id, reason=FinishReason.ERROR, usage=usage, error=sentence))
+        return events
+
+    def stats(self) -> EngineStats:
+        """Requests and tokens as of now."""
+        s = self.scheduler.stats()
+        cache = {**asdict(self.cache.stats()), "preemptions": s.preemptions, "rerun_tokens": s.rerun_tokens}
+        return EngineStats(
+            running=s.running,
+            waiting=s.waiting,
+            steps=s.steps,
+            prompt_tokens=s.prompt_tokens,
+            cached_tokens=s.cached_tokens,
+            recomputed_tokens=s.recomputed_tokens,
+            generated_tokens=s.generated_tokens,
+            cache=cache,
+        )
 
     def _run(self, plan: StepPlan) -> StepResult:
         logits = self._runner.logits(plan)
@@ -83,13 +116,13 @@ class EngineLoop:
         }
         return StepResult(plan.step, tokens, failed)
 
-    def _collect(self, result: StepResult) -> list[TokenEvent]:
+    def _collect(self, tokens: tuple[SampledToken, ...], failed: Mapping[str, str]) -> list[TokenEvent]:
         """Stop rules: end of sequence, stop tokens, max_tokens, a full context; a failed row ends its request."""
         events = []
-        for request_id, sentence in result.failed.items():
+        for request_id, sentence in failed.items():
             usage = self.finish(request_id, FinishReason.ERROR)
             events.append(TokenEvent(request_id, reason=FinishReason.ERROR, usage=usage, error=sentence))
-        for token in result.tokens:
+        for token in tokens:
             state = self._samplers[token.request_id]
             state.accept(token.token_id)
             reason, hidden = self._stop_rule(state, token)
