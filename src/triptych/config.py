@@ -7,8 +7,9 @@ Transformers writes (`layer_types`, nested `rope_parameters`). Source: DeepSeek-
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ class ModelShape:
 
     def is_hash_layer(self, layer: int) -> bool:
         """True if `layer` routes by token id; the MTP block (layer = num_layers) never does."""
-        return layer < self.num_hash_layers
+        return layer < min(self.num_hash_layers, self.num_layers)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
@@ -159,6 +160,7 @@ _OPTIONAL_KEYS = {
 # settings of which only one value exists in the family; another value means another architecture
 _FIXED = {
     "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
     "norm_topk_prob": True,
     "num_key_value_heads": 1,
     "sliding_window": WINDOW,
@@ -166,13 +168,19 @@ _FIXED = {
     "attention_bias": False,
     "hidden_act": "silu",
 }
+_YARN_KEYS = {
+    "factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "original_max_position_embeddings": "original_max_position",
+}
 
 
 def _shape_from_dict(raw: Mapping[str, Any], source: str) -> ModelShape:
     if raw.get("model_type", "deepseek_v4") != "deepseek_v4":
         raise ConfigError(f"{source}: model_type {raw['model_type']!r} is not deepseek_v4; only DeepSeek-V4 is served.")
     for key, value in _FIXED.items():
-        if raw.get(key, value) != value:
+        if raw.get(key) not in (value, None):
             raise ConfigError(f"{source}: {key} is {raw[key]!r}, but DeepSeek-V4 has {value!r}.")
     values: dict[str, Any] = {}
     for key, name in _PLAIN_KEYS.items():
@@ -181,7 +189,7 @@ def _shape_from_dict(raw: Mapping[str, Any], source: str) -> ModelShape:
         values[name] = raw[key]
     values |= {name: raw[key] for key, name in _OPTIONAL_KEYS.items() if raw.get(key) is not None}
     layers = raw.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise ConfigError(f"{source}: num_hidden_layers must be a positive integer, not {layers!r}.")
     values["ratios"] = _ratios(raw, layers, source)
     values["rope_dim"] = _rope_dim(raw, source)
@@ -195,71 +203,91 @@ def _shape_from_dict(raw: Mapping[str, Any], source: str) -> ModelShape:
         raise ConfigError(f"{source}: {error}") from None
 
 
+def _typed(raw: Mapping[str, Any], key: str, kind: type, source: str) -> Any:
+    """raw[key] if it is a `kind`; an empty one if the key is absent or null. ConfigError otherwise."""
+    value = raw.get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ConfigError(f"{source}: {key} is {value!r}, but must be a {'list' if kind is list else 'JSON object'}.")
+    return value
+
+
+def _kinds(raw: Mapping[str, Any], key: str, known: Collection[str], source: str) -> list[str]:
+    """The list of names at `key`, each of them known."""
+    names = _typed(raw, key, list, source)
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"{source}: unknown kind {name!r} in {key}.", nearest(str(name), known))
+    return list(names)
+
+
 def _ratios(raw: Mapping[str, Any], layers: int, source: str) -> tuple[int, ...]:
     """Layer kinds from `layer_types` or `compress_ratios`; the latter has extra entries for MTP blocks."""
-    types = raw.get("layer_types")
-    if types is not None:
-        unknown = [t for t in types if t not in _LAYER_TYPES]
-        if unknown:
-            raise ConfigError(f"{source}: unknown layer type {unknown[0]!r}.", nearest(str(unknown[0]), _LAYER_TYPES))
-        rates = raw.get("compress_rates") or {}
-        for name, rate in rates.items():
-            if _LAYER_TYPES.get(name) != rate:
-                raise ConfigError(f"{source}: compress_rates says {name!r}: {rate!r}; only ratios 4 and 128 exist.")
-        ratios = [_LAYER_TYPES[t] for t in types]
-    elif raw.get("compress_ratios") is not None:
-        ratios = list(raw["compress_ratios"])
-    else:
+    for name, rate in _typed(raw, "compress_rates", dict, source).items():
+        if _LAYER_TYPES.get(name) != rate:
+            raise ConfigError(f"{source}: compress_rates says {name!r}: {rate!r}; only ratios 4 and 128 exist.")
+    ratios = [_LAYER_TYPES[name] for name in _kinds(raw, "layer_types", _LAYER_TYPES, source)]
+    ratios = ratios or _typed(raw, "compress_ratios", list, source)
+    if not ratios:
         raise ConfigError(f"{source} has neither 'compress_ratios' nor 'layer_types'.")
     if len(ratios) < layers:
         raise ConfigError(f"{source}: {len(ratios)} layer kinds for {layers} layers.")
     return tuple(ratios[:layers])
 
 
-def _rope_dim(raw: Mapping[str, Any], source: str) -> int:
+def _rope_dim(raw: Mapping[str, Any], source: str) -> Any:
     if raw.get("qk_rope_head_dim") is not None:
-        return int(raw["qk_rope_head_dim"])
-    factor = raw.get("partial_rotary_factor")
-    rope = raw.get("rope_parameters") or {}
-    if factor is None and isinstance(rope.get("main"), dict):
-        factor = rope["main"].get("partial_rotary_factor")
-    if factor is None:
-        raise ConfigError(f"{source} has neither 'qk_rope_head_dim' nor 'partial_rotary_factor'.")
-    return int(raw["head_dim"] * factor)
+        return raw["qk_rope_head_dim"]
+    main = _typed(_typed(raw, "rope_parameters", dict, source), "main", dict, source)
+    factor = raw.get("partial_rotary_factor", main.get("partial_rotary_factor"))
+    if not isinstance(factor, int | float) or not isinstance(raw["head_dim"], int):
+        raise ConfigError(f"{source} has neither 'qk_rope_head_dim' nor a number 'partial_rotary_factor'.")
+    return round(raw["head_dim"] * factor)
 
 
-def _hash_layers(raw: Mapping[str, Any], layers: int, source: str) -> int:
-    kinds = raw.get("mlp_layer_types")
-    if kinds is None:
-        return min(int(raw.get("num_hash_layers", 3)), layers)
-    count = sum(1 for kind in kinds[:layers] if kind == "hash_moe")
-    if any(kind == "hash_moe" for kind in kinds[count:layers]):
+def _hash_layers(raw: Mapping[str, Any], layers: int, source: str) -> Any:
+    """How many layers route by token id; Transformers lists the kind of each."""
+    kinds = _kinds(raw, "mlp_layer_types", ("hash_moe", "moe"), source)[:layers]
+    if not kinds:
+        count = raw.get("num_hash_layers", 3)
+        return min(count, layers) if isinstance(count, int) else count
+    hashed = kinds.count("hash_moe")
+    if "hash_moe" in kinds[hashed:]:
         raise ConfigError(f"{source}: hash_moe layers must come first in mlp_layer_types.")
-    return count
+    return hashed
 
 
 def _rope(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Thetas and YaRN from official `rope_scaling` or Transformers' `rope_parameters`."""
+    """Thetas and YaRN from official `rope_scaling` or Transformers' `rope_parameters`, flat or by kind of layer."""
+    nested = _typed(raw, "rope_parameters", dict, source)
+    scaling = _typed(raw, "rope_scaling", dict, source)
     out: dict[str, Any] = {}
-    scaling: Mapping[str, Any] = raw.get("rope_scaling") or {}
-    nested = raw.get("rope_parameters") or {}
-    if isinstance(nested.get("compress"), dict):
-        scaling = nested["compress"]
-        out["compress_rope_theta"] = float(scaling.get("rope_theta", raw.get("compress_rope_theta", 160000.0)))
-        out["rope_theta"] = float(nested.get("main", {}).get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if "compress" in nested:
+        scaling, main = _typed(nested, "compress", dict, source), _typed(nested, "main", dict, source)
+        if main.get("rope_type", "default") != "default":
+            raise ConfigError(f"{source}: rope_parameters.main is {main['rope_type']!r}, but plain rope is 'default'.")
+        thetas = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": scaling.get("rope_theta")}
+        out = {name: theta for name, theta in thetas.items() if theta is not None}
     elif nested:
         scaling = nested
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "yarn":
-        out["yarn"] = Yarn(
-            factor=float(scaling["factor"]),
-            beta_fast=float(scaling.get("beta_fast", 32)),
-            beta_slow=float(scaling.get("beta_slow", 1)),
-            original_max_position=int(scaling.get("original_max_position_embeddings", 65536)),
-        )
+        out["yarn"] = _yarn(scaling, source)
     elif kind != "default":
         raise ConfigError(f"{source}: rope type {kind!r} is not known; DeepSeek-V4 uses 'yarn' or 'default'.")
     return out
+
+
+def _yarn(scaling: Mapping[str, Any], source: str) -> Yarn:
+    for key, value in (("attention_factor", 1), ("truncate", True)):
+        if scaling.get(key, value) not in (value, None):
+            raise ConfigError(f"{source}: yarn has {key} {scaling[key]!r}, but DeepSeek-V4 has {value}.")
+    values = {name: scaling[key] for key, name in _YARN_KEYS.items() if scaling.get(key) is not None}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{source}: yarn {name} must be a positive number, not {value!r}.")
+    return Yarn(**values)
 
 
 def _shape_to_dict(shape: ModelShape) -> dict[str, Any]:
@@ -278,32 +306,23 @@ def _shape_to_dict(shape: ModelShape) -> dict[str, Any]:
         **_FIXED,
     }
     if shape.yarn is not None:
-        out["rope_scaling"] = {
-            "type": "yarn",
-            "factor": shape.yarn.factor,
-            "beta_fast": shape.yarn.beta_fast,
-            "beta_slow": shape.yarn.beta_slow,
-            "original_max_position_embeddings": shape.yarn.original_max_position,
-        }
+        out["rope_scaling"] = {"type": "yarn"} | {key: getattr(shape.yarn, name) for key, name in _YARN_KEYS.items()}
     return out
 
 
 def _shape_to_transformers(shape: ModelShape) -> dict[str, Any]:
+    """Beside what is converted here, Transformers takes the official keys."""
     out = _shape_to_dict(shape)
-    for key in ("compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_scaling"):
-        out.pop(key, None)
+    scaling = out.pop("rope_scaling", None)
+    for key in ("compress_ratios", "num_hash_layers"):
+        del out[key]
     names = {ratio: name for name, ratio in _LAYER_TYPES.items()}
     factor = shape.rope_dim / shape.head_dim
+    if int(shape.head_dim * factor) < shape.rope_dim:  # which is how it comes back
+        factor = math.nextafter(factor, 1.0)
     compress: dict[str, Any] = {"rope_type": "default"}
-    if shape.yarn is not None:
-        compress = {
-            "rope_type": "yarn",
-            "factor": shape.yarn.factor,
-            "beta_fast": shape.yarn.beta_fast,
-            "beta_slow": shape.yarn.beta_slow,
-            "original_max_position_embeddings": shape.yarn.original_max_position,
-            "attention_factor": 1.0,
-        }
+    if scaling is not None:
+        compress = {**scaling, "rope_type": "yarn", "attention_factor": 1.0}
     out["layer_types"] = [names[ratio] for ratio in shape.ratios]
     out["mlp_layer_types"] = ["hash_moe" if shape.is_hash_layer(i) else "moe" for i in range(shape.num_layers)]
     out["compress_rates"] = {name: ratio for name, ratio in _LAYER_TYPES.items() if ratio != SWA_LAYER}
@@ -316,18 +335,14 @@ def _shape_to_transformers(shape: ModelShape) -> dict[str, Any]:
 
 
 def _check_shape(shape: ModelShape) -> None:
-    for item in fields(shape):
-        value = getattr(shape, item.name)
-        if item.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{item.name} must be an integer, not {value!r}.")
-        low = 0 if item.name in ("num_hash_layers", "num_mtp_layers", "bos_id") else 1
-        if item.type == "int" and value < low:
-            raise ConfigError(f"{item.name} must be at least {low}, not {value}.")
-        if item.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"{item.name} must be a positive number, not {value!r}.")
-    bad = [r for r in shape.ratios if r not in (SWA_LAYER, CSA_LAYER, HCA_LAYER)]
+    _check_numbers(shape)
+    if not shape.ratios:
+        raise ConfigError("A model needs at least one layer.")
+    bad = [r for r in shape.ratios if type(r) is not int or r not in (SWA_LAYER, CSA_LAYER, HCA_LAYER)]
     if bad:
         raise ConfigError(f"compress_ratios holds {bad[0]!r}; only 0, 4 and 128 exist.")
+    if not shape.eos_ids or any(type(token) is not int or token < 0 for token in shape.eos_ids):
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, not {list(shape.eos_ids)!r}.")
     if shape.num_heads % shape.o_groups:
         raise ConfigError(f"num_attention_heads {shape.num_heads} is no multiple of o_groups {shape.o_groups}.")
     if shape.rope_dim % 2 or not shape.rope_dim <= min(shape.head_dim, shape.index_head_dim):
@@ -340,48 +355,53 @@ def _check_shape(shape: ModelShape) -> None:
         raise ConfigError(f"n_shared_experts is {shape.num_shared_experts}, but DeepSeek-V4 has 1.")
 
 
-SHAPES = {
-    "flash": ModelShape(
-        vocab_size=129280,
-        hidden_size=4096,
-        ratios=(SWA_LAYER, SWA_LAYER, *(CSA_LAYER, HCA_LAYER) * 20, CSA_LAYER),
-        num_heads=64,
-        head_dim=512,
-        rope_dim=64,
-        q_lora_rank=1024,
-        o_groups=8,
-        o_lora_rank=1024,
-        index_heads=64,
-        index_head_dim=128,
-        index_topk=512,
-        num_experts=256,
-        experts_per_token=6,
-        moe_intermediate_size=2048,
-        num_hash_layers=3,
-        routed_scaling=1.5,
-        yarn=Yarn(),
-    ),
-    "pro": ModelShape(
-        vocab_size=129280,
-        hidden_size=7168,
-        ratios=(HCA_LAYER, HCA_LAYER, *(CSA_LAYER, HCA_LAYER) * 29, CSA_LAYER),
-        num_heads=128,
-        head_dim=512,
-        rope_dim=64,
-        q_lora_rank=1536,
-        o_groups=16,
-        o_lora_rank=1024,
-        index_heads=64,
-        index_head_dim=128,
-        index_topk=1024,
-        num_experts=384,
-        experts_per_token=6,
-        moe_intermediate_size=3072,
-        num_hash_layers=3,
-        routed_scaling=2.5,
-        yarn=Yarn(),
-    ),
-}
+def _check_numbers(shape: ModelShape) -> None:
+    """Every plain field is a number of its type and range; errors name the key of config.json."""
+    keys = {name: key for key, name in (_PLAIN_KEYS | _OPTIONAL_KEYS).items()} | {"rope_dim": "qk_rope_head_dim"}
+    for item in fields(shape):
+        value = getattr(shape, item.name)
+        key = keys.get(item.name, item.name)
+        if item.type == "int":
+            low = 0 if item.name in ("num_hash_layers", "num_mtp_layers", "bos_id") else 1
+            if type(value) is not int or value < low:
+                raise ConfigError(f"{key} must be an integer of at least {low}, not {value!r}.")
+        elif item.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ConfigError(f"{key} must be a positive number, not {value!r}.")
+
+
+_FLASH = ModelShape(
+    vocab_size=129280,
+    hidden_size=4096,
+    ratios=(SWA_LAYER, SWA_LAYER, *(CSA_LAYER, HCA_LAYER) * 20, CSA_LAYER),
+    num_heads=64,
+    head_dim=512,
+    rope_dim=64,
+    q_lora_rank=1024,
+    o_groups=8,
+    o_lora_rank=1024,
+    index_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    num_experts=256,
+    experts_per_token=6,
+    moe_intermediate_size=2048,
+    num_hash_layers=3,
+    routed_scaling=1.5,
+    yarn=Yarn(),
+)
+_PRO = replace(
+    _FLASH,
+    hidden_size=7168,
+    ratios=(HCA_LAYER, HCA_LAYER, *(CSA_LAYER, HCA_LAYER) * 29, CSA_LAYER),
+    num_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    index_topk=1024,
+    num_experts=384,
+    moe_intermediate_size=3072,
+    routed_scaling=2.5,
+)
+SHAPES = {"flash": _FLASH, "pro": _PRO}
 """The released models, as their config.json describes them (reference section 1.1)."""
 
 KvFormat = Literal["float32", "bfloat16", "fp8"]
