@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
-from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds, Usage
+from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ class AsyncEngine:
             self._stopping = True
             self._wake.notify()
         await asyncio.to_thread(thread.join)
-        for route in list(self._routes.values()):
-            route.queue.put_nowait(route.output.finish(FinishReason.ABORT, Usage(), "The engine was stopped."))
-        self._routes.clear()
+        while self._commands:  # requests that came too late to be stepped still have to be told
+            self._commands.popleft()()
+        self._deliver(self._loop.end_all(FinishReason.ABORT, "The engine was stopped."))
 
     def stats(self) -> EngineStats:
         """Figures as of the last step."""
@@ -109,7 +109,7 @@ class AsyncEngine:
 
     async def stream(
         self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of all n samples until each has finished. Closing the iterator aborts what is left.
 
         Raises RequestError or Unavailable before the first delta.
@@ -196,6 +196,9 @@ class AsyncEngine:
 
     # -- in the engine thread
 
+    def _broken(self) -> list[TokenEvent]:
+        return self._loop.end_all(FinishReason.ERROR, "An internal error ended this request.")
+
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -213,7 +216,7 @@ class AsyncEngine:
                         self._on_events(self._deliver, events)
             except Exception:
                 logger.exception("a step failed; its requests end with an error and the cache is emptied")
-                self._on_events(self._deliver, self._loop.fail_all("An internal error ended this request."))
+                self._on_events(self._deliver, self._broken())
             self._stats = self._loop.stats()
 
 

@@ -83,12 +83,12 @@ class EngineLoop:
         live = self.scheduler.apply(plan, result)
         return self._collect(live, result.failed)
 
-    def fail_all(self, sentence: str) -> list[TokenEvent]:
-        """After a step broke: end every request with an error. The next plan starts from an empty cache."""
+    def end_all(self, reason: FinishReason, sentence: str) -> list[TokenEvent]:
+        """End every request. After a step that broke, with ERROR: the next plan then starts from an empty cache."""
         events = []
         for request_id in tuple(self._samplers):
-            usage = self.finish(request_id, FinishReason.ERROR)
-            events.append(TokenEvent(request_id, reason=FinishReason.ERROR, usage=usage, error=sentence))
+            usage = self.finish(request_id, reason)
+            events.append(TokenEvent(request_id, reason=reason, usage=usage, error=sentence))
         return events
 
     def stats(self) -> EngineStats:
