@@ -8,6 +8,7 @@ makes training (no past), evaluation in chunks (a long past) and training behind
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -133,10 +134,13 @@ class Selection(NamedTuple):
 
 
 @torch.no_grad()
-def select(q: Tensor, weights: Tensor, keys: Tensor, start: int, topk: int) -> Selection:
+def select(
+    q: Tensor, weights: Tensor, keys: Tensor, start: int, topk: int, score: Callable[[Tensor, Tensor], Tensor]
+) -> Selection:
     """The `topk` best entries by indexer score.
 
-    q [B, S, h, ci], weights [B, S, h], keys [B, E, ci]; works through the queries in blocks of bounded memory.
+    q [B, S, h, ci], weights [B, S, h], keys [B, E, ci]; works through the queries in blocks of bounded memory. `score`
+    is ops.block_scores or its compiled form.
     """
     batch, length, heads, _ = q.shape
     count = keys.shape[1]
@@ -145,9 +149,9 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, start: int, topk: int) -> S
     for low in range(0, length, block):
         high = min(low + block, length)
         dots = torch.matmul(q[:, low:high].flatten(1, 2), keys.transpose(1, 2)).view(batch, high - low, heads, count)
-        score = (torch.relu_(dots) * weights[:, low:high, :, None]).sum(2, dtype=torch.float32)
-        score.masked_fill_(~visible(start + low, high - low, count, CSA_RATIO, q.device), NEVER)
-        index[:, low:high] = score.topk(topk, dim=-1, sorted=False).indices
+        scores = score(dots, weights[:, low:high])
+        scores.masked_fill_(~visible(start + low, high - low, count, CSA_RATIO, q.device), NEVER)
+        index[:, low:high] = scores.topk(topk, dim=-1, sorted=False).indices
     complete = (torch.arange(start + 1, start + length + 1, device=q.device) // CSA_RATIO).view(1, -1, 1)
     return Selection(index, index < complete)
 

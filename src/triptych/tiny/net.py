@@ -25,7 +25,7 @@ from triptych.tiny.rounding import round_experts, round_linear
 class Mode:
     """How a forward pass runs. `topk` None means no selection (dense warm-up of the indexer).
 
-    `hinted` [B, S] is the first of eight entries that a row should find, or -1: with `use_hints` they are added to its
+    `hinted` [B, S] is the first of HINTS entries that a row should find, or -1: with `use_hints` they are added to its
     selection, and the share found without help is collected in `Run.recall`. `rounded` applies the storage formats.
     """
 
@@ -187,7 +187,7 @@ class Mtp(HeadCollapse):
         self.enorm, self.hnorm = Weight(d, fill=1.0), Weight(d, fill=1.0)
 
 
-HINTS = 8  # entries of one statement: 28 tokens and the overlap
+HINTS = 3  # entries that a value of up to seven digits touches, with the overlap
 
 
 class _Front(NamedTuple):
@@ -390,7 +390,7 @@ class Net(HeadCollapse):
                 score = self.ops.index_scores(dots, wi)
                 run.index_losses.append(self._kl(probs, score, seen.expand_as(score), mode))
             return out
-        chosen = at.select(qi, wi, keys, rows.start, mode.topk)
+        chosen = at.select(qi, wi, keys, rows.start, mode.topk, self.ops.block_scores)
         chosen = self._with_hints(chosen, rows, mode, run)
         picked = at.take(entries, chosen.index)
         scores = torch.matmul(front.q, picked.transpose(2, 3)) * shape.head_dim**-0.5

@@ -114,10 +114,21 @@ def index_scores(dots: Tensor, weights: Tensor) -> Tensor:
     return (torch.relu(dots.float()) * weights.float().unsqueeze(-1)).sum(-2)
 
 
-class Ops:
-    """The operations above, compiled when `fused`; the eager ones serve the CPU and odd shapes."""
+def block_scores(dots: Tensor, weights: Tensor) -> Tensor:
+    """`index_scores` of one block of queries, float32 [B, S, k], head by head so that it compiles to one pass."""
+    total = torch.relu(dots[:, :, 0].float()) * weights[:, :, 0, None].float()
+    for head in range(1, dots.shape[2]):
+        total = total + torch.relu(dots[:, :, head].float()) * weights[:, :, head, None].float()
+    return total
 
-    def __init__(self, fused: bool) -> None:
+
+class Ops:
+    """The operations above, compiled when `fused`; the eager ones serve the CPU and odd shapes.
+
+    `scoring` compiles what scores a block of queries against every entry, for any shape.
+    """
+
+    def __init__(self, fused: bool, *, scoring: bool = False) -> None:
         def ready(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False) if fused else function
 
@@ -128,3 +139,4 @@ class Ops:
         self.hc_head = ready(hc_head)
         self.expert_hidden = ready(expert_hidden)
         self.index_scores = ready(index_scores)
+        self.block_scores = torch.compile(block_scores, dynamic=True) if scoring else block_scores
