@@ -1,0 +1,1 @@
+"""HTTP and nothing else: the OpenAI-compatible API over an AsyncEngine. Never sees a tensor."""

@@ -1,0 +1,83 @@
+"""Running an Ask and answering it, streamed or whole, in whatever shape an API has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from triptych.errors import TriptychError, Unavailable
+from triptych.server import wire
+from triptych.server.ask import Answer, Ask, Shape
+from triptych.server.protocol import ServingEngine
+from triptych.server.record import Record
+from triptych.words import Delta, FinishReason, Usage
+
+
+class _Bill:
+    """Usage summed over the choices: a prompt counts once, whatever n."""
+
+    def __init__(self, ask: Ask, record: Record) -> None:
+        self._n = ask.params.n
+        self._record = record
+        record.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts))
+        self._prompt = self._cached = self._recomputed = self._completion = 0
+
+    def add(self, choice: int, usage: Usage) -> None:
+        self._completion += usage.completion_tokens
+        if choice % self._n == 0:
+            self._prompt += usage.prompt_tokens
+            self._cached += usage.cached_tokens
+            self._recomputed += usage.recomputed_tokens
+        self._record.usage = self.total
+
+    @property
+    def total(self) -> Usage:
+        return Usage(self._prompt, self._cached, self._recomputed, self._completion)
+
+
+async def _good_deltas(
+    engine: ServingEngine, ask: Ask, record: Record, bill: _Bill
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Deltas, watched and billed. Raises TriptychError when the engine gives a sample up."""
+    async with aclosing(ask.run(engine)) as deltas:
+        async for choice, delta in deltas:
+            record.saw_delta(choice, delta)
+            if delta.finish_reason is FinishReason.ABORT:
+                raise Unavailable("The request was ended because the server stops.", "Retry later.")
+            if delta.error is not None or delta.finish_reason is FinishReason.ERROR:
+                raise TriptychError(delta.error or "The engine could not continue this request.")
+            if delta.usage is not None:
+                bill.add(choice, delta.usage)
+            yield choice, delta
+
+
+async def events(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events. What goes wrong is raised; the caller knows whether headers are out."""
+    bill = _Bill(ask, record)
+    opened: set[int] = set()
+    async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
+        async for choice, delta in deltas:
+            if choice not in opened:
+                opened.add(choice)
+                for chunk in shape.opening(choice):
+                    yield wire.event(chunk)
+            for chunk in shape.chunks(choice, delta):
+                yield wire.event(chunk)
+    if ask.include_usage:
+        yield wire.event(shape.closing(wire.WireUsage.of(bill.total)))
+    yield wire.DONE
+
+
+async def whole(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) -> object:
+    """The answer in one piece."""
+    bill = _Bill(ask, record)
+    answers = [Answer() for _ in range(ask.choices)]
+    async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
+        async for choice, delta in deltas:
+            answer = answers[choice]
+            answer.texts.append(delta.text)
+            if delta.logprobs:
+                answer.parts.append(delta)
+            if delta.finish_reason is not None:
+                answer.finish_reason = str(delta.finish_reason)
+    return shape.whole(answers, wire.WireUsage.of(bill.total))

@@ -1,0 +1,107 @@
+"""What a client asks for, as one value: the prompts as ids, how to sample and how to answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from triptych.errors import RequestError
+from triptych.server.fields import Fields
+from triptych.server.merge import merged
+from triptych.server.protocol import ServingEngine
+from triptych.server.wire import WireUsage
+from triptych.words import Delta, SamplingParams, TokenIds
+
+STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
+# fields of OpenAI's API that change nothing about the answer's text here
+HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one response repeats."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> Head:
+        """A fresh id such as chatcmpl-3f2a..."""
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """One HTTP request, ready to run. Choice c is sample c % n of prompt c // n."""
+
+    head: Head
+    prompts: tuple[TokenIds, ...]
+    params: SamplingParams
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def choices(self) -> int:
+        """How many answers there will be."""
+        return len(self.prompts) * self.params.n
+
+    async def run(self, engine: ServingEngine) -> AsyncGenerator[tuple[int, Delta], None]:
+        """(choice, delta) of all prompts as they come. Closing aborts what still runs."""
+        n = self.params.n
+        streams = [
+            engine.stream(prompt, self.params, request_id=f"{self.head.id}-{i}" if i else self.head.id)
+            for i, prompt in enumerate(self.prompts)
+        ]
+        async with aclosing(merged(streams)) as deltas:
+            async for at, delta in deltas:
+                yield at * n + delta.index, delta
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice, collected."""
+
+    texts: list[str] = field(default_factory=list)
+    parts: list[Delta] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class Shape(Protocol):
+    """How one API spells a response. The chunks are structs for `wire.encode`."""
+
+    def opening(self, choice: int) -> list[object]:
+        """Chunks before the first delta of a choice."""
+
+    def chunks(self, choice: int, delta: Delta) -> list[object]:
+        """Chunks for one delta."""
+
+    def closing(self, usage: WireUsage) -> object:
+        """The chunk that carries only the usage."""
+
+    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+        """The response that is not streamed."""
+
+
+def stream_fields(fields: Fields) -> tuple[bool, bool]:
+    """`stream` and `stream_options.include_usage`. Raises RequestError for options without a stream."""
+    stream = fields.flag("stream")
+    options = Fields(fields.entries("stream_options", 16))
+    if fields.given("stream_options") and not stream:
+        raise RequestError("stream_options needs stream to be true.", param="stream_options")
+    for name in fields.entries("stream_options", 16):
+        if name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(f"stream_options has no option {name[:60]!r}.", param="stream_options")
+    try:
+        return stream, options.flag("include_usage")
+    except RequestError as error:
+        raise RequestError(f"stream_options.{error.message}", param="stream_options") from None

@@ -1,0 +1,119 @@
+"""/v1/chat/completions: what it reads and how it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from triptych.errors import RequestError
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
+from triptych.server.fields import Fields, FieldTable
+from triptych.server.logprobs import chat_logprobs
+from triptych.server.protocol import ServingEngine
+from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.wire import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatMessage,
+    WireUsage,
+)
+from triptych.text.chat import render
+from triptych.text.messages import parse_messages
+from triptych.text.tokenizer import Tokenizer
+from triptych.words import Delta
+
+FIELDS = FieldTable(
+    read=SAMPLING_FIELDS | STREAM_FIELDS | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
+    harmless=HARMLESS,
+    refused={
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "reasoning_effort": ("none",),
+        "thinking": ({"type": "disabled"},),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "moderation": (),
+    },
+)
+
+
+def read_chat(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+    """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
+    FIELDS.check(raw)
+    fields = Fields(raw)
+    stream, include_usage = stream_fields(fields)
+    params = sampling_params(
+        fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
+    )
+    messages = parse_messages(fields.value("messages"))
+    prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
+    check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
+    return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage)
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    old, new = fields.integer("max_tokens"), fields.integer("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise RequestError("max_tokens and max_completion_tokens differ.", "Send one of them.", param="max_tokens")
+    return old if new is None else new
+
+
+def _logprobs(fields: Fields) -> int | None:
+    top = fields.integer("top_logprobs")
+    if not fields.flag("logprobs"):
+        if top:
+            raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        return None
+    if top is not None and not 0 <= top <= 20:
+        raise RequestError(f"top_logprobs must be from 0 to 20, not {top}.", param="top_logprobs")
+    return top or 0
+
+
+class ChatShape:
+    """Spells deltas as chat chunks, and answers as a chat completion."""
+
+    def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
+        self._head = ask.head
+        self._tokenizer = tokenizer
+        self._wants_logprobs = ask.params.logprobs is not None
+        self._include_usage = ask.include_usage
+
+    def opening(self, choice: int) -> list[object]:
+        """The chunk that names the role."""
+        return [self._chunk(ChatChunkChoice(choice, ChatDelta(role="assistant", content="")))]
+
+    def chunks(self, choice: int, delta: Delta) -> list[object]:
+        """A chunk with text, unless there is nothing to say, and one with the finish reason at the end."""
+        logprobs = chat_logprobs(delta.logprobs, self._tokenizer) if self._wants_logprobs else None
+        out: list[object] = []
+        if delta.text or delta.logprobs:
+            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(content=delta.text), logprobs)))
+        if delta.finish_reason is not None:
+            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(), None, str(delta.finish_reason))))
+        return out
+
+    def closing(self, usage: WireUsage) -> object:
+        """The chunk without choices that carries the usage."""
+        return ChatChunk(self._head.id, self._head.created, self._head.model, [], usage)
+
+    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+        """The chat completion."""
+        choices = []
+        for i, answer in enumerate(answers):
+            tokens = tuple(one for part in answer.parts for one in part.logprobs)
+            logprobs = chat_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
+            choices.append(ChatChoice(i, ChatMessage("".join(answer.texts)), answer.finish_reason, logprobs))
+        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
+
+    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        chunk = ChatChunk(self._head.id, self._head.created, self._head.model, [choice])
+        if self._include_usage:
+            chunk.usage = None
+        return chunk

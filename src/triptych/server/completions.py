@@ -1,0 +1,121 @@
+"""/v1/completions: raw prompts as text or token ids. Text is taken as it is: no BOS, no control tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from triptych.errors import RequestError
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
+from triptych.server.fields import Fields, FieldTable, shown, wrong
+from triptych.server.logprobs import TextLogprobWriter
+from triptych.server.protocol import ServingEngine
+from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.wire import TextChoice, TextCompletion, WireUsage
+from triptych.text.tokenizer import Tokenizer
+from triptych.words import Delta, TokenIds, token_ids
+
+_DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
+
+FIELDS = FieldTable(
+    read=SAMPLING_FIELDS | STREAM_FIELDS | {"prompt", "logprobs", "best_of"},
+    harmless=HARMLESS,
+    refused={"echo": (False,), "suffix": ("",)},
+)
+
+
+def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+    """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
+    FIELDS.check(raw)
+    fields = Fields(raw)
+    stream, include_usage = stream_fields(fields)
+    max_tokens = fields.integer("max_tokens")
+    params = sampling_params(
+        fields,
+        engine.shape.vocab_size,
+        max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        logprobs=fields.integer("logprobs"),
+    )
+    best_of = fields.integer("best_of")
+    if best_of is not None and best_of != params.n:
+        raise RequestError("best_of other than n is not supported.", "Leave it out.", param="best_of")
+    prompts = _prompts(fields, engine)
+    if len(prompts) * params.n > engine.config.max_waiting:
+        raise RequestError(
+            f"{len(prompts)} prompts with n={params.n} are more than the {engine.config.max_waiting} requests that may"
+            " wait at once.",
+            "Split them over several requests.",
+            param="prompt",
+        )
+    for prompt in prompts:
+        check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
+    return Ask(Head.new("cmpl", model), prompts, params, stream, include_usage)
+
+
+def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
+    """The prompts of any of the four forms: text, texts, ids, lists of ids."""
+    raw = fields.value("prompt")
+    if raw is None:
+        raise RequestError("prompt is missing.", "Give a string, a list of strings, or token ids.", param="prompt")
+    if not isinstance(raw, str | list):
+        raise wrong("prompt", "a string, a list of strings, or token ids", raw)
+    one = isinstance(raw, str) or (raw and not isinstance(raw[0], str | list))
+    prompts: list[object] = [raw] if one else list(raw)
+    if not prompts or any(prompt in ("", []) for prompt in prompts):
+        raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return tuple(engine.tokenizer.encode(text, limit=engine.max_context - 1) for text in texts)
+    return tuple(_ids(prompt, engine.shape.vocab_size) for prompt in prompts)
+
+
+def _ids(prompt: object, vocab_size: int) -> TokenIds:
+    if not isinstance(prompt, list):
+        raise wrong("prompt", "strings only or token ids only", prompt)
+    odd = [item for item in prompt if type(item) is not int][:1]  # bool is an int to isinstance
+    if odd:
+        raise RequestError(f"A prompt of token ids must hold integers only, not {shown(odd[0])}.", param="prompt")
+    return token_ids(prompt, vocab_size=vocab_size)
+
+
+class TextShape:
+    """Spells deltas as completion chunks, and answers as a text completion."""
+
+    def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
+        self._head = ask.head
+        self._include_usage = ask.include_usage
+        wanted = ask.params.logprobs is not None
+        self._writers = [TextLogprobWriter(tokenizer) if wanted else None for _ in range(ask.choices)]
+
+    def opening(self, choice: int) -> list[object]:
+        """Nothing: completions start with their text."""
+        return []
+
+    def chunks(self, choice: int, delta: Delta) -> list[object]:
+        """A chunk with text, unless there is nothing to say; the last one has the finish reason."""
+        if not (delta.text or delta.logprobs or delta.finish_reason is not None):
+            return []
+        writer = self._writers[choice]
+        logprobs = writer.write(delta.logprobs) if writer is not None and delta.logprobs else None
+        reason = str(delta.finish_reason) if delta.finish_reason is not None else None
+        chunk = TextCompletion(
+            self._head.id,
+            self._head.created,
+            self._head.model,
+            [TextChoice(choice, delta.text, logprobs, reason)],
+        )
+        if self._include_usage:
+            chunk.usage = None
+        return [chunk]
+
+    def closing(self, usage: WireUsage) -> object:
+        """The chunk without choices that carries the usage."""
+        return TextCompletion(self._head.id, self._head.created, self._head.model, [], usage)
+
+    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+        """The text completion."""
+        choices = []
+        for i, (answer, writer) in enumerate(zip(answers, self._writers, strict=True)):
+            tokens = tuple(one for part in answer.parts for one in part.logprobs)
+            logprobs = writer.write(tokens) if writer is not None else None
+            choices.append(TextChoice(i, "".join(answer.texts), logprobs, answer.finish_reason))
+        return TextCompletion(self._head.id, self._head.created, self._head.model, choices, usage)

@@ -1,0 +1,34 @@
+"""What the server needs of an engine; `AsyncEngine` is one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from triptych.config import EngineConfig, ModelShape
+from triptych.text.tokenizer import Tokenizer
+from triptych.words import Delta, EngineStats, SamplingParams, TokenIds
+
+
+class ServingEngine(Protocol):
+    """An engine that serves many requests at once. `max_context` counts prompt and answer of one request."""
+
+    model_name: str
+    shape: ModelShape
+    config: EngineConfig
+    tokenizer: Tokenizer
+    max_context: int
+
+    async def start(self) -> None:
+        """Become ready for `stream`."""
+
+    async def stop(self) -> None:
+        """Stop now; what still runs ends with finish reason abort. Harmless when stopped."""
+
+    def stats(self) -> EngineStats:
+        """Figures as of the last step."""
+
+    def stream(
+        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of all n samples; RequestError or Unavailable before the first. Closing aborts."""

@@ -1,0 +1,81 @@
+"""What all requests of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from triptych.errors import ModelNotFound, RequestError, nearest
+from triptych.server.fields import wrong
+from triptych.server.metrics import Metrics
+from triptych.server.options import ServerOptions
+from triptych.server.protocol import ServingEngine
+from triptych.server.record import Record
+
+T = TypeVar("T")
+
+
+class ServerState:
+    """The engine, the options, the metrics, the threads that tokenise, and who is being served."""
+
+    def __init__(self, engine: ServingEngine, options: ServerOptions) -> None:
+        self.engine = engine
+        self.options = options
+        self.metrics = Metrics(engine.stats)
+        self.draining = False
+        self.born = int(time.time())
+        self._in_flight = 0
+        self._threads = ThreadPoolExecutor(options.encode_threads, thread_name_prefix="triptych-encode")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model, the main one first."""
+        return (self.options.served_model_name or self.engine.model_name, *self.options.aliases)
+
+    @property
+    def in_flight(self) -> int:
+        """Generation requests being answered now."""
+        return self._in_flight
+
+    def model_name(self, raw: object) -> str:
+        """The name a request asks for, if it is served. ModelNotFound naming the nearest otherwise."""
+        if raw is None:
+            raise RequestError("model is missing.", f"Send {self.names[0]!r}.", param="model")
+        if not isinstance(raw, str):
+            raise wrong("model", "a string", raw)
+        if raw not in self.names:
+            raise ModelNotFound(f"There is no model {raw[:80]!r} here.", nearest(raw[:80], self.names), param="model")
+        return raw
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run `work` beside the event loop. At most `encode_threads` at once; others queue."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @contextmanager
+    def counting(self, record: Record) -> Iterator[None]:
+        """Count a request while it is answered, and close its record at the end."""
+        counts = record.method == "POST"
+        self._in_flight += counts
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= counts
+            self.metrics.in_flight.set(self._in_flight)
+            record.finish()
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait until none runs, `timeout` seconds at most. True if none is left."""
+        self.draining = True
+        deadline = time.monotonic() + timeout
+        while self._in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._in_flight
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

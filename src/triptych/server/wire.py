@@ -1,0 +1,183 @@
+"""The JSON that goes out, as OpenAI's API defines it. msgspec structs: a streamed chunk costs microseconds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from triptych.words import Usage
+
+encode = msgspec.json.encode
+
+
+def event(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": still working\n\n"  # keeps proxies and clients from giving up during a long prefill
+
+
+class PromptDetails(Struct):
+    """Where prompt tokens came from. `recomputed_tokens` is ours: cached, but run again to rebuild window state."""
+
+    cached_tokens: int
+    recomputed_tokens: int
+
+
+class WireUsage(Struct):
+    """Token counts of a whole request, over all prompts and samples."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+    @classmethod
+    def of(cls, usage: Usage) -> WireUsage:
+        """The wire form of the engine's count."""
+        details = PromptDetails(usage.cached_tokens, usage.recomputed_tokens)
+        return cls(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details)
+
+
+class TopLogprob(Struct):
+    """One candidate token of chat logprobs. `bytes` is exact where `token` is not valid UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(Struct):
+    """The chosen token of chat logprobs and its alternatives, best first."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Logprobs of one piece of a chat answer."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatDelta(Struct, omit_defaults=True):
+    """What a chat choice gains; the first one names the role, the last one is empty."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct):
+    """One choice of a streamed chat chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Struct):
+    """A streamed chat chunk. `usage` is absent, null before the end, or the count, as the client asked."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: WireUsage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class ChatMessage(Struct):
+    """A whole chat answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    """One choice of a whole chat answer."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Struct):
+    """A whole chat response."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: WireUsage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class TextLogprobs(Struct):
+    """Logprobs of /v1/completions: four lists of one length. `text_offset` counts characters of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(Struct):
+    """One choice of /v1/completions, whole or a piece."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextCompletion(Struct):
+    """A response of /v1/completions, whole or a chunk."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: WireUsage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class WireError(Struct):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(Struct):
+    """The body of every response that is an error."""
+
+    error: WireError
+
+
+class Model(Struct):
+    """One name that this server answers to. `max_model_len` is prompt and answer together, in tokens."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: Literal["triptych"] = "triptych"
+
+
+class ModelList(Struct):
+    """The body of /v1/models."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"

@@ -1,0 +1,151 @@
+"""A small engine with AsyncEngine's interface and no model: what it says is a function of the prompt and the seed.
+
+Text goes through the real OutputText, so held-back stop strings, split characters and usage look as they do in life.
+Behaviour that tests need is set on the instance: delays, a queue bound, a failure in mid-stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator
+
+from triptych.config import EngineConfig, ModelShape
+from triptych.engine.outputs import OutputText
+from triptych.errors import ContextTooLong, QueueFull, Unavailable
+from triptych.text.tokenizer import Tokenizer
+from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds, TokenLogprob, Usage
+
+PAGE = 128
+SHAPE = ModelShape(
+    vocab_size=129280,
+    hidden_size=64,
+    ratios=(0, 4, 128),
+    num_heads=4,
+    head_dim=32,
+    rope_dim=8,
+    q_lora_rank=16,
+    o_groups=2,
+    o_lora_rank=16,
+    index_heads=4,
+    index_head_dim=16,
+    index_topk=16,
+    num_experts=4,
+    experts_per_token=2,
+    moe_intermediate_size=16,
+    num_hash_layers=1,
+    routed_scaling=1.0,
+)
+WORDS = " the cat sat on a mat, and 猫 said: naïve 🙂 résumé!\n"
+
+
+class FakeEngine:
+    """Speaks WORDS in an order that depends on the prompt. Counts who is being served."""
+
+    def __init__(self, tokenizer: Tokenizer, *, max_context: int = 4096, max_waiting: int = 64) -> None:
+        self.model_name = "fake"
+        self.shape = SHAPE
+        self.config = EngineConfig(max_waiting=max_waiting)
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.vocabulary = tokenizer.encode(WORDS).tolist()
+        self.token_delay = 0.0
+        self.prefill_delay = 0.0
+        self.fail_after: int | None = None  # tokens after which every stream fails
+        self.break_after: int | None = None  # tokens after which every stream raises what it should not
+        self.live: set[str] = set()
+        self.aborted: list[str] = []
+        self.started = self.stopped = False
+        self._known: list[TokenIds] = []
+        self._steps = self._prompt = self._cached = self._generated = 0
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.live),
+            steps=self._steps,
+            prompt_tokens=self._prompt,
+            cached_tokens=self._cached,
+            generated_tokens=self._generated,
+            cache={"pages_free": 7.0},
+        )
+
+    def next_token(self, prompt: TokenIds, params: SamplingParams, index: int, at: int) -> int:
+        """The token at output position `at` of sample `index`."""
+        seed = f"{prompt.tobytes().hex()}/{params.seed}/{index}/{at}"
+        return int(self.vocabulary[zlib.crc32(seed.encode()) % len(self.vocabulary)])
+
+    async def stream(
+        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+    ) -> AsyncGenerator[Delta, None]:
+        if self.stopped:
+            raise Unavailable("The engine is stopped.")
+        if len(self.live) + params.n > self.config.max_waiting:
+            raise QueueFull("Too many requests are waiting.", "Retry later.")
+        if len(prompt_ids) >= self.max_context:
+            raise ContextTooLong("The prompt does not fit.")
+        assert request_id not in self.live
+        self.live.add(request_id)
+        left = set(range(params.n))
+        try:
+            await asyncio.sleep(self.prefill_delay)
+            self._prompt += len(prompt_ids)
+            cached = self._cached_tokens(prompt_ids)
+            outputs = [OutputText(i, params, self.tokenizer) for i in range(params.n)]
+            for at in range(self.max_context - len(prompt_ids)):
+                await asyncio.sleep(self.token_delay)
+                self._steps += 1
+                for i in sorted(left):
+                    for delta in self._step(prompt_ids, params, outputs[i], at, cached):
+                        left -= {i} if delta.finish_reason is not None else set()
+                        yield delta
+                if not left:
+                    return
+        finally:
+            self.live.discard(request_id)
+            if left:
+                self.aborted.append(request_id)
+
+    def _step(
+        self, prompt: TokenIds, params: SamplingParams, output: OutputText, at: int, cached: int
+    ) -> list[Delta]:
+        usage = Usage(len(prompt), cached, 0, at + 1)
+        if self.stopped:
+            return [output.finish(FinishReason.ABORT, usage, "The engine was stopped.")]
+        if at == self.fail_after:
+            return [output.finish(FinishReason.ERROR, usage, "The logits of this request are not finite.")]
+        if at == self.break_after:
+            raise RuntimeError("a bug in the engine")
+        token = self.next_token(prompt, params, output.index, at)
+        self._generated += 1
+        delta = output.push(token, self._logprob(token, params))
+        out = [delta] if delta is not None else []
+        last = (params.max_tokens or self.max_context) == at + 1 or len(prompt) + at + 1 == self.max_context
+        if output.stopped:
+            out.append(output.finish(FinishReason.STOP, usage))
+        elif last:
+            out.append(output.finish(FinishReason.LENGTH, usage))
+        return out
+
+    def _logprob(self, token: int, params: SamplingParams) -> TokenLogprob | None:
+        if params.logprobs is None:
+            return None
+        others = [(token, -0.5)] + [(i, float("-inf")) for i in range(params.logprobs - 1)]
+        return TokenLogprob(token, -0.5, tuple(others[: params.logprobs]))
+
+    def _cached_tokens(self, prompt: TokenIds) -> int:
+        """Whole pages that an earlier prompt shares."""
+        best = 0
+        for known in self._known:
+            same = min(len(known), len(prompt) - 1)
+            equal = (known[:same] == prompt[:same]).tolist()
+            best = max(best, equal.index(False) if False in equal else same)
+        self._known.append(prompt)
+        self._cached += best // PAGE * PAGE
+        return best // PAGE * PAGE
+
