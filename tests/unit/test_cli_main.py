@@ -39,9 +39,10 @@ def test_each_command_has_help_that_opens_with_its_listed_line(capsys: pytest.Ca
     ("argv", "sentence"),
     [
         (["srve"], "There is no command 'srve'. Did you mean 'serve'?"),
-        (["--versoin"], "triptych has no option --versoin. Did you mean '--version'?"),
-        (["serve", "--prot", "9"], "triptych serve has no option --prot. Did you mean '--port'?"),
-        (["serve", "--kv-memroy", "2GiB"], "triptych serve has no option --kv-memroy. Did you mean '--kv-memory'?"),
+        (["--versoin"], "triptych has no option --versoin. Did you mean --version?"),
+        (["serve", "--prot", "9"], "triptych serve has no option --prot. Did you mean --port?"),
+        (["serve", "--kv-memroy", "2GiB"], "triptych serve has no option --kv-memroy. Did you mean --kv-memory?"),
+        (["chat", "--ignore-eos"], "triptych chat has no option --ignore-eos. See: triptych chat --help."),
         (["doctor", "--kernel-backend", "cuda"], "'cuda' is not one of 'auto', 'ref', 'cpu'"),
         (["serve", "--port", "many"], "'--port'"),
         (["generate", "tiny", "one", "two"], "two"),

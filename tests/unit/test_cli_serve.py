@@ -42,8 +42,6 @@ def test_a_free_port_passes_and_stays_free() -> None:
 @pytest.mark.parametrize(
     ("host", "port", "sentence"),
     [
-        ("127.0.0.1", 70000, "--port must be from 0 to 65535, not 70000"),
-        ("127.0.0.1", -1, "--port must be from 0 to 65535, not -1"),
         ("no such host", 8000, "'no such host' is no address"),
         ("192.0.2.1", 8000, "not one of this machine's"),
     ],
@@ -60,6 +58,12 @@ def test_a_missing_web_stack_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
         ConfigError, match=r"The server needs uvicorn\. Install it with: pip install 'triptych\[server\]'"
     ):
         need_server_packages()
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_port_out_of_range_is_named(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert main(["serve", "--port", port]) == 2
+    assert f"port must be from 0 to 65535, not {port}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["0", "ten", "5 parsecs"])

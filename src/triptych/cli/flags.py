@@ -37,7 +37,9 @@ class EngineFlags:
         Literal["exact", "native"] | None,
         typer.Option(help="exact: plain arithmetic. native: rounds where the released model does."),
     ] = None
-    threads: Annotated[int | None, typer.Option(metavar="N", help="Processor threads. Default: one per core.")] = None
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Processor threads. Default: one per core; one for a small model.")
+    ] = None
     kernel_backend: Annotated[
         Literal["auto", "ref", "cpu"] | None, typer.Option(help="Which kernels run; see `triptych doctor`.")
     ] = None

@@ -126,7 +126,7 @@ def stream_to_terminal(engine: Engine, prompt: Prompt, params: SamplingParams) -
         sys.stdout.write(delta.text)
         sys.stdout.flush()
         usage, error = delta.usage or usage, delta.error or error
-    sys.stdout.write("\n")
+    print(flush=True)
     if error is not None:
         raise RequestError(error)
     if usage is not None:

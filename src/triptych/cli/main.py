@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -92,8 +93,10 @@ def _usage_sentence(error: Any) -> str:
     if context is None:
         return text
     if type(error).__name__ == "NoSuchOption":
-        known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-        return f"{context.command_path} has no option {option}. {nearest(str(option), [*known, '--help'])}"
+        text = f"{context.command_path} has no option {option}."
+        known = [name.lstrip("-") for parameter in context.command.params for name in parameter.opts]
+        for close in get_close_matches(str(option).lstrip("-"), [*known, "help"], n=1):
+            return f"{text} Did you mean --{close}?"
     return f"{text} See: {context.command_path} --help."
 
 

@@ -40,38 +40,39 @@ def serve(
     Stops gracefully on SIGTERM and Ctrl-C: running requests end, new ones are refused.
     """
     need_server_packages()
-    body_limit = parse_size(max_body, "--max-body")
+    from triptych.server.options import ServerOptions
+
     options = engine.options()
+    settings = ServerOptions(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        max_body=parse_size(max_body, "--max-body"),
+        drain_timeout=drain_timeout,
+        log_level=log_level,
+    )
     check_address(host, port)  # before the model is loaded, which may take minutes
     from triptych.engine.api import AsyncEngine
-    from triptych.server.app import ServerOptions, run_server
+    from triptych.server.run import run_server
 
     loaded = AsyncEngine.load(model, **options)
     typer.echo(loaded.describe(), err=True)
-    run_server(
-        loaded,
-        ServerOptions(
-            host=host,
-            port=port,
-            served_model_name=served_model_name,
-            max_body=body_limit,
-            drain_timeout=drain_timeout,
-            log_level=log_level,
-        ),
-    )
+    run_server(loaded, settings, ready=lambda url: typer.echo(f"Serving  {url}/v1 until Ctrl-C", err=True))
 
 
 def need_server_packages() -> None:
     """ConfigError if the web stack is not installed."""
-    missing = [name for name in ("starlette", "uvicorn", "msgspec") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("starlette", "uvicorn", "msgspec", "prometheus_client")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ConfigError(f"The server needs {', '.join(missing)}.", "Install it with: pip install 'triptych[server]'.")
 
 
 def check_address(host: str, port: int) -> None:
     """ConfigError if nothing can listen on `host`:`port` now."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port must be from 0 to 65535, not {port}.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
