@@ -73,6 +73,7 @@ class Conversation:
         with suppress(ImportError):
             import readline  # noqa: F401  importing it gives input() editing and history
         if sys.stdin.isatty():
+            print(self._engine.describe())
             print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.")
         with asyncio.Runner() as runner:
             runner.run(self._engine.start())
@@ -101,7 +102,7 @@ class Conversation:
                 self._attached.clear()
         except KeyboardInterrupt:
             # the runner has cancelled the answer, and with it the request; what was said stays in the history
-            print("\n(stopped)")
+            print("(stopped)")
         except TriptychError as error:
             print(f"triptych: {error}", file=sys.stderr)
 
