@@ -17,6 +17,12 @@ from triptych.kernels.jit import inline, kernel
 _BLOCK = 64  # prefill queries that share one window product
 _BLOCK_FROM = 16  # rows of one sequence from which on they do
 
+_LEAST = np.float32(-87.0)  # below it exp leaves float32's normal range
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+
 
 def attend(
     q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
@@ -193,17 +199,30 @@ def _add(probs, key, j, out):  # type: ignore[no-untyped-def]
 
 @inline
 def _softmax(scores, n, sink):  # type: ignore[no-untyped-def]
-    """Softmax of each head's first n scores with the sink in the denominator, in place."""
+    """Softmax of each head's first n scores with the sink in the denominator, in place.
+
+    exp is written out so that it vectorises: 2^k from the bits of k, and Cephes' polynomial for the rest (1e-6).
+    """
+    bits = np.empty(n, np.int32)
+    powers = bits.view(np.float32)
     for h in range(scores.shape[0]):
         top = sink[h]
         for j in range(n):
             top = max(top, scores[h, j])
+        for j in range(n):
+            x = max(scores[h, j] - top, _LEAST)
+            k = np.floor(x * _LOG2_E + np.float32(0.5))
+            bits[j] = (np.int32(k) + np.int32(127)) << np.int32(23)
+            r = x - k * _LN2_HIGH - k * _LN2_LOW
+            even = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+            scores[h, j] = even * (r * r) + r + np.float32(1)
         total = np.float32(math.exp(sink[h] - top))
         for j in range(n):
-            scores[h, j] = np.float32(math.exp(scores[h, j] - top))
+            scores[h, j] *= powers[j]
             total += scores[h, j]
+        share = np.float32(1) / total
         for j in range(n):
-            scores[h, j] /= total
+            scores[h, j] *= share
 
 
 @kernel
