@@ -21,13 +21,15 @@ from triptych.text.tokenizer import Tokenizer
 
 
 class Server:
-    """An app served in a thread of its own. `stop` ends it without waiting for connections."""
+    """An app served in a thread of its own. `stop` gives open connections a second."""
 
     def __init__(self, app: Starlette) -> None:
         self.app = app
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=1
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._listener])))
         self._thread.start()
@@ -43,7 +45,7 @@ class Server:
 
     def stop(self) -> None:
         """End the server thread."""
-        self._server.should_exit = self._server.force_exit = True
+        self._server.should_exit = True
         self._thread.join()
         self._listener.close()
 

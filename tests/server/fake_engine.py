@@ -7,8 +7,9 @@ Behaviour that tests need is set on the instance: delays, a queue bound, a failu
 from __future__ import annotations
 
 import asyncio
+import itertools
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
@@ -36,7 +37,7 @@ SHAPE = ModelShape(
     num_hash_layers=1,
     routed_scaling=1.0,
 )
-WORDS = " the cat sat on a mat, and 猫 said: naïve 🙂 résumé!\n"
+WORDS = (" the", " cat", " sat", ",", "猫", "naïve ", "🙂", "\U00013080", "résumé", "!\n")  # the eye is 3 tokens
 
 
 class FakeEngine:
@@ -48,7 +49,7 @@ class FakeEngine:
         self.config = EngineConfig(max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self.vocabulary = tokenizer.encode(WORDS).tolist()
+        self._words = [tokenizer.encode(word).tolist() for word in WORDS]
         self.token_delay = 0.0
         self.prefill_delay = 0.0
         self.fail_after: int | None = None  # tokens after which every stream fails
@@ -75,10 +76,11 @@ class FakeEngine:
             cache={"pages_free": 7.0},
         )
 
-    def next_token(self, prompt: TokenIds, params: SamplingParams, index: int, at: int) -> int:
-        """The token at output position `at` of sample `index`."""
-        seed = f"{prompt.tobytes().hex()}/{params.seed}/{index}/{at}"
-        return int(self.vocabulary[zlib.crc32(seed.encode()) % len(self.vocabulary)])
+    def tokens(self, prompt: TokenIds, params: SamplingParams, index: int = 0) -> Iterator[int]:
+        """All that sample `index` would ever say, word by word."""
+        for at in itertools.count():
+            seed = f"{prompt.tobytes().hex()}/{params.seed}/{index}/{at}"
+            yield from self._words[zlib.crc32(seed.encode()) % len(self._words)]
 
     async def stream(
         self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
@@ -97,11 +99,14 @@ class FakeEngine:
             self._prompt += len(prompt_ids)
             cached = self._cached_tokens(prompt_ids)
             outputs = [OutputText(i, params, self.tokenizer) for i in range(params.n)]
+            says = [self.tokens(prompt_ids, params, i) for i in range(params.n)]
             for at in range(self.max_context - len(prompt_ids)):
                 await asyncio.sleep(self.token_delay)
                 self._steps += 1
                 for i in sorted(left):
-                    for delta in self._step(prompt_ids, params, outputs[i], at, cached):
+                    for delta in self._step(
+                        next(says[i]), params, outputs[i], Usage(len(prompt_ids), cached, 0, at + 1)
+                    ):
                         left -= {i} if delta.finish_reason is not None else set()
                         yield delta
                 if not left:
@@ -111,21 +116,18 @@ class FakeEngine:
             if left:
                 self.aborted.append(request_id)
 
-    def _step(
-        self, prompt: TokenIds, params: SamplingParams, output: OutputText, at: int, cached: int
-    ) -> list[Delta]:
-        usage = Usage(len(prompt), cached, 0, at + 1)
+    def _step(self, token: int, params: SamplingParams, output: OutputText, usage: Usage) -> list[Delta]:
+        at = usage.completion_tokens - 1
         if self.stopped:
             return [output.finish(FinishReason.ABORT, usage, "The engine was stopped.")]
         if at == self.fail_after:
             return [output.finish(FinishReason.ERROR, usage, "The logits of this request are not finite.")]
         if at == self.break_after:
             raise RuntimeError("a bug in the engine")
-        token = self.next_token(prompt, params, output.index, at)
         self._generated += 1
         delta = output.push(token, self._logprob(token, params))
         out = [delta] if delta is not None else []
-        last = (params.max_tokens or self.max_context) == at + 1 or len(prompt) + at + 1 == self.max_context
+        last = (params.max_tokens or self.max_context) == at + 1 or usage.total_tokens == self.max_context
         if output.stopped:
             out.append(output.finish(FinishReason.STOP, usage))
         elif last:
@@ -149,3 +151,7 @@ class FakeEngine:
         self._cached += best // PAGE * PAGE
         return best // PAGE * PAGE
 
+
+def expected_tokens(engine: FakeEngine, prompt: TokenIds, params: SamplingParams, index: int = 0) -> list[int]:
+    """What `engine` says to `prompt`, computed beside the stream."""
+    return list(itertools.islice(engine.tokens(prompt, params, index), params.max_tokens))

@@ -9,7 +9,7 @@ from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stre
 from triptych.server.fields import Fields, FieldTable
 from triptych.server.logprobs import chat_logprobs
 from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
 from triptych.server.wire import (
     ChatChoice,
     ChatChunk,
@@ -53,7 +53,8 @@ def read_chat(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
         fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
     )
     messages = parse_messages(fields.value("messages"))
-    prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
+    with blaming("messages"):
+        prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
     check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
     return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage)
 

@@ -9,7 +9,7 @@ from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stre
 from triptych.server.fields import Fields, FieldTable, shown, wrong
 from triptych.server.logprobs import TextLogprobWriter
 from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
 from triptych.server.wire import TextChoice, TextCompletion, WireUsage
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import Delta, TokenIds, token_ids
@@ -64,7 +64,8 @@ def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
         raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if len(texts) == len(prompts):
-        return tuple(engine.tokenizer.encode(text, limit=engine.max_context - 1) for text in texts)
+        with blaming("prompt"):
+            return tuple(engine.tokenizer.encode(text, limit=engine.max_context - 1) for text in texts)
     return tuple(_ids(prompt, engine.shape.vocab_size) for prompt in prompts)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from triptych.errors import ContextTooLong, RequestError
 from triptych.server.fields import Fields, as_integer, as_number, wrong
 from triptych.words import SamplingParams
@@ -85,3 +88,13 @@ def check_room(prompt_tokens: int, max_tokens: int | None, max_context: int, par
             f"Lower max_tokens to at most {max_context - prompt_tokens}.",
             param="max_tokens",
         )
+
+
+@contextmanager
+def blaming(param: str) -> Iterator[None]:
+    """Name `param` in errors of rooms that do not know what their input was called."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = error.param or param
+        raise

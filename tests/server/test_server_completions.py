@@ -1,0 +1,82 @@
+"""/v1/completions through the official client: every form of prompt, and the older shape of logprobs."""
+
+from __future__ import annotations
+
+import numpy as np
+import openai
+import pytest
+from fake_engine import FakeEngine, expected_tokens
+
+from triptych.words import SamplingParams
+
+
+def said(engine: FakeEngine, ids: list[int], max_tokens: int, index: int = 0) -> str:
+    prompt = np.asarray(ids, dtype=np.int32)
+    return engine.tokenizer.decode(expected_tokens(engine, prompt, SamplingParams(max_tokens=max_tokens), index))
+
+
+def test_every_form_of_prompt(client: openai.OpenAI, engine: FakeEngine) -> None:
+    ids = engine.tokenizer.encode("a cat <think>").tolist()
+    text = said(engine, ids, 12)
+    for prompt in ("a cat <think>", ["a cat <think>"], ids, [ids]):
+        answer = client.completions.create(model="fake", prompt=prompt, max_tokens=12)
+        assert [choice.text for choice in answer.choices] == [text]
+        assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+
+
+def test_several_prompts_with_several_samples(client: openai.OpenAI, engine: FakeEngine) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    wanted = [said(engine, ids, 20, index) for ids in prompts for index in range(2)]
+    whole = client.completions.create(model="fake", prompt=prompts, max_tokens=20, n=2)
+    assert [choice.text for choice in whole.choices] == wanted
+    assert [choice.index for choice in whole.choices] == list(range(6))
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (6, 120)
+    streamed = [""] * 6
+    ends = []
+    for chunk in client.completions.create(model="fake", prompt=prompts, max_tokens=20, n=2, stream=True):
+        [choice] = chunk.choices
+        streamed[choice.index] += choice.text
+        ends += [choice.index] if choice.finish_reason else []
+    assert streamed == wanted
+    assert sorted(ends) == list(range(6))
+
+
+def test_the_default_is_sixteen_tokens(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="fake", prompt="x")
+    assert answer.usage is not None and answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_name_every_token_and_where_it_stands(client: openai.OpenAI, engine: FakeEngine, stream: bool) -> None:
+    ask = dict(model="fake", prompt=[9, 8, 7], max_tokens=80, logprobs=2)
+    if stream:
+        choices = [chunk.choices[0] for chunk in client.completions.create(**ask, stream=True)]
+    else:
+        choices = client.completions.create(**ask).choices
+    text = "".join(choice.text for choice in choices)
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    tokens = [token for part in parts for token in part.tokens]
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert len(tokens) == len(offsets) == 80 == sum(len(part.token_logprobs) for part in parts)
+    split = [token for token in tokens if token.startswith("bytes:\\x")]
+    assert split, "the eye is split over tokens"
+    assert offsets == sorted(offsets)
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert token.startswith("bytes:") or text[offset:].startswith(token)
+    assert all(len(top) == 2 for part in parts for top in part.top_logprobs)
+
+
+def test_include_usage(client: openai.OpenAI) -> None:
+    *chunks, last = client.completions.create(
+        model="fake", prompt="x", max_tokens=3, stream=True, stream_options={"include_usage": True}
+    )
+    assert all(chunk.usage is None for chunk in chunks)
+    assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 4
+
+
+def test_echo_is_refused_with_a_sentence(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="echo is not supported yet"):
+        client.completions.create(model="fake", prompt="x", echo=True)
+    client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)
