@@ -117,6 +117,6 @@ class Arbiter:
 def _gap(ours: Tensor, theirs: Tensor, scores: dict[int, float]) -> float:
     """How much lower the worst of our choices scores than the best one that we left out, by Transformers' scores."""
     mine, wanted = set(ours.tolist()), set(theirs.tolist())
-    gained = min(scores.get(i, float("-inf")) for i in mine - wanted)
+    gained = min((scores.get(i, float("-inf")) for i in mine - wanted), default=float("-inf"))  # none: a repeated id
     lost = max(scores.get(i, float("inf")) for i in wanted - mine)
     return lost - gained

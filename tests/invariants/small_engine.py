@@ -1,0 +1,197 @@
+"""A whole engine around a very small model, with logits observed: the ground of the invariant tests.
+
+Four layers, all kinds, an indexer that selects from position 67 on. Every pool starts as NaN. The truth is the same
+engine with one request at a time, one-shot prefill, no prefix cache: what a prompt alone gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.cache.manager import CacheManager
+from triptych.checkpoint import random_tensors
+from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, CacheConfig, EngineConfig, ModelShape
+from triptych.engine.loop import EngineLoop, TokenEvent
+from triptych.engine.pools import Pools
+from triptych.engine.runner import Runner
+from triptych.model.weights import ModelWeights, WeightStore
+from triptych.schedule.scheduler import Scheduler
+from triptych.words import FinishReason, Request, SamplingParams, StepPlan, Usage
+
+SHAPE = ModelShape(
+    vocab_size=97,
+    hidden_size=32,
+    ratios=(SWA_LAYER, CSA_LAYER, HCA_LAYER, CSA_LAYER),
+    num_heads=2,
+    head_dim=16,
+    rope_dim=8,
+    q_lora_rank=16,
+    o_groups=2,
+    o_lora_rank=8,
+    index_heads=8,
+    index_head_dim=8,
+    index_topk=16,
+    num_experts=4,
+    experts_per_token=2,
+    moe_intermediate_size=16,
+    num_hash_layers=1,
+    routed_scaling=1.5,
+    num_mtp_layers=0,
+    max_position=16384,
+)
+
+
+@cache
+def weights() -> ModelWeights:
+    """Random weights of SHAPE."""
+    torch.set_num_threads(1)
+    store = WeightStore(SHAPE, torch.float32, mtp=False)
+    for name, tensor in random_tensors(SHAPE, seed=0):
+        store.place(name, tensor)
+    return store.weights
+
+
+class _Watched(Runner):
+    """A runner that keeps the logits of every row it samples, by request and position."""
+
+    def __init__(self, config: EngineConfig, pools: Pools) -> None:
+        super().__init__(weights(), config, pools)
+        self.seen: dict[str, dict[int, Tensor]] = {}
+
+    def logits(self, plan: StepPlan) -> Tensor:
+        out = super().logits(plan)
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        for chunk, row in zip(sampling, out, strict=True):
+            self.seen.setdefault(chunk.request_id, {})[chunk.end - 1] = row.clone()
+        return out
+
+
+@dataclass
+class Answer:
+    """What became of one request. logits[i] preceded tokens[i]."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class SmallEngine:
+    """An EngineLoop with capacities of one's choice. All requests are greedy and end after `max_tokens`."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 160,
+        slots: int = 4,
+        snapshots: int = 16,
+        step_tokens: int = 512,
+        prefix_cache: bool = True,
+        deterministic: bool = True,
+    ) -> None:
+        config = EngineConfig(
+            max_running=slots,
+            step_tokens=step_tokens,
+            deterministic=deterministic,
+            cache=CacheConfig(prefix_cache=prefix_cache),
+        )
+        geometry = CacheGeometry.of(SHAPE, "float32")
+        capacity = CacheCapacity(pages=pages, slots=slots, snapshots=snapshots)
+        self.cache = CacheManager(geometry, capacity, SHAPE.num_layers, prefix_cache=prefix_cache)
+        pools = Pools(SHAPE, geometry, capacity)
+        for value in vars(pools).values():
+            if isinstance(value, Tensor):
+                value.fill_(float("nan"))
+        self._runner = _Watched(config, pools)
+        self.loop = EngineLoop(SHAPE, self.cache, Scheduler(self.cache, config, SHAPE.max_position), self._runner)
+        self.live: dict[str, Answer] = {}
+        self._count = 0
+
+    def add(self, prompt: tuple[int, ...], max_tokens: int, *, salt: str = "", fork_of: str | None = None) -> str:
+        """Queue a greedy request and return its id. Raises what the engine raises."""
+        request_id = f"q{self._count}"
+        self._count += 1
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        self.loop.add(Request(request_id, np.asarray(prompt, np.int32), params, salt, fork_of))
+        self.live[request_id] = Answer(prompt)
+        return request_id
+
+    def step(self) -> list[Answer]:
+        """One engine step; the answers that it completed."""
+        done = []
+        for event in self.loop.step():
+            done += self._take(event)
+        return done
+
+    def abort(self, request_id: str) -> None:
+        """End a live request now."""
+        self.loop.finish(request_id, FinishReason.ABORT)
+        del self.live[request_id]
+        self._runner.seen.pop(request_id, None)
+
+    def drain(self) -> list[Answer]:
+        """Step until nothing is left."""
+        done = []
+        while self.loop.busy:
+            done += self.step()
+        return done
+
+    def ask(self, prompt: tuple[int, ...], max_tokens: int, *, salt: str = "") -> Answer:
+        """One request from start to end."""
+        self.add(prompt, max_tokens, salt=salt)
+        [answer] = self.drain()
+        return answer
+
+    def _take(self, event: TokenEvent) -> list[Answer]:
+        assert event.error is None, event.error
+        answer = self.live[event.request_id]
+        if event.token_id is not None:
+            answer.tokens.append(event.token_id)
+            position = len(answer.prompt) + len(answer.tokens) - 2
+            answer.logits.append(self._runner.seen[event.request_id].pop(position))
+        if event.reason is None:
+            return []
+        answer.reason, answer.usage = event.reason, event.usage
+        del self.live[event.request_id]
+        self._runner.seen.pop(event.request_id, None)
+        return [answer]
+
+
+@cache
+def alone(prompt: tuple[int, ...], max_tokens: int) -> Answer:
+    """The truth: this prompt by itself, prefilled in one step, nothing cached."""
+    pages = -(-(len(prompt) + max_tokens) // 128) + 1
+    engine = SmallEngine(pages=pages, slots=1, snapshots=0, step_tokens=max(len(prompt), 1), prefix_cache=False)
+    return engine.ask(prompt, max_tokens)
+
+
+def agree(answer: Answer, truth: Answer) -> None:
+    """Same tokens and the same bits in all logits, as far as the answer goes."""
+    count = len(answer.tokens)
+    assert answer.tokens == truth.tokens[:count]
+    for index, (got, want) in enumerate(zip(answer.logits, truth.logits, strict=False)):
+        assert torch.equal(got, want), f"token {index}: logits differ by {float((got - want).abs().max()):.3g}"
+
+
+def accounted(answer: Answer) -> Usage:
+    """The usage of a finished answer, checked against what is known about it."""
+    usage = answer.usage
+    assert usage is not None
+    assert usage.prompt_tokens == len(answer.prompt)
+    assert usage.completion_tokens == len(answer.tokens)
+    assert usage.cached_tokens >= 0 and usage.recomputed_tokens >= 0
+    assert usage.computed_tokens >= 0
+    assert usage.cached_tokens < usage.prompt_tokens, "the last prompt token always runs"
+    return usage
+
+
+def text(seed: int, length: int) -> tuple[int, ...]:
+    """`length` random tokens; a longer text of the same seed begins with a shorter one."""
+    return tuple(np.random.default_rng(seed).integers(2, SHAPE.vocab_size, 20000)[:length].tolist())

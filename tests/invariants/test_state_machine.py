@@ -1,0 +1,173 @@
+"""Invariants 1 to 4 under random histories: requests that share prefixes, chunk budgets, aborts, tiny pools.
+
+After every operation each page, slot and snapshot is accounted for. Each answer equals what the same prompt gives alone
+with nothing cached, in tokens and in every bit of its logits.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
+from small_engine import Answer, SmallEngine, accounted, agree, alone, text
+
+from triptych.errors import ContextTooLong
+from triptych.words import FinishReason
+
+Prompt = tuple[int, ...]
+How = tuple[int, str, int]
+"""Tokens to generate, the tenant's salt, how many copies to generate (n)."""
+
+HOW = st.tuples(
+    st.sampled_from([1, 2, 5, 40, 130, 260]), st.sampled_from(["", "", "", "tenant"]), st.sampled_from([1, 1, 1, 3])
+)
+LENGTHS = st.sampled_from(
+    [1, 3, 4, 5, 60, 127, 128, 129, 132, 200, 255, 256, 257, 383, 384, 511, 512, 520, 640, 700, 1025]
+)
+_SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """One engine with pools so small that most histories evict, preempt or make requests wait."""
+
+    conversations: Bundle[Prompt] = Bundle("conversations")
+
+    @initialize(
+        pages=st.sampled_from([4, 5, 6, 8, 16]),
+        slots=st.integers(1, 4),
+        snapshots=st.integers(0, 6),
+        step_tokens=st.sampled_from([4, 37, 128, 130, 512, 1000]),
+    )
+    def start(self, pages: int, slots: int, snapshots: int, step_tokens: int) -> None:
+        self.engine = SmallEngine(pages=pages, slots=slots, snapshots=snapshots, step_tokens=step_tokens)
+
+    @rule(document=st.integers(0, 1), length=LENGTHS, question=st.integers(0, 9), extra=st.integers(0, 6), how=HOW)
+    def ask_about_a_document(self, document: int, length: int, question: int, extra: int, how: How) -> None:
+        """Prompts share all, a part or nothing of their beginnings."""
+        self.ask((*text(document, length), *text(100 + question, extra)), how)
+
+    @rule(past=conversations, question=st.integers(0, 9), extra=st.integers(1, 140), how=HOW)
+    def continue_a_conversation(self, past: Prompt, question: int, extra: int, how: How) -> None:
+        """A prompt that begins with an earlier prompt and its answer."""
+        self.ask((*past, *text(200 + question, extra)), how)
+
+    def ask(self, prompt: Prompt, how: How) -> None:
+        max_tokens, salt, copies = how
+        try:
+            first = self.engine.add(prompt, max_tokens, salt=salt)
+        except ContextTooLong:
+            assert len(prompt) >= self.engine.cache.capacity.tokens, "this request would have fitted"
+            return
+        for _ in range(1, copies):
+            self.engine.add(prompt, max_tokens, salt=salt, fork_of=first)
+
+    @rule(target=conversations, count=st.sampled_from([1, 2, 5, 20, 60]))
+    def step(self, count: int) -> object:
+        """Some steps; what finished can be continued later."""
+        done: list[Prompt] = []
+        for _ in range(count):
+            for answer in self.engine.step():
+                self.check(answer)
+                done.append((*answer.prompt, *answer.tokens))
+            self.engine.cache.check_integrity()
+        return multiple(*done)
+
+    @precondition(lambda self: self.engine.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Whatever it is doing: waiting, in the middle of its prompt, decoding, preempted."""
+        self.engine.abort(data.draw(st.sampled_from(sorted(self.engine.live))))
+
+    @precondition(lambda self: self.engine.cache.stats().pages_cached > 4)
+    @rule(really=st.integers(0, 5))
+    def forget_everything(self, really: int) -> None:
+        if not really:
+            self.engine.cache.reset()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.cache.check_integrity()
+        stats = self.engine.cache.stats()
+        assert stats.pages_free + stats.pages_held + stats.pages_cached == stats.pages
+        assert stats.slots - stats.slots_free <= len(self.engine.live)
+
+    def check(self, answer: Answer) -> None:
+        assert answer.reason is FinishReason.LENGTH
+        agree(answer, alone(answer.prompt, len(answer.tokens)))
+        event("cached" if accounted(answer).cached_tokens else "nothing cached")
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for answer in self.engine.drain():
+            self.check(answer)
+        self.nothing_is_lost()
+        stats = self.engine.cache.stats()
+        assert not self.engine.live
+        assert (stats.slots_free, stats.pages_held) == (stats.slots, 0), "a finished request left something behind"
+        self.engine.cache.reset()
+        assert self.engine.cache.stats().pages_free == stats.pages
+        for name in ("pages_evicted", "snapshots_evicted", "replay_resumes", "snapshot_resumes", "pages_adopted"):
+            if getattr(stats, name):
+                event(name)
+        if self.engine.loop.scheduler.stats().preemptions:
+            event("preempted")
+
+
+class TestEngine(EngineMachine.TestCase):
+    settings = settings(max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=_SLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+class TestEngineAtLength(EngineMachine.TestCase):
+    settings = settings(max_examples=1500, stateful_step_count=60, deadline=None, suppress_health_check=_SLOW)
+
+
+def test_a_preempted_request_goes_on_where_it_was() -> None:
+    """Two requests grow until the pages of both no longer fit: one must give way, come back and lose nothing."""
+    engine = SmallEngine(pages=6, slots=2, snapshots=2)
+    prompts = [text(11, 250), text(12, 250)]
+    for prompt in prompts:
+        engine.add(prompt, 300)
+    answers = engine.drain()
+    assert sorted(answer.prompt for answer in answers) == sorted(prompts)
+    for answer in answers:
+        agree(answer, alone(answer.prompt, 300))
+        accounted(answer)
+    assert engine.loop.scheduler.stats().preemptions, "six pages cannot hold both"
+
+
+def test_a_prompt_that_can_never_fit_is_refused_and_an_output_that_cannot_is_cut() -> None:
+    engine = SmallEngine(pages=3)
+    with pytest.raises(ContextTooLong):
+        engine.add(text(1, 384), 1)
+    assert not engine.loop.busy
+    answer = engine.ask(text(1, 380), 10)
+    assert len(answer.tokens) == 4 and answer.reason is FinishReason.LENGTH
+    agree(answer, alone(answer.prompt, 4))
+
+
+def test_tenants_share_nothing() -> None:
+    """The same prompt under another salt starts cold; under the same salt it does not."""
+    engine = SmallEngine()
+    prompt = text(6, 400)
+    cached = [accounted(engine.ask(prompt, 3, salt=salt)).cached_tokens for salt in ("a", "b", "a", "b", "")]
+    assert [bool(tokens) for tokens in cached] == [False, False, True, True, False]
+
+
+def test_mixed_company_does_not_change_a_bit() -> None:
+    """Twelve prompts of edge lengths through three slots at once, twice, the second time from the cache."""
+    engine = SmallEngine(pages=60, slots=3, snapshots=40, step_tokens=97)
+    prompts = [text(20 + i, n) for i, n in enumerate([1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 513])]
+    for _ in range(2):
+        for prompt in prompts:
+            engine.add(prompt, 42)
+        answers = engine.drain()
+        assert len(answers) == len(prompts)
+        for answer in answers:
+            agree(answer, alone(answer.prompt, 42))
+    assert engine.cache.stats().snapshot_resumes >= 5
