@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from triptych import tiny
 from triptych.cache.geometry import CacheCapacity, CacheGeometry, plan_capacity
@@ -17,6 +18,7 @@ from triptych.engine.loop import EngineLoop
 from triptych.engine.memory import free_memory
 from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
+from triptych.engine.warmup import warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
@@ -56,6 +58,8 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
         )
     weights = _weights(reader, shape, _DTYPES[config.weight_dtype])
     _set_threads(config, weights)
+    with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
+        warm_up(config)
     loop = build_loop(weights, config, geometry, capacity)
     limit = config.max_context or shape.max_position
     max_context = min(limit, shape.max_position, capacity.tokens)

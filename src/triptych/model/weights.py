@@ -121,10 +121,9 @@ class WeightStore:
         target.copy_(tensor)
         self._placed.add(name)
 
-    @property
-    def expected(self) -> frozenset[str]:
-        """Official names of all tensors that must be placed."""
-        return frozenset(self._targets)
+    def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor that has a place, by official name."""
+        return {name: (target.shape, target.dtype) for name, target in self._targets.items()}
 
     def missing(self) -> list[str]:
         """Names not placed yet, sorted. MTP tensors count only once one of them was placed."""
