@@ -96,7 +96,7 @@ def _entry(path: Path, name: str, raw: Any, start: int) -> Stored:
     try:
         dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
         numbers = (*shape, begin, end)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"The header of {path} describes tensor {name} by {str(raw)[:100]!r}.") from None

@@ -57,8 +57,8 @@ _TO_OFFICIAL = {theirs.removeprefix("model."): ours for ours, theirs in _BLOCK +
 # save_pretrained undoes a renaming of norm to kv_norm everywhere, also where there was none
 _TO_OFFICIAL |= {theirs.replace("kv_norm", "norm"): ours for ours, theirs in _BLOCK if theirs.endswith("kv_norm")}
 _TO_TRANSFORMERS = dict(_BLOCK + _TOP)
-_BLOCK_NAME = re.compile(r"^((?:layers|mtp)\.\d+)\.(.+)$")
-_SUFFIX = re.compile(r"^(.*?)(\.weight_scale_inv|\.weight|\.scale)?$")
+_BLOCK_NAME = re.compile(r"((?:layers|mtp)\.[0-9]+)\.(.+)", re.DOTALL)
+_SUFFIX = re.compile(r"(.*?)(\.weight_scale_inv|\.weight|\.scale)?", re.DOTALL)
 
 _MIXED = (
     (re.compile(r"^self_attn\."), "attn."),
@@ -78,14 +78,14 @@ def official_name(stored: str) -> str:
     Stacked experts keep their own name behind the layer: `layers.3.mlp.experts.gate_up_proj`.
     """
     name = stored.removeprefix("model.")
-    match = _BLOCK_NAME.match(name)
+    match = _BLOCK_NAME.fullmatch(name)
     if match is None:
         return _official_stem(name)
     return f"{match[1]}.{_official_stem(match[2])}"
 
 
 def _official_stem(name: str) -> str:
-    match = _SUFFIX.match(name)
+    match = _SUFFIX.fullmatch(name)
     assert match is not None  # every string matches
     stem, suffix = match[1], match[2] or ""
     suffix = ".scale" if suffix == ".weight_scale_inv" else suffix
@@ -102,7 +102,7 @@ def _official_stem(name: str) -> str:
 
 def transformers_name(official: str) -> str:
     """An official tensor's name among Transformers' parameters, which have no MTP; for experts see `fused_name`."""
-    match = _BLOCK_NAME.match(official)
+    match = _BLOCK_NAME.fullmatch(official)
     lead, name = (f"model.{match[1]}.", match[2]) if match else ("", official)
     if name in _TO_TRANSFORMERS:
         return lead + _TO_TRANSFORMERS[name]

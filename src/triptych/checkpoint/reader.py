@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from triptych.checkpoint.progress import progress
 from triptych.checkpoint.table import TensorSpec, tensor_table
 from triptych.config import ModelShape, read_config
 from triptych.errors import CheckpointError, nearest
+from triptych.kernels.quant import ref as quant
 
 INDEX_FILE = "model.safetensors.index.json"
 _IGNORED = re.compile(r"^mtp\.\d+\.(emb|embed|embed_tokens|head|lm_head|shared_head\.head)\.|rotary_emb\.inv_freq$")
@@ -52,6 +54,7 @@ class CheckpointReader:
         self.directory = Path(directory)
         self.config = read_config(self.directory / "config.json")
         self.shape = ModelShape.from_dict(self.config, source=str(self.directory / "config.json"))
+        _check_quantization(self.config, self.directory)
         self.files, self._index = shard_files(self.directory)
         self.problems: list[CheckpointError] = []
         self._unreadable: set[str] = set()
@@ -167,7 +170,7 @@ class CheckpointReader:
             if name.startswith("mtp.") and not self._mtp:
                 continue
             data = rest.pop(name, None)
-            scale = rest.pop(spec.scale_name, None) if spec.scale_name != name else None
+            scale = rest.pop(spec.scale_name, None) if spec.scale_name else None
             try:
                 if data is not None:
                     sources[name] = decode.resolve(spec, data, scale)
@@ -195,6 +198,17 @@ class CheckpointReader:
         raise CheckpointError(
             f"The index puts tensor {tensor} in {file}, but there is no such file.", "Fetch the missing shard."
         )
+
+
+def _check_quantization(config: dict[str, Any], directory: Path) -> None:
+    """Formats are taken from the files, tensor by tensor; what config.json says must only not contradict them."""
+    given = config.get("quantization_config")
+    for key, known in (("quant_method", "fp8"), ("fmt", "e4m3"), ("weight_block_size", [quant.FP8_BLOCK] * 2)):
+        found = given.get(key) if isinstance(given, dict) else None
+        if found not in (None, known):
+            raise CheckpointError(
+                f"{directory / 'config.json'}: quantization_config has {key} {found!r}, but DeepSeek-V4 has {known!r}."
+            )
 
 
 def near(name: str, table: dict[str, TensorSpec]) -> list[str]:

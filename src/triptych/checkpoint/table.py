@@ -39,9 +39,9 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
-    def scale_name(self) -> str:
-        """Where the scales of a quantised weight are."""
-        return self.name.removesuffix("weight") + "scale"
+    def scale_name(self) -> str | None:
+        """Where the scales of this weight are if it is stored quantised; None if it never is."""
+        return self.name.removesuffix("weight") + "scale" if self.kind in ("linear", "expert") else None
 
 
 def tensor_table(shape: ModelShape) -> dict[str, TensorSpec]:

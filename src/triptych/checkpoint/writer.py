@@ -168,7 +168,7 @@ def _encode(spec: TensorSpec, tensor: Tensor, weights: Weights) -> Iterator[tupl
         yield spec.name, tensor.to(torch.int64)
     elif weights == "fp32" or spec.kind == "float32":
         yield spec.name, tensor.to(torch.float32)
-    elif weights == "fp8" and spec.kind in ("linear", "expert"):
+    elif weights == "fp8" and spec.scale_name is not None:
         data, codes = quant.quantize_fp8(tensor) if spec.kind == "linear" else quant.quantize_mxfp4(tensor)
         yield spec.name, data
         yield spec.scale_name, codes.view(torch.float8_e8m0fnu)
