@@ -39,7 +39,7 @@ class Transformer:
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Residual streams [R, n, d]: n identical copies of the embedding."""
-        rows = self._weights.embed[token_ids].float()
+        rows = self._n.activation(self._weights.embed[token_ids].float())
         return rows.unsqueeze(1).repeat(1, self.shape.hc_mult, 1)
 
     def _angles(self, batch: Batch) -> dict[int, tuple[Angles, Angles | None]]:
