@@ -117,8 +117,8 @@ def test_inputs_lie_on_their_grids(store: WeightStore) -> None:
         entries = pools.layers[layer].entries
         if ratio:
             assert entries is not None
-            pages = entries[:2].flatten(0, 1)
+            pages = entries[:1].flatten(0, 1)
             assert on_fp8_grid(pages[:, :-16], 64)
         keys = pools.layers[layer].index_keys
         if keys is not None:
-            assert torch.equal(fake_quant_fp4(keys[:2], 32), keys[:2])
+            assert torch.equal(fake_quant_fp4(keys[:1], 32), keys[:1])
