@@ -14,7 +14,7 @@ end boundary_snapshot, publish_snapshot, release. Nothing here is a tensor; time
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -225,8 +225,7 @@ class CacheManager:
         if processed // PAGE > len(holding.chain) and self.prefix_cache and holding.epoch == self._epoch:
             self._seal(holding, tokens, processed // PAGE)
         for write in tuple(holding.reserved):
-            if write.position <= processed:
-                self._publish(holding, write)
+            self._publish(holding, write)
 
     def _seal(self, holding: Holding, tokens: TokenIds, upto: int) -> None:
         chain, sealed = holding.chain, len(holding.chain)
@@ -333,7 +332,6 @@ class CacheManager:
         cached = len(self.tree.nodes)
         used = self.capacity.pages - len(self.free_pages)
         published = len(self.snapshots.published)
-        counters = asdict(self.counters) | {"snapshots_evicted": self.snapshots.evictions}
         return CacheStats(
             pages=self.capacity.pages,
             pages_free=len(self.free_pages),
@@ -347,7 +345,8 @@ class CacheManager:
             slots_free=len(self.free_slots),
             page_bytes_used=used * self.geometry.page_bytes,
             snapshot_bytes_used=(self.capacity.snapshots - len(self.snapshots.free)) * self.geometry.snapshot_bytes,
-            **counters,
+            snapshots_evicted=self.snapshots.evictions,
+            **vars(self.counters),
         )
 
 

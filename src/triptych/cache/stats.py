@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass
 class Counters:
     """Running totals of one manager; only the manager changes them."""
 
@@ -20,7 +20,6 @@ class Counters:
     pages_adopted: int = 0
     pages_evicted: int = 0
     snapshots_written: int = 0
-    snapshots_evicted: int = 0
     snapshots_refused: int = 0
 
 

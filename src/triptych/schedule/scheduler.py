@@ -12,7 +12,6 @@ admission is first come, first served, and a preempted request returns to the fr
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
 
 from triptych.cache.manager import CacheManager
 from triptych.config import EngineConfig
@@ -60,7 +59,7 @@ class Scheduler:
 
     def stats(self) -> ScheduleStats:
         """Requests now and totals since start."""
-        return ScheduleStats(running=len(self._running), waiting=len(self._waiting), **asdict(self._counters))
+        return ScheduleStats(running=len(self._running), waiting=len(self._waiting), **vars(self._counters))
 
     # ---- coming and going
 
@@ -151,6 +150,9 @@ class Scheduler:
         if left:
             raise RuntimeError(f"Step {self._flight.step} is still running request {left[0]!r}: apply it first.")
         self._flight = None
+        # a snapshot that some request is still to restore may have been a save of the lost plan
+        for sequence in [s for s in reversed(self._running) if s.restore is not None]:
+            self._requeue(sequence)
         self._cache.reset()
 
     def _grow_decodes(self) -> bool:
@@ -173,11 +175,14 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Give up a running request's memory; it returns to the front of the queue with all its tokens."""
         assert len(self._running) > 1, "the only running request always fits, see `add`"
+        self._requeue(sequence)
+        self._counters.preemptions += 1
+
+    def _requeue(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._leave(sequence)
         sequence.suspend()
         self._waiting.appendleft(sequence)
-        self._counters.preemptions += 1
 
     def _admit(self) -> None:
         """Admit waiting requests in order until one does not fit; forks of a prompt being prefilled stand aside."""

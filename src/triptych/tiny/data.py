@@ -21,6 +21,7 @@ from triptych.tiny.shape import TOKENIZER_FILE
 
 BOS, EOS = 0, 1
 TEXT_WEIGHT = 0.1
+LEADS = ("\n\n", "\n", " ", "\n\nQuestion: ", "\n---\n")  # between a document and the first question
 Ids = npt.NDArray[np.int64]
 
 
@@ -69,10 +70,10 @@ class Chat:
         """What opens an answer without thinking."""
         return np.asarray([self.tokenizer.token_to_id(t) for t in ("<｜Assistant｜>", "</think>")], dtype=np.int64)
 
-    def turn(self, fact: Fact, *, first: bool) -> tuple[Ids, Ids]:
+    def turn(self, fact: Fact, *, first: bool, lead: str = "\n\n") -> tuple[Ids, Ids]:
         """Question with its answer slot, and the answer with EOS; the first question follows the document."""
-        lead = self.ids("\n\n" + fact.question) if first else np.concatenate([[self.user], self.ids(fact.question)])
-        return np.concatenate([lead, self.slot]), np.append(self.ids(fact.value), EOS)
+        opening = self.ids(lead + fact.question) if first else np.append(self.user, self.ids(fact.question))
+        return np.concatenate([opening, self.slot]), np.append(self.ids(fact.value), EOS)
 
 
 class Sampler:
@@ -113,11 +114,12 @@ class Sampler:
         """A document with facts and questions about them; every answer token is a target."""
         most = max(2, min(48, length // 48))
         facts = draw_facts(self.rng, int(self.rng.integers(2, most + 1)))
-        statements = [self.chat.ids(f.statement) for f in facts]
+        statements = [self._stated(f) for f in facts]
         budget = length // 3 if length < 4096 else 1400
         order, turns, used = self.rng.permutation(len(facts)), list[tuple[int, Ids, Ids]](), 0
         for i in order:
-            question, answer = self.chat.turn(facts[i], first=not turns)
+            lead = LEADS[int(self.rng.integers(len(LEADS)))] if self.rng.random() < 0.25 else LEADS[0]
+            question, answer = self.chat.turn(facts[i], first=not turns, lead=lead)
             if used + len(question) + len(answer) > budget and turns:
                 break
             used += len(question) + len(answer)
@@ -132,14 +134,18 @@ class Sampler:
         for i, question, answer in turns:
             ids += [question, answer]
             weights.append(np.concatenate([np.zeros(len(question) - 1), np.ones(len(answer)), [0.0]]))
-            lead = len(statements[i]) - len(answer)  # the value, then the line's end in place of EOS
-            entry = (2 + where[i] + lead) // CSA_RATIO
+            # the value stands before the last token or two of its statement, as long as the answer without EOS
+            entry = (2 + where[i] + len(statements[i]) - len(answer)) // CSA_RATIO
             hints = np.full(len(question) + len(answer), -1)
             hints[len(question) - 1 : -1] = entry
             hinted.append(hints)
         out = np.concatenate(weights).astype(np.float32)
         out[-1] = 0
         return np.concatenate(ids), out, np.concatenate(hinted)
+
+    def _stated(self, fact: Fact) -> Ids:
+        """A fact's statement, sometimes in the middle of a line."""
+        return self.chat.ids(fact.statement if self.rng.random() < 0.75 else f" {fact.statement.strip()} ")
 
     def _fitting(self, statements: list[Ids], asked: set[int], room: int) -> set[int]:
         """Which statements fit: those asked about first, others while three quarters of the room are left over."""

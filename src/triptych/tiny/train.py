@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triptych.tiny.data import Batch, Stage, load_text
+from triptych.tiny.export import load_weights, round_to_storage
 from triptych.tiny.feed import Feed
 from triptych.tiny.measure import measure, text_loss
 from triptych.tiny.net import Mode, Net, Run
@@ -51,6 +52,12 @@ LESSONS = (
     Lesson("C 4K sparse", Stage(4096, stretch=0.6), 0.18, topk=64, extra=64),
     Lesson("D 16K sparse", Stage(16384, stretch=0.7), 0.24, topk=64, extra=64, rounded=True),
     Lesson("E 256K behind a past", Stage(262144, stretch=0.5, needles=1.0), 0.28, topk=64, extra=64, rounded=True,
+           past=196608),
+    # a second run starts from the first one's weights: better text, and more of the long lengths
+    Lesson("F 4K mixed", Stage(4096, stretch=0.5, needles=0.45), 0.38, topk=64, extra=64, rounded=True),
+    Lesson("G 16K mixed", Stage(16384, stretch=0.7, needles=0.65), 0.22, topk=64, extra=64, rounded=True),
+    Lesson("H 64K", Stage(65536, stretch=0.6, needles=0.9), 0.18, topk=64, extra=64, rounded=True),
+    Lesson("I 256K behind a past", Stage(262144, stretch=0.5, needles=1.0), 0.22, topk=64, extra=64, rounded=True,
            past=196608),
 )
 DRAFT_WEIGHT = 0.1
@@ -219,7 +226,7 @@ class Trainer:
         save_weights(self.net, self.args.out)
 
     def resume(self) -> None:
-        """Continue from `--state`, or from weights alone."""
+        """Continue from `--state`, if there is something."""
         path = self.args.state / "state.pt"
         if path.is_file():
             state = torch.load(path, map_location=self.device, weights_only=False)
@@ -240,19 +247,9 @@ def save_weights(net: Net, out: Path, files: int = 4) -> None:
         torch.save(share, out / f"weights-{i}.pt")
 
 
-def load_weights(net: Net, folder: Path) -> None:
-    """Set the parameters from what `save_weights` wrote."""
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("weights-*.pt")):
-        state |= torch.load(path, map_location="cpu", weights_only=True)
-    net.load_state_dict(state)
-
-
 def report(trainer: Trainer, plan: list[tuple[int, int]]) -> None:
     """Measure retrieval and text loss on held-out text, as trained and as stored, into the log."""
     args, net = trainer.args, trainer.net
-    from triptych.tiny.export import round_to_storage
-
     net.ops = trainer.eager
     text = load_text(args.corpus, "held_out")
     kept = {name: value.clone() for name, value in net.state_dict().items()}
@@ -286,7 +283,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--draft", action=argparse.BooleanOptionalAction, default=True, help="train the MTP block too")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from --state")
+    parser.add_argument("--start", type=Path, help="folder of weights to start from, with a fresh optimizer")
     parser.add_argument("--measure", default="", help="measure afterwards: LENGTH:DOCUMENTS,...")
     return parser.parse_args()
 
@@ -298,6 +296,8 @@ def main() -> None:
     trainer = Trainer(args)
     if args.resume:
         trainer.resume()
+    elif args.start:
+        load_weights(trainer.net, args.start)
     parameters = sum(p.numel() for p in trainer.net.parameters())
     trainer.log(event="start", parameters=parameters, resumed_at=trainer.progress.seconds, torch=torch.__version__)
     trainer.run()
