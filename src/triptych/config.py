@@ -118,7 +118,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON object at `path`. Raises ConfigError if it is missing or not an object."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"There is no {path.name} in {path.parent}.", "Point at a checkpoint directory.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from None
