@@ -14,7 +14,8 @@ from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
 
-_BLOCK = 64  # prefill queries that share one window product
+_BLOCK = 64  # prefill queries that share one window product at most
+_SCORES = 1 << 22  # block * heads * keys floats of scores alive at once
 _BLOCK_FROM = 16  # rows of one sequence from which on they do
 
 _LEAST = np.float32(-87.0)  # below it exp leaves float32's normal range
@@ -36,8 +37,9 @@ def attend(
         if last - first < _BLOCK_FROM:
             continue
         job.rows(single, first)
-        for at in range(first, last, _BLOCK):
-            job.block(at, min(at + _BLOCK, last))
+        step = job.block_rows(last)
+        for at in range(first, last, step):
+            job.block(at, min(at + step, last))
         single = last
     job.rows(single, len(q))
     return job.out
@@ -75,6 +77,11 @@ class _Job:
         if entries is not None:
             most = selected.shape[1] if selected is not None else np.iinfo(np.int64).max
             self._used = np.minimum(entries.visible.numpy(), most)
+
+    def block_rows(self, last: int) -> int:
+        """How many rows of a run that ends at `last` fit the bound on scores; the last row has the most keys."""
+        keys = _BLOCK + int(self._count[last - 1] + self._used[last - 1])
+        return max(1, min(_BLOCK, _SCORES // (self._q.shape[1] * keys)))
 
     def block(self, first: int, last: int) -> None:
         """Rows of one sequence: one product for all their windows, masked to a band."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
 
-_TILE = 32  # rows scored by one product: heads * tile * T floats are alive at once
+_TILE = 32  # rows scored by one product at most
+_SCORES = 1 << 22  # heads * tile * T floats of scores alive at once, unless one row alone has more
 _GEMM_ROWS = 8  # from here on a matrix product beats reading keys row by row
 
 
@@ -57,8 +58,9 @@ def _select_by_product(
     visible = keys.visible[part]
     pages = -(-int(visible.max()) // keys.pool.shape[1])
     k = keys.pool[keys.page_table[sequence, :pages]].flatten(0, 1).to(q.dtype)  # [T, Di]
-    for at in range(0, len(q), _TILE):
-        tile = slice(at, at + _TILE)
+    step = max(1, min(_TILE, _SCORES // (q.shape[1] * len(k))))
+    for at in range(0, len(q), step):
+        tile = slice(at, at + step)
         seen = int(visible[tile].max())
         scores = torch.matmul(q[tile].flatten(0, 1), k[:seen].T).view(-1, q.shape[1], seen)
         _reduce_and_select(
