@@ -58,13 +58,21 @@ def _select_by_product(
     visible = keys.visible[part]
     pages = -(-int(visible.max()) // keys.pool.shape[1])
     k = keys.pool[keys.page_table[sequence, :pages]].flatten(0, 1).to(q.dtype)  # [T, Di]
-    step = max(1, min(_TILE, _SCORES // (q.shape[1] * len(k))))
+    heads = q.shape[1]
+    step = max(1, min(_TILE, _SCORES // (heads * len(k))))
+    memory = torch.empty(step * heads * len(k))  # one for all tiles: fresh megabytes cost a page fault every 4 KiB
     for at in range(0, len(q), step):
         tile = slice(at, at + step)
         seen = int(visible[tile].max())
-        scores = torch.matmul(q[tile].flatten(0, 1), k[:seen].T).view(-1, q.shape[1], seen)
+        rows = q[tile].flatten(0, 1)
+        scores = memory[: len(rows) * seen].view(len(rows), seen)
+        torch.mm(rows, k[:seen].T, out=scores)
         _reduce_and_select(
-            scores.numpy(), weights[tile].contiguous().numpy(), visible[tile].numpy(), topk, out[tile].numpy()
+            scores.view(-1, heads, seen).numpy(),
+            weights[tile].contiguous().numpy(),
+            visible[tile].numpy(),
+            topk,
+            out[tile].numpy(),
         )
 
 
