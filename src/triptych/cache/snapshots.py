@@ -1,7 +1,7 @@
 """Snapshots: which are free, being written, published at a boundary, or held for a restore.
 
-    free -> reserved (being written, nobody sees it) -> published on a node -> free
-                                                        held: restored in a coming step, may not go
+free -> reserved (being written, nobody sees it) -> published on a node -> free
+                                                    held: restored in a coming step, may not go
 """
 
 from __future__ import annotations

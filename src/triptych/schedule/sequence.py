@@ -1,8 +1,8 @@
 """One request as the scheduler sees it: its tokens, how far they have run, what they cost.
 
-    0           prompt            processed      length          limit
-    |===========|=================|~~~~~~~~~~~~~~|...............|
-     prompt_ids  generated, run    not yet run    not yet known
+0           prompt            processed      length          limit
+|===========|=================|~~~~~~~~~~~~~~|...............|
+ prompt_ids  generated, run    not yet run    not yet known
 """
 
 from __future__ import annotations
