@@ -239,6 +239,15 @@ def test_a_50_mb_body_is_refused_in_a_sentence(http: httpx.Client, client: opena
     assert caught.value.status_code == 413
 
 
+def test_a_client_that_first_sends_all_still_hears_why(server: Server) -> None:
+    """Closing at once would reset the connection under a client that is still sending."""
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=20) as raw:  # type: ignore[arg-type]
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 20000000\r\n\r\n")
+        for _ in range(200):
+            raw.sendall(b" " * 100_000)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_large_body_without_length_is_not_read_to_its_end(server: Server) -> None:
     """A chunked body that never ends: the answer comes all the same."""
     with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=20) as raw:  # type: ignore[arg-type]
