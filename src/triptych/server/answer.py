@@ -68,8 +68,8 @@ async def events(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) 
     yield wire.DONE
 
 
-async def whole(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) -> object:
-    """The answer in one piece."""
+async def collect(engine: ServingEngine, ask: Ask, record: Record) -> tuple[list[Answer], wire.WireUsage]:
+    """All answers and their usage, once the last one has ended."""
     bill = _Bill(ask, record)
     answers = [Answer() for _ in range(ask.choices)]
     async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
@@ -80,4 +80,4 @@ async def whole(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) -
                 answer.parts.append(delta)
             if delta.finish_reason is not None:
                 answer.finish_reason = str(delta.finish_reason)
-    return shape.whole(answers, wire.WireUsage.of(bill.total))
+    return answers, wire.WireUsage.of(bill.total)

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from triptych.errors import TriptychError, nearest
 from triptych.server import wire
-from triptych.server.answer import events, whole
+from triptych.server.answer import collect, events
 from triptych.server.ask import Ask, Shape
 from triptych.server.chat import ChatShape, read_chat
 from triptych.server.completions import TextShape, read_completion
@@ -69,7 +69,11 @@ def _generation(state: ServerState, read: _Read, form: _Form) -> Callable[[Reque
         shape = form(ask, state.engine.tokenizer)
         if ask.stream:
             return EventStream(events(state.engine, ask, shape, record), state.options.keep_alive)
-        return json_response(await unless_left(request.receive, whole(state.engine, ask, shape, record)))
+        answers, usage = await unless_left(request.receive, collect(state.engine, ask, record))
+        if ask.params.logprobs is None:
+            return json_response(shape.whole(answers, usage))
+        # logprobs of a long answer are millions of objects: not on the event loop
+        return await state.in_thread(lambda: json_response(shape.whole(answers, usage)))
 
     return endpoint
 
