@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from triptych.kernels import inputs
+from triptych.kernels import inputs, parallel
 from triptych.kernels.registry import FOLDER, KernelSet, table
 from triptych.kernels.verify import verify
 
@@ -27,6 +28,30 @@ def test_cpu_kernel_equals_reference(op: str, rows: int) -> None:
     for seed in range(3):
         result = verify(op, "cpu", rows, seed)
         assert result.ok, result
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = parallel._threads
+    parallel.set_threads(3)
+    yield
+    parallel.set_threads(before)
+
+
+@pytest.mark.parametrize("op", FAST)
+def test_threads_change_nothing(op: str, three_threads: None) -> None:
+    for rows in (1, 4, 17, 64, 200, 400):
+        result = verify(op, "cpu", rows, rows)
+        assert result.ok, result
+
+
+def test_a_failure_in_a_thread_is_raised(three_threads: None) -> None:
+    def run(first: int, last: int) -> None:
+        if first:
+            raise ValueError("in a thread")
+
+    with pytest.raises(ValueError, match="in a thread"):
+        parallel.over(9, 1, run)
 
 
 @pytest.mark.parametrize("op", DETERMINISTIC)

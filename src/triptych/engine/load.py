@@ -20,13 +20,14 @@ from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
 from triptych.engine.warmup import warm_up
 from triptych.errors import ConfigError, nearest
+from triptych.kernels import parallel
+from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.tokenizer import Tokenizer
 
 BUNDLED = ("tiny",)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SMALL_MODEL = 200 << 20  # bytes of weights below which one thread is faster than the cost of waking two
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
             "Lower --kv-memory.",
         )
     weights = _weights(reader, shape, _DTYPES[config.weight_dtype])
-    _set_threads(config, weights)
+    _set_threads(config)
     with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
         warm_up(config)
     loop = build_loop(weights, config, geometry, capacity)
@@ -106,11 +107,12 @@ def _weights(reader: CheckpointReader, shape: ModelShape, dtype: torch.dtype) ->
     return store.weights
 
 
-def _set_threads(config: EngineConfig, weights: ModelWeights) -> None:
-    if config.threads is not None:
+def _set_threads(config: EngineConfig) -> None:
+    """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
+    if any(row.backend == "cpu" for row in table(config.kernel_backend)):
+        parallel.set_threads(config.threads)
+    elif config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif _bytes_of(weights) < _SMALL_MODEL:
-        torch.set_num_threads(1)
 
 
 def _bytes_of(weights: ModelWeights) -> int:

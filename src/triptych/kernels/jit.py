@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Sums may be reordered (so they vectorise) and products fused, but NaN and infinity keep their meaning: a NaN must
 # reach the sampler, which fails its request, and -inf masks.
 FAST = {"reassoc", "contract", "nsz"}
 
 
-def kernel(function: F) -> F:
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile at first call without the GIL; the machine code is cached on disk between runs."""
-    return numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)
 
 
-def inline(function: F) -> F:
+def inline(function: Callable[..., Any]) -> Any:
     """A helper compiled into the kernels that call it."""
-    return numba.njit(inline="never", nogil=True, fastmath=FAST, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+    return numba.njit(inline="never", nogil=True, fastmath=FAST, error_model="numpy", cache=True)(function)

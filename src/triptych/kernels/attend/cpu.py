@@ -13,9 +13,11 @@ from triptych.kernels.attend import ref
 from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
+from triptych.kernels.parallel import over
 
 _BLOCK = 64  # prefill queries that share one window product at most
 _SCORES = 1 << 22  # block * heads * keys floats of scores alive at once
+_THREAD_ROWS = 4  # decode rows worth a thread
 _BLOCK_FROM = 16  # rows of one sequence from which on they do
 
 _LEAST = np.float32(-87.0)  # below it exp leaves float32's normal range
@@ -37,9 +39,7 @@ def attend(
         if last - first < _BLOCK_FROM:
             continue
         job.rows(single, first)
-        step = job.block_rows(last)
-        for at in range(first, last, step):
-            job.block(at, min(at + step, last))
+        job.blocks(first, last)
         single = last
     job.rows(single, len(q))
     return job.out
@@ -83,6 +83,17 @@ class _Job:
         keys = _BLOCK + int(self._count[last - 1] + self._used[last - 1])
         return max(1, min(_BLOCK, _SCORES // (self._q.shape[1] * keys)))
 
+    def blocks(self, first: int, last: int) -> None:
+        """Rows [first, last) of one sequence, a block at a time."""
+        step = self.block_rows(last)
+        starts = range(first, last, step)
+
+        def run(low: int, high: int) -> None:
+            for at in starts[low:high]:
+                self.block(at, min(at + step, last))
+
+        over(len(starts), 1, run)
+
     def block(self, first: int, last: int) -> None:
         """Rows of one sequence: one product for all their windows, masked to a band."""
         q = self._q[first:last]
@@ -112,9 +123,11 @@ class _Job:
 
     def rows(self, first: int, last: int) -> None:
         """Rows [first, last) one by one: for decode, where each row has keys of its own."""
+        if last > first:
+            over(last - first, _THREAD_ROWS, lambda low, high: self._rows_alone(first + low, first + high))
+
+    def _rows_alone(self, first: int, last: int) -> None:
         part = slice(first, last)
-        if first == last:
-            return
         shared = (self._q[part].numpy(), self._rows.numpy(), self._first[part], self._count[part])
         sink, out = self._sink.numpy(), self.out[part].numpy()
         entries = self._entries

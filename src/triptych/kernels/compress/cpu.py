@@ -11,6 +11,7 @@ from torch import Tensor
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
 from triptych.kernels.jit import inline, kernel
 from triptych.kernels.norm.cpu import inverse_rms, rotate
+from triptych.kernels.parallel import over
 
 
 def compress(
@@ -21,10 +22,9 @@ def compress(
     entries = torch.empty(plan.src.shape[0], weights.norm.shape[0])
     rows, state = front.numpy(), ring.numpy()
     if len(entries):
-        _pool(
-            rows, start, state, plan.src.numpy(), ape, weights.norm.numpy(), weights.eps,
-            angles[0].numpy(), angles[1].numpy(), weights.overlap, entries.numpy(),
-        )  # fmt: skip
+        weight = (ape, weights.norm.numpy(), weights.eps, weights.overlap)
+        each = (plan.src.numpy(), angles[0].numpy(), angles[1].numpy(), entries.numpy())
+        over(len(entries), 32, lambda a, b: _pool(rows, start, state, *weight, *(view[a:b] for view in each)))
     _keep(rows, start, ape, plan.phase.numpy(), plan.keep_src.numpy(), plan.keep_dst.numpy(), state)
     return entries
 
@@ -72,7 +72,7 @@ def _softmax_rows(gates):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pool(front, start, ring, plan, ape, norm, eps, cos, sin, overlap, out):  # type: ignore[no-untyped-def]
+def _pool(front, start, ring, ape, norm, eps, overlap, plan, cos, sin, out):  # type: ignore[no-untyped-def]
     ratio, d = ape.shape[0], norm.shape[0]
     gates = np.empty((plan.shape[1], d), np.float32)
     for e in range(plan.shape[0]):

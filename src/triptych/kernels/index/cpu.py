@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
+from triptych.kernels.parallel import over
 
 _TILE = 32  # rows scored by one product at most
 _SCORES = 1 << 22  # heads * tile * T floats of scores alive at once, unless one row alone has more
@@ -45,11 +46,11 @@ def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:
 
 
 def _select_rows(q: Tensor, weights: Tensor, keys: PagedEntries, part: slice, topk: int, out: Tensor) -> None:
-    pool = keys.pool.float().numpy() if keys.pool.dtype != torch.float32 else keys.pool.numpy()
-    _score_and_select(
-        q[part].numpy(), weights[part].contiguous().numpy(), pool, keys.page_table.numpy(),
-        keys.seq[part].numpy(), keys.visible[part].numpy(), topk, out[part].numpy(),
-    )  # fmt: skip
+    pool = (keys.pool if keys.pool.dtype == torch.float32 else keys.pool.float()).numpy()
+    table = keys.page_table.numpy()
+    rows = (q[part], weights[part].contiguous(), keys.seq[part], keys.visible[part], out[part])
+    views = [t.numpy() for t in rows]
+    over(len(views[0]), 1, lambda a, b: _score_and_select(pool, table, topk, *(view[a:b] for view in views)))
 
 
 def _select_by_product(
@@ -60,24 +61,23 @@ def _select_by_product(
     k = keys.pool[keys.page_table[sequence, :pages]].flatten(0, 1).to(q.dtype)  # [T, Di]
     heads = q.shape[1]
     step = max(1, min(_TILE, _SCORES // (heads * len(k))))
-    memory = torch.empty(step * heads * len(k))  # one for all tiles: fresh megabytes cost a page fault every 4 KiB
-    for at in range(0, len(q), step):
-        tile = slice(at, at + step)
-        seen = int(visible[tile].max())
-        rows = q[tile].flatten(0, 1)
-        scores = memory[: len(rows) * seen].view(len(rows), seen)
-        torch.mm(rows, k[:seen].T, out=scores)
-        _reduce_and_select(
-            scores.view(-1, heads, seen).numpy(),
-            weights[tile].contiguous().numpy(),
-            visible[tile].numpy(),
-            topk,
-            out[tile].numpy(),
-        )
+
+    def run(first: int, last: int) -> None:
+        memory = torch.empty(step * heads * len(k))  # one for all tiles: fresh megabytes cost a page fault every 4 KiB
+        for at in range(first, last, step):
+            tile = slice(at, min(at + step, last))
+            seen = int(visible[tile].max())
+            rows = q[tile].flatten(0, 1)
+            scores = memory[: len(rows) * seen].view(len(rows), seen)
+            torch.mm(rows, k[:seen].T, out=scores)
+            raw, scale = scores.view(-1, heads, seen).numpy(), weights[tile].contiguous().numpy()
+            _reduce_and_select(raw, scale, visible[tile].numpy(), topk, out[tile].numpy())
+
+    over(len(q), _TILE, run)
 
 
 @kernel
-def _score_and_select(q, weights, pool, table, seq, visible, topk, out):  # type: ignore[no-untyped-def]
+def _score_and_select(pool, table, topk, q, weights, seq, visible, out):  # type: ignore[no-untyped-def]
     per_page, heads, dim = pool.shape[1], q.shape[1], q.shape[2]
     scores = np.empty(max(visible.max(), 1), np.float32)
     counts = np.empty(2048, np.int64)

@@ -9,30 +9,38 @@ compute every output as one dot product in one order, so a row's result never de
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.jit import kernel
 from triptych.kernels.linear import ref
+from triptych.kernels.parallel import over
 
 _FEW = 16  # rows up to which dot products win, measured on cold weights
+_ROWS = 64  # least rows of a product worth a thread
+_WEIGHTS = 1 << 17  # least weights of dot products worth a thread
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ref.linear."""
-    if x.shape[0] > _FEW or weight.dtype != torch.float32:
+    if weight.dtype != torch.float32:
         return ref.linear(x, weight)
     out = torch.empty(x.shape[0], weight.shape[0])
-    _dots_blocked(x.contiguous().numpy(), weight.numpy(), out.numpy())
+    if x.shape[0] <= _FEW:
+        _few(_dots_blocked, x, weight, out)
+    else:
+        turned = weight.T
+        over(x.shape[0], _ROWS, lambda first, last: torch.mm(x[first:last], turned, out=out[first:last]))
     return out
 
 
 def linear_deterministic(x: Tensor, weight: Tensor) -> Tensor:
     """See ref.linear; rows are independent of each other."""
     out = torch.empty(x.shape[0], weight.shape[0])
-    _dots(x.contiguous().numpy(), weight.float().numpy(), out.numpy())
+    _few(_dots, x, weight.float(), out)
     return out
 
 
@@ -48,14 +56,15 @@ def grouped_linear_deterministic(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([linear_deterministic(x[:, g], weight[g]) for g in range(weight.shape[0])], dim=1)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [R, in] times weight [out, in] for float32 both: the small products inside other kernels."""
-    return linear(x, weight) if x.shape[0] <= _FEW else F.linear(x, weight)
+def _few(dots: Any, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    rows, matrix, result = x.contiguous().numpy(), weight.numpy(), out.numpy()
+    least = 1 + _WEIGHTS // weight.shape[1]
+    over(weight.shape[0], least, lambda first, last: dots(rows, matrix, first, last, result))
 
 
 @kernel
-def _dots(x, weight, out):  # type: ignore[no-untyped-def]
-    for o in range(weight.shape[0]):
+def _dots(x, weight, first, last, out):  # type: ignore[no-untyped-def]
+    for o in range(first, last):
         for r in range(x.shape[0]):
             total = np.float32(0)
             for i in range(weight.shape[1]):
@@ -64,11 +73,11 @@ def _dots(x, weight, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _dots_blocked(x, weight, out):  # type: ignore[no-untyped-def]
+def _dots_blocked(x, weight, first, last, out):  # type: ignore[no-untyped-def]
     """Four rows share each weight that is loaded."""
     rows = x.shape[0]
     whole = rows - rows % 4
-    for o in range(weight.shape[0]):
+    for o in range(first, last):
         for r in range(0, whole, 4):
             a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for i in range(weight.shape[1]):

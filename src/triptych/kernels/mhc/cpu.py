@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from triptych.kernels.jit import inline, kernel
-from triptych.kernels.linear.cpu import linear_deterministic, project
+from triptych.kernels.linear.cpu import linear, linear_deterministic
 from triptych.kernels.mhc import ref
 from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.parallel import over
 
+_ROWS = 64  # least rows worth a thread
 _N = 4  # streams of every released model; other counts take the reference
 
 
 def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ref.mhc_pre."""
-    return _pre(streams, site, norm, project)
+    return _pre(streams, site, norm, linear)
 
 
 def mhc_pre_deterministic(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +37,8 @@ def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     if streams.shape[1] != _N:
         return ref.mhc_post(y, streams, post, comb)
     out = torch.empty_like(streams)
-    _post_rows(y.numpy(), streams.numpy(), post.numpy(), comb.numpy(), out.numpy())
+    views = (y.numpy(), streams.numpy(), post.numpy(), comb.numpy(), out.numpy())
+    over(len(y), _ROWS, lambda first, last: _post_rows(*(view[first:last] for view in views)))
     return out
 
 
@@ -57,10 +60,9 @@ def _pre(streams: Tensor, site: MhcSite, norm: Tensor, product: Any) -> tuple[Te
     x = torch.empty(rows, d)
     post = torch.empty(rows, n)
     comb = torch.empty(rows, n, n)
-    _pre_rows(
-        streams.numpy(), z.numpy(), site.scale.numpy(), site.base.numpy(), norm.numpy(),
-        site.iters, site.eps, site.norm_eps, x.numpy(), post.numpy(), comb.numpy(),
-    )  # fmt: skip
+    rows_of = (streams.numpy(), z.numpy(), x.numpy(), post.numpy(), comb.numpy())
+    weights = (site.scale.numpy(), site.base.numpy(), norm.numpy(), site.iters, site.eps, site.norm_eps)
+    over(rows, _ROWS, lambda first, last: _pre_rows(*(view[first:last] for view in rows_of), *weights))
     return x, post, comb
 
 
@@ -91,7 +93,7 @@ def _sinkhorn(m, iters, eps):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pre_rows(streams, z, scale, base, norm, iters, eps, norm_eps, x, post, comb):  # type: ignore[no-untyped-def]
+def _pre_rows(streams, z, x, post, comb, scale, base, norm, iters, eps, norm_eps):  # type: ignore[no-untyped-def]
     d = streams.shape[2]
     for r in range(streams.shape[0]):
         squares = np.float32(0)

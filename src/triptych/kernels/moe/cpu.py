@@ -10,20 +10,21 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.jit import inline, kernel
-from triptych.kernels.linear.cpu import linear_deterministic, project
+from triptych.kernels.linear.cpu import linear, linear_deterministic
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.ref import Experts, Rounding, Router
+from triptych.kernels.parallel import over
 
+_THREAD_PICKS = 8  # picks from which on their weights are worth a second thread
 _PRODUCT_PICKS = 512  # rows times experts per row from which on matrix products win
 
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See ref.route."""
-    return _routed(project(x, router.gate), token_ids, router)
+    return _routed(linear(x, router.gate), token_ids, router)
 
 
 def route_deterministic(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -47,13 +48,14 @@ def experts_deterministic(
     order, starts = _grouped(ids, moe)
     out = torch.zeros_like(x)
     hidden = torch.empty(ids.numel(), moe.w2.shape[2])
-    k = ids.shape[1]
-    if rounding is None:
-        _expert_in(x.numpy(), order, starts, k, weights.numpy(), _f32(moe.w13), np.float32(moe.limit), hidden.numpy())
-        _expert_out(hidden.numpy(), order, starts, k, _f32(moe.w2), out.numpy())
-        return out
-    _expert_in(x.numpy(), order, starts, k, weights.numpy(), _f32(moe.w13), np.float32(moe.limit), hidden.numpy())
-    _expert_out(rounding(hidden).numpy(), order, starts, k, _f32(moe.w2), out.numpy())
+    shared = (order, starts, ids.shape[1])
+    inputs, gates = (x.numpy(), *shared, weights.numpy(), _f32(moe.w13), np.float32(moe.limit)), hidden.numpy()
+    alone = ids.numel() < _THREAD_PICKS
+    count = moe.w13.shape[0]
+    over(count, count if alone else 1, lambda first, last: _expert_in(*inputs, first, last, gates))
+    rounded = (hidden if rounding is None else rounding(hidden)).numpy()
+    w2, sums, width = _f32(moe.w2), out.numpy(), x.shape[1]
+    over(width, width if alone else 1, lambda first, last: _expert_out(rounded, *shared, w2, first, last, sums))
     return out
 
 
@@ -61,7 +63,7 @@ def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Ro
     """See ref.shared_expert."""
     if rounding is not None or w13.dtype != torch.float32:
         return ref.shared_expert(x, w13, w2, limit, rounding)
-    return project(_activated(project(x, w13), limit), w2)
+    return linear(_activated(linear(x, w13), limit), w2)
 
 
 def shared_expert_deterministic(
@@ -101,10 +103,15 @@ def _by_products(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tenso
     rows = picks // k
     gathered, scales = x[rows], weights.reshape(-1)[picks].unsqueeze(1)
     parts = torch.empty_like(gathered)
-    for e in np.flatnonzero(np.diff(starts)).tolist():
-        part = slice(int(starts[e]), int(starts[e + 1]))
-        hidden = _activated(F.linear(gathered[part], moe.w13[e]), moe.limit)
-        torch.mm(hidden.mul_(scales[part]), moe.w2[e].T, out=parts[part])
+    used = np.flatnonzero(np.diff(starts)).tolist()
+
+    def run(first: int, last: int) -> None:
+        for e in used[first:last]:
+            part = slice(int(starts[e]), int(starts[e + 1]))
+            hidden = _activated(torch.mm(gathered[part], moe.w13[e].T), moe.limit)
+            torch.mm(hidden.mul_(scales[part]), moe.w2[e].T, out=parts[part])
+
+    over(len(used), 1, run)
     back = torch.empty_like(parts)
     back[picks] = parts
     return back.view(len(x), k, -1).sum(dim=1)
@@ -169,9 +176,9 @@ def _weigh(logits, ids, scaling, weights):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _expert_in(x, order, starts, k, weights, w13, limit, hidden):  # type: ignore[no-untyped-def]
+def _expert_in(x, order, starts, k, weights, w13, limit, first, last, hidden):  # type: ignore[no-untyped-def]
     half, dim = hidden.shape[1], x.shape[1]
-    for e in range(w13.shape[0]):
+    for e in range(first, last):
         if starts[e] == starts[e + 1]:
             continue
         for o in range(half):
@@ -185,12 +192,12 @@ def _expert_in(x, order, starts, k, weights, w13, limit, hidden):  # type: ignor
 
 
 @kernel
-def _expert_out(hidden, order, starts, k, w2, out):  # type: ignore[no-untyped-def]
+def _expert_out(hidden, order, starts, k, w2, first, last, out):  # type: ignore[no-untyped-def]
     # a row's experts are added in ascending order of expert, whatever else is in the batch
     for e in range(w2.shape[0]):
         if starts[e] == starts[e + 1]:
             continue
-        for o in range(out.shape[1]):
+        for o in range(first, last):
             for n in range(starts[e], starts[e + 1]):
                 total = np.float32(0)
                 for i in range(w2.shape[2]):

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from triptych.kernels.jit import inline, kernel
 from triptych.kernels.norm import ref
+from triptych.kernels.parallel import over
 
 Angles = tuple[Tensor, Tensor]
+_ROWS = 64  # least rows worth a thread
 
 
 def latent_rows(
@@ -20,22 +22,25 @@ def latent_rows(
     """See ref.latent_rows."""
     qr = torch.empty(front.shape[0], q_lora)
     kv = torch.empty(front.shape[0], norms[1].shape[0])
-    cos, sin = angles
-    _latent(front.numpy(), norms[0].numpy(), norms[1].numpy(), cos.numpy(), sin.numpy(), eps, qr.numpy(), kv.numpy())
+    rows = (front.numpy(), angles[0].numpy(), angles[1].numpy(), qr.numpy(), kv.numpy())
+    weights = (norms[0].numpy(), norms[1].numpy(), eps)
+    over(len(qr), _ROWS, lambda first, last: _latent(*(view[first:last] for view in rows), *weights))
     return qr, kv
 
 
 def query_rows(heads: Tensor, count: int, dim: int, angles: Angles, eps: float) -> Tensor:
     """See ref.query_rows."""
     q = torch.empty(heads.shape[0], count, dim)
-    _heads(heads.numpy(), 0, angles[0].numpy(), angles[1].numpy(), eps, True, q.numpy())
+    rows = (heads.numpy(), angles[0].numpy(), angles[1].numpy(), q.numpy())
+    over(len(q), _ROWS, lambda first, last: _heads(*(view[first:last] for view in rows), 0, eps, True))
     return q
 
 
 def index_query_rows(heads: Tensor, count: int, dim: int, angles: Angles) -> Tensor:
     """See ref.index_query_rows."""
     q = torch.empty(heads.shape[0], count, dim)
-    _heads(heads.numpy(), heads.shape[1] - count * dim, angles[0].numpy(), angles[1].numpy(), 0.0, False, q.numpy())
+    start = heads.shape[1] - count * dim
+    _heads(heads.numpy(), angles[0].numpy(), angles[1].numpy(), q.numpy(), start, 0.0, False)
     return q
 
 
@@ -70,7 +75,7 @@ def inverse_rms(row, eps):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _latent(front, q_norm, kv_norm, cos, sin, eps, qr, kv):  # type: ignore[no-untyped-def]
+def _latent(front, cos, sin, qr, kv, q_norm, kv_norm, eps):  # type: ignore[no-untyped-def]
     q_lora, c = qr.shape[1], kv.shape[1]
     for r in range(front.shape[0]):
         scale = inverse_rms(front[r, :q_lora], eps)
@@ -83,7 +88,7 @@ def _latent(front, q_norm, kv_norm, cos, sin, eps, qr, kv):  # type: ignore[no-u
 
 
 @kernel
-def _heads(heads, start, cos, sin, eps, normed, out):  # type: ignore[no-untyped-def]
+def _heads(heads, cos, sin, out, start, eps, normed):  # type: ignore[no-untyped-def]
     count, dim = out.shape[1], out.shape[2]
     for r in range(out.shape[0]):
         for h in range(count):
