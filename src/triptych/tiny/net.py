@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych.config import CSA_LAYER, CSA_RATIO, HCA_LAYER, SWA_LAYER, WINDOW, ModelShape
+from triptych.config import CSA_LAYER, CSA_RATIO, SWA_LAYER, WINDOW, ModelShape
 from triptych.model.rope import frequencies
 from triptych.tiny import attention as at
 from triptych.tiny.ops import HcSite, Ops
@@ -190,7 +190,7 @@ class Mtp(HeadCollapse):
 HINTS = 3  # entries that a value of up to seven digits touches, with the overlap
 
 
-class _Front(NamedTuple):
+class Front(NamedTuple):
     """What both attention parts share: x, qr [T, *], q [B, S, H, c], window rows [B, 128 + S, c] and their scores."""
 
     x: Tensor
@@ -318,7 +318,7 @@ class Net(HeadCollapse):
         if ratio == SWA_LAYER:
             o = at.window_values(at.joint_softmax(scores, attn.attn_sink)[0], window)
         else:
-            o = self._with_entries(block, _Front(x, qr, q, window, scores), rows, mode, run, past)
+            o = self._with_entries(block, Front(x, qr, q, window, scores), rows, mode, run, past)
         o = self.ops.rotate(o.reshape(-1, heads, dim), cos.unsqueeze(1), -sin.unsqueeze(1))
         wide = o.view(-1, shape.o_groups, heads // shape.o_groups * dim)
         w = round_linear(attn.wo_a.weight) if mode.rounded else attn.wo_a.weight
@@ -339,7 +339,7 @@ class Net(HeadCollapse):
         out: Tensor = self.ops.rotate(entries, cos, sin)
         return out
 
-    def _with_entries(self, block: Block, front: _Front, rows: Rows, mode: Mode, run: Run,
+    def _with_entries(self, block: Block, front: Front, rows: Rows, mode: Mode, run: Run,
                       past: at.Past | None) -> Tensor:  # fmt: skip
         """Attention over window and compressed entries, [B, S, H, c]."""
         attn, ratio, tails = block.attn, block.ratio, list[tuple[Tensor, Tensor]]()
@@ -360,7 +360,7 @@ class Net(HeadCollapse):
             return self._sparse(attn, front, entries, keys, rows, mode, run)
         return self._dense(front, attn.attn_sink, entries, rows, ratio)[0]
 
-    def _dense(self, front: _Front, sink: Tensor, entries: Tensor, rows: Rows, ratio: int) -> tuple[Tensor, Tensor]:
+    def _dense(self, front: Front, sink: Tensor, entries: Tensor, rows: Rows, ratio: int) -> tuple[Tensor, Tensor]:
         """Every visible entry; also the entries' probabilities [B, S, H, E]."""
         count = entries.shape[1]
         padded = F.pad(entries, (0, 0, 0, -count % 8))
@@ -372,7 +372,7 @@ class Net(HeadCollapse):
         out = at.window_values(near, front.window)
         return out + torch.matmul(far.flatten(1, 2), padded).view_as(out), far[..., :count]
 
-    def _sparse(self, attn: Attention, front: _Front, entries: Tensor, keys: Tensor, rows: Rows, mode: Mode,
+    def _sparse(self, attn: Attention, front: Front, entries: Tensor, keys: Tensor, rows: Rows, mode: Mode,
                 run: Run) -> Tensor:  # fmt: skip
         """CSA with its indexer: selected entries, or all of them in the warm-up; collects loss and recall."""
         shape, count = self.shape, keys.shape[1]
