@@ -91,6 +91,7 @@ def test_one_log_line_per_request_without_its_text(
     client: openai.OpenAI, http: httpx.Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "triptych")
     messages = [{"role": "user", "content": SECRET}]
     answer = client.chat.completions.create(
         model="fake", messages=messages, max_tokens=12, extra_headers={"x-request-id": "abc"}

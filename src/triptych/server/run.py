@@ -31,9 +31,9 @@ def run_server(
     signal stops at once. Raises ConfigError if the address cannot be had.
     """
     options = options or ServerOptions()
+    listener = _listen(options.host, options.port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("triptych").setLevel(options.log_level.upper())
-    listener = _listen(options.host, options.port)
     app = build_app(engine, options)
     config = uvicorn.Config(
         app,
