@@ -266,13 +266,12 @@ class CacheManager:
     def boundary_snapshot(self, request_id: str) -> SnapshotWrite | None:
         """Reserve a snapshot for the last sealed boundary, whose rows are still in the slot's ring.
 
-        None if it has one, nothing ran since admission, or no snapshot can be had. The caller copies the rows
+        None if it has one, its rows did not run here, or no snapshot can be had. The caller copies the rows
         out of the slot before the slot is used again, and calls `publish_snapshot`.
         """
         holding = self.holdings[request_id]
         boundary = holding.processed // PAGE * PAGE
-        ran = holding.processed > holding.plan.start
-        if not ran or not boundary or not self.capacity.snapshots or boundary > len(holding.chain) * PAGE:
+        if not boundary or not self.capacity.snapshots or boundary > len(holding.chain) * PAGE:
             return None
         return self._reserve(holding, boundary)
 

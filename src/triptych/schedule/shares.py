@@ -11,13 +11,18 @@ def fair_shares(budget: int, wanted: Sequence[int]) -> list[int]:
     Small wishes are filled first, the rest is level; a remainder goes to the earliest. So short prompts
     finish soon, and a long one always progresses.
     """
-    shares = [0] * len(wanted)
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    for place, index in enumerate(order):
-        shares[index] = min(wanted[index], budget // (len(order) - place))
-        budget -= shares[index]
+    level, left = 0, budget
+    for place, want in enumerate(sorted(wanted)):
+        level = left // (len(wanted) - place)
+        if want > level:
+            break
+        left -= want
+    else:
+        return list(wanted)
+    shares = [min(want, level) for want in wanted]
+    spare = budget - sum(shares)
     for index, want in enumerate(wanted):
-        extra = min(budget, want - shares[index])
-        shares[index] += extra
-        budget -= extra
+        if spare and want > level:
+            shares[index] += 1
+            spare -= 1
     return shares

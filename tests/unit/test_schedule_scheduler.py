@@ -1,0 +1,342 @@
+"""The scheduler's promises one by one; their interplay is proven in test_schedule_machine.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from triptych.cache import CacheCapacity, CacheGeometry, CacheManager
+from triptych.config import EngineConfig
+from triptych.errors import ContextTooLong, QueueFull, RequestError
+from triptych.schedule import Scheduler
+from triptych.words import FinishReason, Request, SampledToken, SamplingParams, StepPlan, StepResult, TokenIds, Usage
+
+GEOMETRY = CacheGeometry(2, (0,), (1,), 8, 4, 4, "float32", "float32")
+
+
+def text(length: int, seed: int = 0) -> TokenIds:
+    return np.random.default_rng(seed).integers(0, 100, length).astype(np.int32)
+
+
+class Engine:
+    """A scheduler whose model always says 7."""
+
+    def __init__(self, pages: int = 32, running: int = 4, budget: int = 256, context: int = 10**6, **more: int) -> None:
+        self.cache = CacheManager(GEOMETRY, CacheCapacity(pages, running, snapshots=16), 2)
+        self.scheduler = Scheduler(self.cache, EngineConfig(max_running=running, step_tokens=budget, **more), context)
+
+    def add(self, name: str, tokens: TokenIds, max_tokens: int | None = 4, **more: str) -> None:
+        self.scheduler.add(Request(name, tokens, SamplingParams(max_tokens=max_tokens), **more))
+
+    def plan(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        self.cache.check_integrity()
+        assert plan is not None
+        return plan
+
+    def apply(self, plan: StepPlan, failed: dict[str, str] | None = None) -> list[str]:
+        failed = failed or {}
+        names = [c.request_id for c in plan.chunks if c.samples and c.request_id not in failed]
+        tokens = tuple(SampledToken(name, 7) for name in names)
+        kept = self.scheduler.apply(plan, StepResult(plan.step, tokens, failed))
+        self.cache.check_integrity()
+        return [token.request_id for token in kept]
+
+    def step(self) -> dict[str, tuple[int, int]]:
+        """One step: the rows of each request. Whoever reached its limit is ended."""
+        plan = self.plan()
+        for name in self.apply(plan):
+            if self.scheduler.usage(name).completion_tokens == self.scheduler.max_new_tokens(name):
+                self.finish(name, FinishReason.LENGTH)
+        return {c.request_id: (c.start, c.end) for c in plan.chunks}
+
+    def finish(self, name: str, reason: FinishReason = FinishReason.STOP) -> Usage:
+        usage = self.scheduler.finish(name, reason)
+        self.cache.check_integrity()
+        assert usage is not None
+        return usage
+
+    def drain(self) -> list[dict[str, tuple[int, int]]]:
+        steps = []
+        while self.scheduler.busy:
+            steps.append(self.step())
+        return steps
+
+
+def in_flight_of(engine: Engine) -> StepPlan:
+    """The plan in flight."""
+    plan = engine.scheduler._flight
+    assert plan is not None
+    return plan
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    assert Engine().scheduler.plan() is None
+
+
+def test_decodes_come_first_and_leave_the_rest_to_prefills() -> None:
+    engine = Engine(budget=100)
+    engine.add("short", text(50), max_tokens=50)
+    assert engine.step() == {"short": (0, 50)}
+    engine.add("long", text(500, seed=1))
+    plan = engine.plan()
+    assert [(c.request_id, c.start, c.end) for c in plan.chunks] == [("short", 50, 51), ("long", 0, 99)]
+    assert [c.samples for c in plan.chunks] == [True, False]
+    engine.apply(plan)
+    assert engine.step() == {"short": (51, 52), "long": (99, 198)}
+
+
+def test_a_short_prompt_passes_a_long_one_and_the_long_one_goes_on() -> None:
+    engine = Engine(budget=100)
+    engine.add("long", text(1000), max_tokens=1)
+    assert engine.step() == {"long": (0, 100)}
+    engine.add("short", text(20, seed=1), max_tokens=1)
+    assert engine.step() == {"long": (100, 180), "short": (0, 20)}
+
+
+def test_chunks_say_what_the_resume_plan_says() -> None:
+    engine = Engine(budget=150)
+    engine.add("a", text(600), max_tokens=1)
+    engine.drain()
+    engine.add("b", np.concatenate([text(600), text(300, seed=1)]), max_tokens=2)
+    first = engine.plan().chunks[0]
+    assert (first.start, first.end, first.write_from, first.read_from) == (508, 658, 512, 380)
+    assert first.restore is not None and len(first.pages) == 6
+    engine.apply(in_flight_of(engine))
+    second = engine.plan().chunks[0]
+    assert (second.start, second.end, second.write_from, second.restore) == (658, 808, 658, None)
+    assert not second.samples
+
+
+def test_usage_adds_up() -> None:
+    engine = Engine()
+    engine.add("a", text(600), max_tokens=3)
+    engine.drain()
+    engine.add("b", text(600), max_tokens=3)
+    engine.step()
+    usage = engine.finish("b")
+    assert usage == Usage(prompt_tokens=600, cached_tokens=508, recomputed_tokens=4, completion_tokens=1)
+    assert usage.computed_tokens == 88
+    stats = engine.scheduler.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.recomputed_tokens) == (1200, 508, 4)
+    assert (stats.generated_tokens, stats.running, stats.waiting) == (4, 0, 0)
+
+
+def test_the_next_turn_resumes_at_the_end_of_the_output() -> None:
+    engine = Engine()
+    engine.add("a", text(250), max_tokens=20)
+    engine.drain()
+    turn = np.concatenate([text(250), np.full(20, 7, np.int32), text(30, seed=1)])
+    engine.add("b", turn)
+    plan = engine.plan()
+    assert plan.chunks[0].start == 252 and plan.chunks[0].restore is not None
+    save = plan.saves[0]
+    assert (save.position, save.snapshot) == (256, plan.chunks[0].restore)
+
+
+def test_saves_wait_for_the_next_plan_with_rows() -> None:
+    engine = Engine()
+    engine.add("a", text(250), max_tokens=20)
+    engine.drain()
+    assert engine.scheduler.plan() is None
+    engine.add("b", text(5, seed=1))
+    assert [save.position for save in engine.plan().saves] == [256]
+
+
+def test_forks_wait_for_the_prompt_and_find_it_cached() -> None:
+    engine = Engine(budget=100)
+    prompt = text(256)
+    engine.add("0", prompt)
+    engine.add("1", prompt, fork_of="0")
+    engine.add("2", prompt, fork_of="0")
+    engine.add("other", text(10, seed=1))
+    assert set(engine.step()) == {"0", "other"}
+    steps = engine.drain()
+    begun = {name: rows for step in reversed(steps) for name, rows in step.items()}
+    assert begun["1"] == begun["2"] == (252, 256)
+
+
+def test_a_fork_without_its_parent_runs_alone() -> None:
+    engine = Engine()
+    engine.add("orphan", text(10), fork_of="nobody")
+    engine.add("parent", text(300, seed=1))
+    engine.add("child", text(300, seed=1), fork_of="parent")
+    engine.finish("parent", FinishReason.ABORT)
+    assert set(engine.step()) == {"orphan", "child"}
+
+
+def test_admission_is_first_come_first_served() -> None:
+    engine = Engine(pages=8, budget=64)
+    engine.add("first", text(400))
+    engine.add("big", text(600, seed=1))
+    engine.add("small", text(10, seed=2))
+    assert set(engine.step()) == {"first"}
+    assert engine.scheduler.stats().waiting == 2
+
+
+def test_the_newest_is_preempted_and_loses_nothing() -> None:
+    engine = Engine(pages=6, budget=256)
+    engine.add("old", text(250), max_tokens=300)
+    engine.add("new", text(250, seed=1), max_tokens=140)
+    ends: dict[str, Usage] = {}
+    preempted_at = 0
+    while engine.scheduler.busy:
+        plan = engine.plan()
+        if engine.scheduler.stats().preemptions and not preempted_at:
+            preempted_at = plan.step
+            assert [c.request_id for c in plan.chunks] == ["old"]
+        for name in engine.apply(plan):
+            if engine.scheduler.usage(name).completion_tokens == engine.scheduler.max_new_tokens(name):
+                ends[name] = engine.finish(name, FinishReason.LENGTH)
+    assert preempted_at
+    assert list(ends) == ["old", "new"]
+    assert (ends["old"].completion_tokens, ends["new"].completion_tokens) == (300, 140)
+    assert ends["new"] == Usage(250, 0, 0, 140)
+    stats = engine.scheduler.stats()
+    assert stats.rerun_tokens > 0 and stats.prompt_tokens == 500
+    assert stats.generated_tokens == 440
+
+
+def test_a_preempted_request_resumes_from_its_saved_boundary() -> None:
+    engine = Engine(pages=6, budget=256)
+    engine.add("old", text(250), max_tokens=300)
+    engine.add("new", text(250, seed=1), max_tokens=140)
+    while not engine.scheduler.stats().preemptions:
+        saves = engine.plan().saves
+        engine.apply(in_flight_of(engine))
+    assert [save.position for save in saves] == [384]
+
+
+def test_nobody_passes_a_preempted_request() -> None:
+    engine = Engine(pages=6, running=2)
+    engine.add("old", text(250), max_tokens=300)
+    engine.add("new", text(250, seed=1), max_tokens=140)
+    engine.add("small", text(10, seed=2), max_tokens=2)
+    begun = [name for step in engine.drain() for name, (start, end) in step.items() if end - start > 1]
+    assert begun == ["old", "new", "new", "small"]
+    assert engine.scheduler.stats().preemptions == 1
+
+
+def test_every_limit_is_kept() -> None:
+    engine = Engine(pages=4, context=10**6)
+    assert engine.scheduler.max_tokens == 512
+    engine.add("a", text(500), max_tokens=None)
+    assert engine.scheduler.max_new_tokens("a") == 12
+    assert sum(len(step) for step in engine.drain()) == 2 + 11
+    engine.add("b", text(511, seed=1), max_tokens=50)
+    assert engine.scheduler.max_new_tokens("b") == 1
+    engine.drain()
+    short = Engine(context=300, max_context=200)
+    short.add("c", text(150))
+    assert short.scheduler.max_new_tokens("c") == 4
+    short.add("d", text(150), max_tokens=None)
+    assert short.scheduler.max_new_tokens("d") == 50
+
+
+def test_what_can_never_fit_is_refused_with_numbers() -> None:
+    with pytest.raises(ContextTooLong, match=r"512 tokens .* the cache holds 512 in all.*--kv-memory"):
+        Engine(pages=4).add("a", text(512))
+    with pytest.raises(ContextTooLong, match=r"300 tokens .* a request may have 200 in all.*--max-context"):
+        Engine(max_context=200).add("a", text(300))
+
+
+def test_malformed_requests_are_refused() -> None:
+    engine = Engine()
+    with pytest.raises(RequestError, match="empty"):
+        engine.add("a", text(0))
+    engine.add("a", text(5))
+    with pytest.raises(RequestError, match="already running"):
+        engine.add("a", text(5))
+
+
+def test_a_full_queue_says_so() -> None:
+    engine = Engine(max_waiting=2)
+    engine.add("a", text(5))
+    engine.add("b", text(5))
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        engine.add("c", text(5))
+    engine.step()
+    engine.add("c", text(5))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_an_abort_at_any_moment_leaves_nothing_behind(steps: int, in_flight: bool) -> None:
+    engine = Engine(budget=128)
+    engine.add("a", text(300), max_tokens=10)
+    for _ in range(steps):
+        engine.step()
+    plan = engine.plan() if in_flight else None
+    assert engine.scheduler.abort("a") and not engine.scheduler.abort("a")
+    if plan is not None:
+        assert engine.apply(plan) == []
+    assert not engine.scheduler.busy
+    stats = engine.cache.stats()
+    assert (stats.pages_held, stats.slots_free) == (0, 4)
+
+
+def test_an_aborted_request_leaves_its_work_to_the_next() -> None:
+    engine = Engine(budget=300)
+    engine.add("a", text(300), max_tokens=100)
+    for _ in range(90):
+        engine.step()
+    engine.finish("a", FinishReason.ABORT)
+    engine.add("b", np.concatenate([text(300), np.full(88, 7, np.int32), text(9)]))
+    assert engine.plan().chunks[0].start == 380
+
+
+def test_a_slot_whose_rows_are_in_the_air_is_not_saved() -> None:
+    engine = Engine(budget=300)
+    engine.add("a", text(900), max_tokens=10)
+    engine.step()
+    engine.plan()
+    engine.finish("a", FinishReason.ABORT)
+    engine.apply(in_flight_of(engine))
+    engine.add("b", text(5))
+    assert engine.plan().saves == ()
+
+
+def test_a_failed_row_ends_its_request_and_is_not_kept() -> None:
+    engine = Engine(budget=200)
+    engine.add("a", text(300), max_tokens=10)
+    engine.step()
+    plan = engine.plan()
+    assert engine.apply(plan, failed={"a": "not a number"}) == []
+    engine.finish("a", FinishReason.ERROR)
+    assert engine.cache.stats().pages_cached == 0
+    engine.add("b", text(300))
+    plan = engine.plan()
+    assert plan.saves == () and plan.chunks[0].write_from == 0
+
+
+def test_steps_come_one_at_a_time() -> None:
+    engine = Engine()
+    engine.add("a", text(10))
+    plan = engine.plan()
+    with pytest.raises(RuntimeError, match="still running"):
+        engine.scheduler.plan()
+    with pytest.raises(RuntimeError, match="not the one in flight"):
+        engine.scheduler.apply(plan, StepResult(99, ()))
+
+
+def test_after_a_step_that_died_nothing_cached_is_trusted() -> None:
+    engine = Engine()
+    engine.add("before", text(300), max_tokens=2)
+    engine.drain()
+    engine.add("a", text(300), max_tokens=2)
+    engine.plan()
+    engine.finish("a", FinishReason.ERROR)
+    engine.add("b", text(300), max_tokens=2)
+    assert engine.plan().chunks[0].start == 0
+
+
+def test_plans_are_values() -> None:
+    engine = Engine(budget=128)
+    engine.add("a", text(200), max_tokens=5)
+    plan = engine.plan()
+    before = (plan.chunks[0].tokens.tolist(), plan.chunks[0].pages.tolist())
+    engine.apply(plan)
+    engine.drain()
+    assert (plan.chunks[0].tokens.tolist(), plan.chunks[0].pages.tolist()) == before
+    with pytest.raises(ValueError, match="read-only"):
+        plan.chunks[0].tokens[0] = 1
