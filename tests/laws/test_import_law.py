@@ -29,7 +29,7 @@ LAW: dict[str, set[str]] = {
     "tiny": BASE | {"kernels", "model", "checkpoint", "text"},
     "engine": BASE | {"text", "cache", "kernels", "schedule", "model", "checkpoint", "tiny"},
     "server": BASE | {"text", "engine"},
-    "workload": BASE | {"text", "cache", "schedule", "engine"},
+    "workload": BASE | {"text", "cache", "schedule", "tiny", "engine"},
     "cli": BASE
     | {"__init__", "text", "cache", "kernels", "planner", "checkpoint", "tiny", "engine", "server", "workload"},
     "__main__": {"cli"},

@@ -55,6 +55,15 @@ class EngineFlags:
             given["kv_memory"] = parse_size(self.kv_memory, "--kv-memory")
         return given
 
+    def arguments(self) -> list[str]:
+        """The same flags as command-line arguments, for a process that is started with them."""
+        given: list[str] = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and value is not False:
+                given += [f"--{item.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return given
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingFlags:

@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue prompts from arguments, files or standard input.",
+    "demo": "Ask about a long document twice and see what the cache saves.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",
     "doctor": "Show what this machine has and which kernels will run.",
 }
