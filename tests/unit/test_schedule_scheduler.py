@@ -208,7 +208,7 @@ def test_a_preempted_request_resumes_from_its_saved_boundary() -> None:
 
 
 def test_nobody_passes_a_preempted_request() -> None:
-    engine = Engine(pages=6, running=2)
+    engine = Engine(pages=6, running=2, budget=600)
     engine.add("old", text(250), max_tokens=300)
     engine.add("new", text(250, seed=1), max_tokens=140)
     engine.add("small", text(10, seed=2), max_tokens=2)

@@ -83,6 +83,8 @@ class CacheManager:
         self._namespace = namespace
         self._epoch = 0
         self._tick = 0
+        self._changes = 0
+        self._refused: tuple[str, str, int, int] | None = None
 
     # ---- admission
 
@@ -94,7 +96,8 @@ class CacheManager:
         """
         assert request_id not in self.holdings, request_id
         assert len(tokens) <= limit <= self.capacity.tokens, (len(tokens), limit, self.capacity.tokens)
-        if not self.free_slots:
+        attempt = (request_id, salt, len(tokens), self._changes)
+        if not self.free_slots or attempt == self._refused:
             return None
         root = root_key(b"%d:%b" % (self._epoch, self._namespace), salt)
         chain = self.tree.match(root, tokens) if self.prefix_cache else []
@@ -104,6 +107,8 @@ class CacheManager:
         if goal - len(chain) > self._unpromised():
             if chain:
                 self.tree.unpin(chain[-1], 0)
+            # hashing a long prompt again in each step would be dear, and the answer the same
+            self._refused = attempt
             return None
         plan, source = self._plan(len(tokens), chain)
         if source is not None:
@@ -230,6 +235,7 @@ class CacheManager:
     def _seal(self, holding: Holding, tokens: TokenIds, upto: int) -> None:
         chain, sealed = holding.chain, len(holding.chain)
         self._tick += 1
+        self._changes += 1
         pages = holding.table[sealed:upto].tolist()
         old_tip = chain[-1] if chain else None
         duplicates = self.tree.extend(holding.root, chain, tokens[sealed * PAGE : upto * PAGE], pages, self._tick)
@@ -285,6 +291,7 @@ class CacheManager:
         `forget` drops also the pages that it sealed itself, unless others use them: their content is suspect.
         """
         holding = self.holdings.pop(request_id)
+        self._changes += 1
         self._end_restore(holding)
         for write in holding.reserved:
             self.snapshots.cancel(write.snapshot)
@@ -301,6 +308,7 @@ class CacheManager:
     def reset(self) -> None:
         """Drop the whole prefix cache. Pages of running requests go when these end; nobody finds them any more."""
         self._epoch += 1
+        self._changes += 1
         self._free_up(len(self.free_pages) + self.tree.evictable)
 
     def _remove(self, nodes: Iterable[Node]) -> None:

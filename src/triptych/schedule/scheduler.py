@@ -98,12 +98,12 @@ class Scheduler:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return None
-        sequence.ended = True
-        if sequence in self._running:
+        if sequence.running:
             self._running.remove(sequence)
             self._leave(sequence, forget=reason is FinishReason.ERROR)
         else:
             self._waiting.remove(sequence)
+        sequence.ended = True
         return sequence.usage()
 
     def abort(self, request_id: str) -> bool:
@@ -146,20 +146,18 @@ class Scheduler:
     def _abandon(self) -> None:
         """The last plan never came back: its requests must have been ended, and nothing cached is trusted."""
         assert self._flight is not None
-        left = [chunk.request_id for chunk in self._flight.chunks if chunk.request_id in self._live]
+        names = {chunk.request_id for chunk in self._flight.chunks}
+        left = [sequence.request_id for sequence in self._running if sequence.request_id in names]
         if left:
             raise RuntimeError(f"Step {self._flight.step} is still running request {left[0]!r}: apply it first.")
         self._flight = None
-        # a snapshot that some request is still to restore may have been a save of the lost plan
-        for sequence in [s for s in reversed(self._running) if s.restore is not None]:
-            self._requeue(sequence)
         self._cache.reset()
 
     def _grow_decodes(self) -> bool:
         """Memory for one more token of each decoding request, oldest first. False if any had to be preempted."""
         before = self._counters.preemptions
         for sequence in tuple(self._running):
-            if sequence.prefilled and sequence in self._running and not sequence.idle:
+            if sequence.running and sequence.prefilled and not sequence.idle:
                 self._grow(sequence, sequence.length)
         return before == self._counters.preemptions
 
@@ -175,14 +173,11 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Give up a running request's memory; it returns to the front of the queue with all its tokens."""
         assert len(self._running) > 1, "the only running request always fits, see `add`"
-        self._requeue(sequence)
-        self._counters.preemptions += 1
-
-    def _requeue(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._leave(sequence)
         sequence.suspend()
         self._waiting.appendleft(sequence)
+        self._counters.preemptions += 1
 
     def _admit(self) -> None:
         """Admit waiting requests in order until one does not fit; forks of a prompt being prefilled stand aside."""
@@ -214,7 +209,7 @@ class Scheduler:
         prefills = [s for s in self._running if not s.prefilled and not s.idle]
         budget = self._config.step_tokens - sum(rows.values())
         for sequence, share in zip(prefills, fair_shares(budget, [s.pending for s in prefills]), strict=True):
-            if share and sequence in self._running and self._grow(sequence, sequence.processed + share):
+            if share and sequence.running and self._grow(sequence, sequence.processed + share):
                 rows[sequence] = share
         return rows
 
@@ -248,7 +243,7 @@ class Scheduler:
         out = []
         for chunk in plan.chunks:
             sequence = self._live.get(chunk.request_id)
-            if sequence is None or sequence not in self._running:
+            if sequence is None or not sequence.running:
                 continue
             if chunk.request_id in result.failed:
                 sequence.failed = True

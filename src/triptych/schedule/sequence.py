@@ -48,6 +48,11 @@ class Sequence:
         return view
 
     @property
+    def running(self) -> bool:
+        """True between admission and preemption or end."""
+        return self.plan is not None and not self.ended
+
+    @property
     def pending(self) -> int:
         """Known tokens that have not run."""
         return self.length - self.processed
