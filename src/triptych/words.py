@@ -204,14 +204,13 @@ class Chunk:
 class SlotSave:
     """Copy the window rows that make page boundary `position` resumable from a slot's ring into `snapshot`.
 
-    The ring holds rows [position - 132, position - 4) (from `read_from` on where that is higher) of a request
-    that no longer runs; its slot may already belong to a chunk of the same plan.
+    The ring holds rows [position - 132, position - 4), clipped at 0, of a request that no longer runs; its slot
+    may already belong to a chunk of the same plan.
     """
 
     slot: int
     position: int
     snapshot: int
-    read_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,7 +34,7 @@ class Runner:
     def _forward(self, plan: StepPlan, *, all_logits: bool) -> Tensor:
         with torch.inference_mode():
             for save in plan.saves:
-                self.pools.save(save.slot, save.position, save.snapshot, save.read_from)
+                self.pools.save(save.slot, save.position, save.snapshot)
             for chunk in plan.chunks:
                 if chunk.restore is not None:
                     self.pools.restore(chunk.slot, chunk.start + LOOKBACK, chunk.restore)

@@ -117,10 +117,8 @@ class Scheduler:
         # while its rows are being run, or after they failed, the ring is not what `processed` says
         write = None if in_flight or forget else self._cache.boundary_snapshot(request_id)
         if write is not None:
-            read_from = sequence.plan.read_from if sequence.plan is not None else 0
-            slot = self._cache.slot(request_id)
             self._saves = [save for save in self._saves if save.snapshot != write.snapshot]
-            self._saves.append(SlotSave(slot, write.position, write.snapshot, read_from))
+            self._saves.append(SlotSave(self._cache.slot(request_id), write.position, write.snapshot))
             self._cache.publish_snapshot(request_id, write)
         self._cache.release(request_id, forget=forget)
 
