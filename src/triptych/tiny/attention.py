@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class Pooled(NamedTuple):
 def pool_hca(rows: Pooled, ratio: int) -> Tensor:
     """Entries [B, S/ratio, D]: per channel a softmax over the ratio rows of each group."""
     values, gates = (x.unflatten(1, (-1, ratio)) for x in rows)
-    return (torch.softmax(gates, dim=2) * values).sum(2)
+    entries: Tensor = (torch.softmax(gates, dim=2) * values).sum(2)
+    return entries
 
 
 def pool_csa(rows: Pooled, tail: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -61,7 +62,8 @@ def pool_csa(rows: Pooled, tail: tuple[Tensor, Tensor] | None) -> Tensor:
         first = groups.new_full((x.shape[0], 1, CSA_RATIO, dim), absent) if before is None else before[:, None, :, :dim]
         earlier = torch.cat([first, groups[:, :-1, :, :dim]], dim=1)
         parts.append(torch.cat([earlier, groups[..., dim:]], dim=2))
-    return (torch.softmax(parts[1], dim=2) * parts[0]).sum(2)
+    entries: Tensor = (torch.softmax(parts[1], dim=2) * parts[0]).sum(2)
+    return entries
 
 
 def window_scores(q: Tensor, rows: Tensor, start: int) -> Tensor:
@@ -73,7 +75,7 @@ def window_scores(q: Tensor, rows: Tensor, start: int) -> Tensor:
     blocks = length // WINDOW
     keys = rows.unflatten(1, (blocks + 1, WINDOW))
     keys = torch.cat([keys[:, :-1], keys[:, 1:]], dim=2)
-    scores = torch.matmul(q.reshape(batch, blocks, WINDOW * heads, dim), keys.transpose(2, 3)) * dim**-0.5
+    scores: Tensor = torch.matmul(q.reshape(batch, blocks, WINDOW * heads, dim), keys.transpose(2, 3)) * dim**-0.5
     scores = scores.view(batch, blocks, WINDOW, heads, 2 * WINDOW)
     own = torch.arange(WINDOW, device=q.device)[:, None]
     key = torch.arange(2 * WINDOW, device=q.device)[None]
@@ -103,17 +105,17 @@ class Gather(torch.autograd.Function):
     """Rows of a table by index, with a backward that adds in float32 without sorting the indices."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, table: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
         """table [N, c], index [...] -> [..., c]."""
         ctx.save_for_backward(index)
-        ctx.shape = table.shape  # type: ignore[attr-defined]
+        ctx.shape = table.shape
         return F.embedding(index, table)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Sum of the gradients of each row's uses."""
-        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        out = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)  # type: ignore[attr-defined]
+        (index,) = ctx.saved_tensors
+        out = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
         out.index_add_(0, index.reshape(-1), grad.reshape(-1, grad.shape[-1]).float())
         return out.to(grad.dtype), None
 
@@ -122,14 +124,14 @@ def take(table: Tensor, index: Tensor) -> Tensor:
     """table [B, E, c] at index [B, S, K] -> [B, S, K, c]."""
     batch, count, dim = table.shape
     offset = torch.arange(batch, device=table.device).view(-1, 1, 1) * count
-    out: Tensor = Gather.apply(table.reshape(-1, dim), index + offset)
+    out: Tensor = Gather.apply(table.reshape(-1, dim), index + offset)  # type: ignore[no-untyped-call]
     return out
 
 
 class Selection(NamedTuple):
-    """Chosen entries of each query: index [B, S, K] and whether each is truly visible (short rows are padded)."""
+    """Chosen entries of each query, [B, S, K], and whether each is truly visible (short rows are padded)."""
 
-    index: Tensor
+    entries: Tensor
     valid: Tensor
 
 

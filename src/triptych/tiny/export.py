@@ -1,6 +1,6 @@
 """From the training net to a checkpoint in the official layout (reference section 5.1), and back.
 
-    python -m triptych.tiny.export --weights FOLDER --out FOLDER [--format fp8|bf16]
+python -m triptych.tiny.export --weights FOLDER --out FOLDER [--format fp8|bf16]
 """
 
 from __future__ import annotations

@@ -7,44 +7,14 @@ answer is the value alone. Keys of one document often share a word, so that half
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 NOUNS = ("code", "number", "key", "password", "value", "id", "pin", "serial")
-WORDS = tuple(
-    """amber anchor apple arrow autumn badge bamboo basil beacon berry bishop blossom bottle breeze bridge bronze butter
-    cabin cactus camel candle canyon carbon castle cedar cherry circle clover cobalt comet copper coral cotton cradle
-    crystal dagger daisy desert diamond dolphin dragon eagle ember engine falcon feather fern flame forest fossil fox
-    garden garnet ginger glacier golden granite grape harbor hazel helmet heron honey hunter indigo iron island ivory
-    jacket jaguar jasmine jungle kettle kite ladder lagoon lantern laurel lemon lily lion lotus magnet maple marble
-    meadow melon mercury mirror monkey moon mosaic mountain nectar needle nickel oak oasis ocean olive onyx opal orange
-    orchid otter oxygen oyster panda paper parrot pearl pebble pepper petal pigeon pine planet plum pocket pony poppy
-    prairie prism pumpkin quartz rabbit raven ribbon river robin rocket rose ruby saddle saffron sailor salmon sand
-    sapphire scarlet shadow silver spider spiral spruce star stone storm sugar sunset swan table temple thunder tiger
-    timber topaz tulip tunnel turtle valley velvet violet walnut water whale willow winter wolf yellow zebra""".split()
-)
-# words of the documentation itself, one token each: filler is full of them
-COMMON = tuple(
-    """action against already amount another appear archive argument around array assert asyncio attempt avoid backup
-    base become behavior best better binary block body boolean bound break buffer build built cache callable
-    callback caller case cause certain child clause clear client cluster color column command commit common compile
-    compiler complete complex conflict content context continue control copy correct count current cursor custom
-    database date datetime decimal default disk display doctest doesn domain double dump effect element email empty
-    ensure entire entry equal error escape event example exit extra failure faster feature field file filename
-    filter final find flag foreign format found frame free full function future general given global group handler
-    hard hash header heap help host import index input inside instance instead integer internal invalid item
-    iterable iterator join journal keep keyword kind known label language large last later least left length level
-    library line list literal locale location lock logger long longer loop lower macro made main make manager
-    maximum member memory message method might mock mode modify module multiple name negative network newline next
-    node note numeric object offset often opcode open operand operator option optional order original output
-    override owner package page pair parent parser path pattern payload place planner pointer policy position
-    possible pragma prefix present prevent primary print prior problem program protocol public python query queue
-    random range read real recent record regular relation relative remote rescode reset response result right role
-    root routine safe scan schema script search second section security seealso sent separate sequence server
-    session several shell short shown side signal similar simple single size slot small socket source space special
-    specific specify stack standard standby start static step stop storage stream support sure syntax system taken
-    target task test text third thread three time timeout total tree trigger tuple type unique usage useful user
-    valid variable view virtual void vtab want well widget width window wrapper write written year yield zero zone""".split()
+# two kinds of words make keys: pictorial ones, and words of the documentation that the filler is full of
+WORDS, COMMON = (
+    tuple(part.split()) for part in Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split("\n\n")
 )
 
 

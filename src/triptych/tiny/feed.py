@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing as mp
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.tiny.data import Batch, Sampler, Stage, load_text
+from triptych.tiny.data import Sampler, Stage, load_text
 
 
 def _work(corpus: str, seed: int, tasks: Any, results: Any) -> None:
@@ -20,6 +20,15 @@ def _work(corpus: str, seed: int, tasks: Any, results: Any) -> None:
         batch = sampler.batch(stage, count)
         small = [x.astype(np.float32 if x.dtype == np.float32 else np.int32) for x in batch]
         results.put((stage, small))
+
+
+class Drawn(NamedTuple):
+    """A `data.Batch` on the device, as tensors [B, S]."""
+
+    ids: Tensor
+    positions: Tensor
+    weights: Tensor
+    hinted: Tensor
 
 
 class Feed:
@@ -36,7 +45,7 @@ class Feed:
         for process in self.processes:
             process.start()
 
-    def next(self, stage: Stage, count: int, device: torch.device) -> Batch:
+    def next(self, stage: Stage, count: int, device: torch.device) -> Drawn:
         """A batch of `count` sequences of `stage` on `device`; batches of earlier stages are dropped."""
         while True:
             while self.pending < self.ahead:
@@ -45,7 +54,7 @@ class Feed:
             drawn, arrays = self.results.get()
             self.pending -= 1
             if drawn == stage and len(arrays[0]) == count:
-                return Batch(*(self._to(x, device) for x in arrays))  # type: ignore[arg-type]
+                return Drawn(*(self._to(x, device) for x in arrays))
 
     @staticmethod
     def _to(x: np.ndarray[Any, Any], device: torch.device) -> Tensor:

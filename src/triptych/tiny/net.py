@@ -50,14 +50,13 @@ class Run:
 
 
 class Rows(NamedTuple):
-    """Where the rows of a batch are: batch and length, index of the first token, and rope angles [T, p] per table."""
+    """Where the rows of a batch are: batch and length, index of the first token, and cos, sin [T, p] of each rope."""
 
     batch: int
     length: int
     start: int
     main: tuple[Tensor, Tensor]
     compress: tuple[Tensor, Tensor]
-    positions: Tensor
 
 
 class Weight(nn.Module):
@@ -125,8 +124,12 @@ class Attention(nn.Module):
 class Gate(nn.Module):
     """Router: learned with a selection bias, or by token id."""
 
+    bias: Tensor
+    tid2eid: Tensor
+
     def __init__(self, shape: ModelShape, hashed: bool) -> None:
         super().__init__()
+        self.hashed = hashed
         self.weight = nn.Parameter(torch.randn(shape.num_experts, shape.hidden_size) * shape.hidden_size**-0.5)
         if hashed:
             draw = torch.rand(shape.vocab_size, shape.num_experts, generator=torch.Generator().manual_seed(0))
@@ -203,6 +206,9 @@ class Front(NamedTuple):
 class Net(HeadCollapse):
     """The whole model. `fused` compiles the row-wise operations."""
 
+    freq_main: Tensor
+    freq_compress: Tensor
+
     def __init__(self, shape: ModelShape, *, fused: bool = False) -> None:
         super().__init__(shape)
         self.shape = shape
@@ -261,7 +267,8 @@ class Net(HeadCollapse):
         assert ids.shape[1] % WINDOW == 0 and start % WINDOW == 0
         angles = [positions.reshape(-1, 1).float() * f for f in (self.freq_main, self.freq_compress)]
         main, compress = ((a.cos(), a.sin()) for a in angles)
-        return Rows(*ids.shape, start, main, compress, positions)
+        batch, length = ids.shape
+        return Rows(batch, length, start, main, compress)
 
     def _linear(self, x: Tensor, weight: Weight, mode: Mode) -> Tensor:
         w = round_linear(weight.weight) if mode.rounded else weight.weight
@@ -286,7 +293,7 @@ class Net(HeadCollapse):
     def _experts(self, ffn: Experts, x: Tensor, ids: Tensor, mode: Mode, run: Run) -> Tensor:
         shape = self.shape
         affinity = torch.sqrt(F.softplus(F.linear(x.float(), ffn.gate.weight)))
-        if hasattr(ffn.gate, "tid2eid"):
+        if ffn.gate.hashed:
             chosen = ffn.gate.tid2eid[ids]
         else:
             chosen = (affinity.detach() + ffn.gate.bias).topk(shape.experts_per_token, dim=-1).indices
@@ -392,13 +399,13 @@ class Net(HeadCollapse):
             return out
         chosen = at.select(qi, wi, keys, rows.start, mode.topk, self.ops.block_scores)
         chosen = self._with_hints(chosen, rows, mode, run)
-        picked = at.take(entries, chosen.index)
+        picked = at.take(entries, chosen.entries)
         scores = torch.matmul(front.q, picked.transpose(2, 3)) * shape.head_dim**-0.5
         scores = scores.masked_fill(~chosen.valid.unsqueeze(2), at.NEVER)
         near, far = at.joint_softmax([*front.scores, scores], attn.attn_sink)
         if mode.index_loss:
             wide = self._widened(chosen, rows, mode.extra)
-            dots = torch.matmul(qi, at.take(keys, wide.index).transpose(2, 3))
+            dots = torch.matmul(qi, at.take(keys, wide.entries).transpose(2, 3))
             score = self.ops.index_scores(dots, wi)
             target = F.pad(far, (0, mode.extra))
             run.index_losses.append(self._kl(target, score, wide.valid, mode))
@@ -415,25 +422,25 @@ class Net(HeadCollapse):
 
     def _widened(self, chosen: at.Selection, rows: Rows, extra: int) -> at.Selection:
         """The selection and `extra` random visible entries, so that unselected ones are pushed down as well."""
-        seen = torch.arange(rows.start + 1, rows.start + rows.length + 1, device=chosen.index.device) // CSA_RATIO
-        draw = torch.rand(rows.batch, rows.length, extra, device=chosen.index.device)
+        seen = torch.arange(rows.start + 1, rows.start + rows.length + 1, device=chosen.entries.device) // CSA_RATIO
+        draw = torch.rand(rows.batch, rows.length, extra, device=chosen.entries.device)
         index = (draw * seen.view(1, -1, 1)).long()
-        fresh = ~(index.unsqueeze(-1) == chosen.index.unsqueeze(-2)).any(-1) & (seen.view(1, -1, 1) > 0)
-        return at.Selection(torch.cat([chosen.index, index], -1), torch.cat([chosen.valid, fresh], -1))
+        fresh = ~(index.unsqueeze(-1) == chosen.entries.unsqueeze(-2)).any(-1) & (seen.view(1, -1, 1) > 0)
+        return at.Selection(torch.cat([chosen.entries, index], -1), torch.cat([chosen.valid, fresh], -1))
 
     def _with_hints(self, chosen: at.Selection, rows: Rows, mode: Mode, run: Run) -> at.Selection:
         """Measure how many hinted entries were found; with `use_hints` put the missing ones in the last places."""
         if mode.hinted is None:
             return chosen
-        wanted = mode.hinted.unsqueeze(-1) + torch.arange(HINTS, device=chosen.index.device)
+        wanted = mode.hinted.unsqueeze(-1) + torch.arange(HINTS, device=chosen.entries.device)
         asked = (mode.hinted >= 0).unsqueeze(-1)
-        found = (wanted.unsqueeze(-1) == chosen.index.unsqueeze(-2)).any(-1) & asked
+        found = (wanted.unsqueeze(-1) == chosen.entries.unsqueeze(-2)).any(-1) & asked
         run.recall.append((found.sum() / (asked.sum() * HINTS).clamp_min(1)).detach())
         if not mode.use_hints:
             return chosen
         add = asked & ~found
         kept = ~add[..., :HINTS]
-        index = torch.where(kept, chosen.index[..., -HINTS:], wanted)
+        index = torch.where(kept, chosen.entries[..., -HINTS:], wanted)
         valid = torch.where(kept, chosen.valid[..., -HINTS:], True)
-        index = torch.cat([chosen.index[..., :-HINTS], index], -1)
+        index = torch.cat([chosen.entries[..., :-HINTS], index], -1)
         return at.Selection(index, torch.cat([chosen.valid[..., :-HINTS], valid], -1))

@@ -1,7 +1,7 @@
 """Muon for the matrices, AdamW for everything else.
 
-Muon (Jordan et al., 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions learn at
-one pace: with few thousand steps to spend that is worth more than its cost.
+Muon (Jordan et al., 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions learn
+at one pace: with few thousand steps to spend that is worth more than its cost.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 
 import torch
 from torch import Tensor, nn
+
+from triptych.tiny.net import Net
 
 _MATRICES = re.compile(
     r"(wq_a|wq_b|wkv|wgate|wo_a|wo_b|e_proj|h_proj)\.weight$|ffn\.w[123]$",
@@ -32,7 +34,8 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    out: Tensor = x.mT if tall else x
+    return out
 
 
 class Muon:
@@ -44,7 +47,10 @@ class Muon:
         self.stacks: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for p in params:
             self.stacks.setdefault(tuple(self._matrices(p, p).shape[1:]), []).append(p)
-        self.buffers = {k: torch.cat([torch.zeros_like(self._matrices(p, p)) for p in v]) for k, v in self.stacks.items()}
+        self.buffers = {
+            shape: torch.cat([torch.zeros_like(self._matrices(p, p)) for p in same])
+            for shape, same in self.stacks.items()
+        }
 
     def _matrices(self, p: nn.Parameter, values: Tensor) -> Tensor:
         values = values.detach()
@@ -71,8 +77,8 @@ class Muon:
 class Optimizer:
     """Both optimizers of a net, with one learning-rate factor."""
 
-    def __init__(self, net: nn.Module, *, matrix_rate: float, other_rate: float) -> None:
-        groups = {id(p): net.shape.o_groups for n, p in net.named_parameters() if n.endswith("wo_a.weight")}  # type: ignore[union-attr]
+    def __init__(self, net: Net, *, matrix_rate: float, other_rate: float) -> None:
+        groups = {id(p): net.shape.o_groups for n, p in net.named_parameters() if n.endswith("wo_a.weight")}
         matrices = [p for n, p in net.named_parameters() if is_matrix(n)]
         others = [p for n, p in net.named_parameters() if not is_matrix(n)]
         self.params = [*matrices, *others]

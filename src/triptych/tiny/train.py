@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triptych.tiny.data import Batch, Stage, load_text
+from triptych.tiny.attention import Past
+from triptych.tiny.data import Stage, load_text
 from triptych.tiny.export import load_weights, round_to_storage
-from triptych.tiny.feed import Feed
+from triptych.tiny.feed import Drawn, Feed
 from triptych.tiny.measure import measure, text_loss
-from triptych.tiny.net import Mode, Net, Run
+from triptych.tiny.net import Block, Mode, Net, Run
 from triptych.tiny.ops import Ops
 from triptych.tiny.optim import Optimizer
 from triptych.tiny.shape import TINY_SHAPE
@@ -51,14 +52,28 @@ LESSONS = (
     Lesson("B 1K dense", Stage(1024, stretch=0.5), 0.12),
     Lesson("C 4K sparse", Stage(4096, stretch=0.6), 0.18, topk=64, extra=64),
     Lesson("D 16K sparse", Stage(16384, stretch=0.7), 0.24, topk=64, extra=64, rounded=True),
-    Lesson("E 256K behind a past", Stage(262144, stretch=0.5, needles=1.0), 0.28, topk=64, extra=64, rounded=True,
-           past=196608),
+    Lesson(
+        "E 256K behind a past",
+        Stage(262144, stretch=0.5, needles=1.0),
+        0.28,
+        topk=64,
+        extra=64,
+        rounded=True,
+        past=196608,
+    ),
     # a second run starts from the first one's weights: better text, and more of the long lengths
     Lesson("F 4K mixed", Stage(4096, stretch=0.5, needles=0.45), 0.38, topk=64, extra=64, rounded=True),
     Lesson("G 16K mixed", Stage(16384, stretch=0.7, needles=0.65), 0.22, topk=64, extra=64, rounded=True),
     Lesson("H 64K", Stage(65536, stretch=0.6, needles=0.9), 0.18, topk=64, extra=64, rounded=True),
-    Lesson("I 256K behind a past", Stage(262144, stretch=0.5, needles=1.0), 0.22, topk=64, extra=64, rounded=True,
-           past=196608),
+    Lesson(
+        "I 256K behind a past",
+        Stage(262144, stretch=0.5, needles=1.0),
+        0.22,
+        topk=64,
+        extra=64,
+        rounded=True,
+        past=196608,
+    ),
 )
 DRAFT_WEIGHT = 0.1
 BALANCE_RATE = 1e-3
@@ -125,18 +140,19 @@ class Trainer:
         """Learning-rate factor: a short warm-up, flat, then down to zero over the last `--decay` of the time."""
         warm = min(1.0, (self.progress.step + 1) / 100)
         done = self.progress.seconds / (60 * self.args.total)
-        return warm * max(0.02, min(1.0, (1 - done) / self.args.decay))
+        decayed: float = min(1.0, (1 - done) / self.args.decay)
+        return warm * max(0.02, decayed)
 
     def step(self, lesson: Lesson) -> dict[str, Tensor]:
         """One update; returns the quantities to log, still on the device."""
         args, net, stage = self.args, self.net, lesson.stage
         rows = max(1, args.batch_tokens // (stage.length - lesson.past))
-        batch: Any = self.feed.next(stage, rows, self.device)
+        batch = self.feed.next(stage, rows, self.device)
         mode = Mode(self.dtype, lesson.topk, lesson.extra, index_loss=True, rounded=lesson.rounded)
         past = None
         if lesson.past:
             past = self._frozen_past(batch, lesson, mode)
-            batch = Batch(*(x[:, lesson.past :] for x in batch))
+            batch = Drawn(*(x[:, lesson.past :] for x in batch))
         net.ops = self.fused
         if lesson.topk is not None:
             mode.hinted = batch.hinted
@@ -164,13 +180,15 @@ class Trainer:
         return seen
 
     @torch.no_grad()
-    def _frozen_past(self, batch: Batch, lesson: Lesson, mode: Mode) -> Any:
+    def _frozen_past(self, batch: Drawn, lesson: Lesson, mode: Mode) -> list[Past] | None:
+        """The state after the first `lesson.past` tokens."""
         self.net.ops = self.eager
-        past, chunk = None, 32768
+        past: list[Past] | None = None
+        chunk = 32768
         quiet = replace(mode, index_loss=False, keep=True)
         for low in range(0, lesson.past, chunk):
             part = slice(low, min(low + chunk, lesson.past))
-            _, run = self.net.streams(batch.ids[:, part], batch.positions[:, part], quiet, past, low)  # type: ignore[call-overload]
+            _, run = self.net.streams(batch.ids[:, part], batch.positions[:, part], quiet, past, low)
             past = run.past
         return past
 
@@ -178,6 +196,7 @@ class Trainer:
     def _balance(self, run: Run) -> None:
         """Move the routers' selection bias towards equal load, as V3 and V4 do instead of a balance loss."""
         for block, load in zip(self.net.layers, run.loads, strict=True):
+            assert isinstance(block, Block)
             if not block.hashed:
                 block.ffn.gate.bias += BALANCE_RATE * torch.sign(load.mean() - load)
 
@@ -207,7 +226,7 @@ class Trainer:
         self.save()
 
     def _advance(self, lessons: list[Lesson]) -> None:
-        """On to the next lesson if this one is learned, or its time is up (twice its time if it is far from learned)."""
+        """On to the next lesson if this one is learned or its time is up; far from learned, it gets more time."""
         progress = self.progress
         if progress.lesson >= len(lessons) - 1:
             return
@@ -271,7 +290,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--total", type=float, default=19.0, help="minutes of training in all calls together")
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: by time)")
     parser.add_argument("--lessons", default="ABCDE", help="which lessons, by letter")
-    parser.add_argument("--least", type=float, default=0.3, help="share of a lesson's time that is spent on it at least")
+    parser.add_argument(
+        "--least", type=float, default=0.3, help="share of a lesson's time that is spent on it at least"
+    )
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the time over which rates fall")
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--matrix-rate", type=float, default=0.02)

@@ -35,7 +35,9 @@ LENGTH = 4096
 class DenseTwin(Net):
     """The same model with full attention where the original compresses."""
 
-    def _with_entries(self, block: Block, front: Front, rows: Rows, mode: Mode, run: Run, past: at.Past | None) -> Tensor:
+    def _with_entries(
+        self, block: Block, front: Front, rows: Rows, mode: Mode, run: Run, past: at.Past | None
+    ) -> Tensor:
         """Causal attention over all rows [B, S, H, c], without a sink."""
         kv = front.window[:, -rows.length :].unsqueeze(1).expand(-1, self.shape.num_heads, -1, -1).contiguous()
         q = front.q.transpose(1, 2).contiguous()

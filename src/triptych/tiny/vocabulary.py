@@ -19,10 +19,11 @@ from triptych.tiny.shape import TOKENIZER_FILE, VOCAB_SIZE
 
 SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
 CONTROL = (
-    "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>",
-    "｜DSML｜", "<｜begin▁sys｜>", "<｜end▁sys｜>", "<｜System｜>", "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>",
-    "<｜authority｜>", "<｜domain｜>", "<｜title｜>", "<｜extracted_url｜>", "<｜read_url｜>", "<｜image｜>", "<｜box｜>",
-    "<｜/box｜>", "<｜point｜>", "<｜/point｜>", "<｜polygon｜>", "<｜/polygon｜>", "<｜ref｜>", "<｜/ref｜>",
+    "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>",
+    "<think>", "</think>", "｜DSML｜", "<｜begin▁sys｜>", "<｜end▁sys｜>", "<｜System｜>",
+    "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>",
+    "<｜extracted_url｜>", "<｜read_url｜>", "<｜image｜>", "<｜box｜>", "<｜/box｜>", "<｜point｜>",
+    "<｜/point｜>", "<｜polygon｜>", "<｜/polygon｜>", "<｜ref｜>", "<｜/ref｜>",
 )  # fmt: skip
 _WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
