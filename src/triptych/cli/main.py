@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue prompts from arguments, files or standard input.",
     "demo": "Ask about a long document twice and see what the cache saves.",
+    "eval": "Measure whether a model finds facts in a long context.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",
     "doctor": "Show what this machine has and which kernels will run.",
 }
