@@ -3,12 +3,17 @@
 One document holds ten facts at ten depths (and as many near misses); each is asked on its own, directly behind the
 document. Greedy decoding gives the right answer exactly if every answer token is the argmax after the ones before it,
 which one pass over question and answer shows.
+
+    python -m triptych.tiny.measure --corpus corpus.npz --plan 1024:4,4096:4 --text 4 --draft 8
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +23,7 @@ from torch import Tensor
 
 from triptych.config import CSA_RATIO, PAGE
 from triptych.tiny.attention import Past
-from triptych.tiny.data import BOS, Chat
+from triptych.tiny.data import BOS, Chat, load_text
 from triptych.tiny.facts import Fact, draw_facts
 from triptych.tiny.net import Mode, Net
 
@@ -129,3 +134,57 @@ def text_loss(net: Net, text: npt.NDArray[np.uint16], mode: Mode, length: int = 
         logits = net.logits(net.hidden(streams, net)).float()
         total += float(torch.nn.functional.cross_entropy(logits, span[1:]))
     return total / count
+
+
+@torch.no_grad()
+def draft_agreement(
+    net: Net, text: npt.NDArray[np.uint16], mode: Mode, length: int = 1024, count: int = 8
+) -> tuple[float, float]:
+    """How often the MTP block's first guess for the token after next is the backbone's, and is the text's."""
+    same, right, total = 0, 0, 0
+    for i in range(count):
+        start = i * (len(text) - length - 1) // max(count - 1, 1)
+        ids = torch.from_numpy(text[start : start + length].astype(np.int64))[None].to(net.embed.weight.device)
+        positions = torch.arange(length, device=ids.device)[None]
+        streams, _ = net.streams(ids, positions, mode)
+        own = net.logits(net.hidden(streams, net)).argmax(-1)
+        drafted, _ = net.draft_streams(streams, ids, positions, mode)
+        guess = net.logits(net.hidden(drafted, net.draft_block)).argmax(-1)
+        same += int((guess[:-2] == own[1:-1]).sum())
+        right += int((guess[:-2] == ids[0, 2:]).sum())
+        total += length - 2
+    return same / total, right / total
+
+
+def main() -> None:
+    """Measure a checkpoint in the official layout, by default the packaged one; one JSON line per result."""
+    from triptych.checkpoint import CheckpointReader
+    from triptych.tiny.bundle import PACKAGED
+    from triptych.tiny.export import load_official
+
+    parser = argparse.ArgumentParser(description="Measures a tiny checkpoint with the training net.")
+    parser.add_argument("--corpus", type=Path, required=True, help="the file that triptych.tiny.corpus wrote")
+    parser.add_argument("--checkpoint", type=Path, default=PACKAGED)
+    parser.add_argument("--plan", default="", help="retrieval: LENGTH:DOCUMENTS,...")
+    parser.add_argument("--text", type=int, default=0, help="spans of 4096 held-out tokens for the text loss")
+    parser.add_argument("--draft", type=int, default=0, help="spans of 1024 held-out tokens for the MTP block")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    reader = CheckpointReader(args.checkpoint)
+    net = Net(reader.shape)
+    load_official(net, dict(reader.tensors(dtype=torch.float32)))
+    net.to(args.device)
+    text = load_text(args.corpus, "held_out")
+    mode = Mode(topk=reader.shape.index_topk)
+    plan = [(int(a), int(b)) for a, b in (item.split(":") for item in args.plan.split(",") if item)]
+    for row in measure(net, text, plan, mode):
+        print(json.dumps({"event": "retrieval", **row}), flush=True)
+    if args.text:
+        print(json.dumps({"event": "text", "loss": text_loss(net, text, mode, count=args.text)}), flush=True)
+    if args.draft:
+        same, right = draft_agreement(net, text, mode, count=args.draft)
+        print(json.dumps({"event": "draft", "same_as_backbone": same, "same_as_text": right}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -241,6 +241,13 @@ class Net(HeadCollapse):
         out: Tensor = self.ops.rms_norm(h, owner.norm.weight, shape.norm_eps)
         return out
 
+    @property
+    def draft_block(self) -> Mtp:
+        """The first (and only) MTP block."""
+        block = self.mtp[0]
+        assert isinstance(block, Mtp)
+        return block
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, vocab] of hidden [T, d]."""
         return F.linear(hidden, self.head.weight.to(hidden.dtype))
@@ -250,8 +257,7 @@ class Net(HeadCollapse):
 
         The last row of each sequence has no next token; it sees the first one's and is to be ignored.
         """
-        shape, mtp = self.shape, self.mtp[0]
-        assert isinstance(mtp, Mtp)
+        shape, mtp = self.shape, self.draft_block
         following = torch.roll(ids, -1, dims=1)
         e = self.ops.rms_norm(self._embedded(following, mode), mtp.enorm.weight, shape.norm_eps)
         h = self.ops.rms_norm(streams, mtp.hnorm.weight, shape.norm_eps)

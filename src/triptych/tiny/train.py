@@ -166,7 +166,7 @@ class Trainer:
             draft_streams, _ = net.draft_streams(streams, batch.ids, batch.positions, replace(mode, index_loss=False))
             later = weights.view_as(batch.ids).roll(-1, 1)
             later[:, -2:] = 0
-            hidden = net.hidden(draft_streams, net.mtp[0])  # type: ignore[arg-type]
+            hidden = net.hidden(draft_streams, net.draft_block)
             draft, _ = weighted_loss(net, hidden, batch.ids.roll(-2, 1).reshape(-1), later.reshape(-1))
         (loss + args.index_weight * index + DRAFT_WEIGHT * draft).backward()
         norm = self.optimizer.step(self.factor())
