@@ -77,7 +77,7 @@ def test_compiled_and_reference_kernels_agree(store: WeightStore) -> None:
 
 
 def _spied(runner: Runner) -> Iterator[tuple[str, Callable[..., Any]]]:
-    kernels = runner.model._k
+    kernels = runner.model.kernels
     for field in dataclasses.fields(kernels):
         yield field.name, getattr(kernels, field.name)
 
@@ -94,8 +94,8 @@ def test_inputs_lie_on_their_grids(store: WeightStore) -> None:
 
         return call
 
-    spied = dataclasses.replace(runner.model._k, **{name: spy(name, right) for name, right in _spied(runner)})
-    runner.model._k = runner.model._attention._k = spied
+    spied = dataclasses.replace(runner.model.kernels, **{name: spy(name, right) for name, right in _spied(runner)})
+    runner.model.use_kernels(spied)
     logits(runner, [200])
 
     def on_fp8_grid(x: Tensor, group: int) -> bool:

@@ -37,7 +37,7 @@ class Reader:
     def decode(self, ids: TokenIds) -> str:
         return self._tokenizer.decode(ids)
 
-    def ask(self, messages: Sequence[Message]) -> Answer:
+    def ask(self, messages: Sequence[Message], value: str) -> Answer:
         self.seen.append(list(messages))
         document = messages[0].text
         subject = messages[-1].text.rsplit("What is the ", 1)[1].removesuffix("?")
@@ -107,7 +107,7 @@ def test_wrong_settings_are_refused_by_name() -> None:
     model = Reader()
     server = OverHttp("http://127.0.0.1:9", "tiny", model.encode, model.decode, timeout=2)
     with pytest.raises(ConfigError, match="cannot be reached"):
-        server.ask([Message(Role.USER, "hello")])
+        server.ask([Message(Role.USER, "hello")], "1")
 
 
 def test_an_engine_without_tokenizer_is_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from triptych.engine.async_engine import AsyncEngine
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
+from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
 from triptych.words import Delta, FinishReason, SamplingParams, TokenIds, TokenLogprob, Usage, token_ids
 
@@ -89,6 +91,12 @@ class Engine:
         with self._lock:
             for _, delta in self._run(self._expand(prompt, params or SamplingParams())):
                 yield delta
+
+    @contextmanager
+    def watch_selections(self) -> Iterator[list[list[Ids]]]:
+        """What the indexers choose while this is open; see engine.watch. For evaluation: one request at a time."""
+        with watch_selections(self._loop.model) as steps:
+            yield steps
 
     def check_integrity(self) -> None:
         """Assert that every page, slot and snapshot is accounted for."""

@@ -12,6 +12,7 @@ from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
 from triptych.engine.runner import Runner
 from triptych.engine.sampler import SamplerState, sample
+from triptych.model.transformer import Transformer
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
     EngineStats,
@@ -50,6 +51,11 @@ class EngineLoop:
         self._shape = shape
         self._runner = runner
         self._samplers: dict[str, SamplerState] = {}
+
+    @property
+    def model(self) -> Transformer:
+        """The model that steps run."""
+        return self._runner.model
 
     @property
     def busy(self) -> bool:

@@ -23,10 +23,14 @@ class Transformer:
     def __init__(self, weights: ModelWeights, kernels: KernelSet, numerics: Numerics = "exact") -> None:
         self.shape = weights.shape
         self._weights = weights
-        self._k = kernels
         self._n: NumericsRules = Exact() if numerics == "exact" else Native()
         self._rope = RopeTables(weights.shape)
-        self._attention = AttentionBlock(weights.shape, kernels, self._n)
+        self.use_kernels(kernels)
+
+    def use_kernels(self, kernels: KernelSet) -> None:
+        """Run with these kernels from the next step on."""
+        self.kernels = kernels
+        self._attention = AttentionBlock(self.shape, kernels, self._n)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
@@ -61,16 +65,16 @@ class Transformer:
         angles: tuple[Angles, Angles | None],
     ) -> Tensor:
         n = self._n
-        x, post, comb = self._k.mhc_pre(streams, layer.attn_site, layer.attn_norm)
+        x, post, comb = self.kernels.mhc_pre(streams, layer.attn_site, layer.attn_norm)
         y = self._attention.forward(n.activation(x), layer.attention, layer.ratio, batch, cache, angles)
-        streams = n.activation(self._k.mhc_post(y, streams, post, comb))
-        x, post, comb = self._k.mhc_pre(streams, layer.ffn_site, layer.ffn_norm)
-        y = moe(n.activation(x), batch.token_ids, layer.moe, self._k, n)
-        return n.activation(self._k.mhc_post(y, streams, post, comb))
+        streams = n.activation(self.kernels.mhc_post(y, streams, post, comb))
+        x, post, comb = self.kernels.mhc_pre(streams, layer.ffn_site, layer.ffn_norm)
+        y = moe(n.activation(x), batch.token_ids, layer.moe, self.kernels, n)
+        return n.activation(self.kernels.mhc_post(y, streams, post, comb))
 
     def _head(self, streams: Tensor) -> Tensor:
         """Logits [S, V] in float32 from the last streams [S, n, d]."""
         w = self._weights
-        hidden = self._n.activation(self._k.mhc_head(streams, w.hc_head))
-        hidden = self._n.activation(self._k.rms_norm(hidden, w.norm, self.shape.norm_eps))
-        return self._k.linear(hidden, w.head).float()  # type: ignore[no-any-return]
+        hidden = self._n.activation(self.kernels.mhc_head(streams, w.hc_head))
+        hidden = self._n.activation(self.kernels.rms_norm(hidden, w.norm, self.shape.norm_eps))
+        return self.kernels.linear(hidden, w.head).float()  # type: ignore[no-any-return]

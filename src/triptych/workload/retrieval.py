@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from triptych.config import CSA_RATIO
 from triptych.errors import ConfigError
 from triptych.text.chat import render
 from triptych.text.messages import Message, Role
@@ -30,6 +32,8 @@ from triptych.words import SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from triptych.engine.api import Engine
+
+Ids = npt.NDArray[np.int64]
 
 DEPTHS = tuple((i + 0.5) / 10 for i in range(10))
 RESERVE = 128  # tokens of a context that are left for question and answer
@@ -52,12 +56,17 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, and what it cost: tokens, and seconds until the answer was complete."""
+    """What a model said, and what it cost: tokens, and seconds until the answer was complete.
+
+    `recall` is known in process only: per CSA layer, the share of the value's entries that the indexer chose while the
+    value was to be spelled, averaged over its tokens.
+    """
 
     text: str
     prompt_tokens: int
     cached_tokens: int
     seconds: float
+    recall: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +93,8 @@ class Model(Protocol):
     encode: Encode
     decode: Decode
 
-    def ask(self, messages: Sequence[Message]) -> Answer:
-        """Greedy answer to a conversation that ends with a user message."""
+    def ask(self, messages: Sequence[Message], value: str) -> Answer:
+        """Greedy answer to a conversation that ends with a user message and asks for `value`."""
 
 
 class InProcess:
@@ -99,13 +108,26 @@ class InProcess:
         self.encode: Encode = engine.tokenizer.encode
         self.decode: Decode = engine.tokenizer.decode
 
-    def ask(self, messages: Sequence[Message]) -> Answer:
-        """Render, generate greedily, decode."""
+    def ask(self, messages: Sequence[Message], value: str) -> Answer:
+        """Render, generate greedily, decode; watch what the indexers choose."""
         prompt = render(tuple(messages), self._tokenizer).ids
         begun = time.perf_counter()
-        [out] = self._engine.generate([prompt], SamplingParams(max_tokens=MAX_ANSWER, temperature=0.0))
+        with self._engine.watch_selections() as steps:
+            [out] = self._engine.generate([prompt], SamplingParams(max_tokens=MAX_ANSWER, temperature=0.0))
         seconds = time.perf_counter() - begun
-        return Answer(out.text, out.usage.prompt_tokens, out.usage.cached_tokens, seconds)
+        recall = self._recall(prompt, value, steps[-len(out.token_ids) :])
+        return Answer(out.text, out.usage.prompt_tokens, out.usage.cached_tokens, seconds, recall)
+
+    def _recall(self, prompt: TokenIds, value: str, steps: list[list[Ids]]) -> tuple[float, ...]:
+        """Share of the value's entries chosen, per CSA layer; 1 where all entries were read."""
+        spelled = self._tokenizer.encode(value)
+        found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(prompt, len(spelled)) == spelled).all(axis=1))
+        layers = len(self._engine.shape.csa_layers)
+        if not steps or not len(found):
+            return (1.0,) * layers if not steps else ()
+        wanted = np.unique((found[0] + np.arange(len(spelled))) // CSA_RATIO)
+        shares = [[np.isin(wanted, chosen).mean() for chosen in step] for step in steps[: len(spelled)]]
+        return tuple(float(share) for share in np.mean(shares, axis=0))
 
 
 class OverHttp:
@@ -115,7 +137,7 @@ class OverHttp:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
         self.name, self.encode, self.decode, self._timeout = model, encode, decode, timeout
 
-    def ask(self, messages: Sequence[Message]) -> Answer:
+    def ask(self, messages: Sequence[Message], value: str) -> Answer:
         """POST one request. Raises ConfigError if the server cannot be reached or refuses."""
         turns = [{"role": m.role.value, "content": m.text} for m in messages]
         body = {"model": self.name, "messages": turns, "temperature": 0, "max_tokens": MAX_ANSWER}
@@ -163,7 +185,7 @@ def draw_case(model: Model, filler: TokenIds, length: int, seed: int) -> Case:
 def ask_alone(model: Model, case: Case) -> Iterator[Row]:
     """Every fact of `case` in a request of its own."""
     for fact, depth in zip(case.facts, case.depths, strict=True):
-        answer = model.ask([Message(Role.USER, f"{case.document}\n\n{fact.question}")])
+        answer = model.ask([Message(Role.USER, f"{case.document}\n\n{fact.question}")], fact.value)
         yield Row(case.length, case.seed, depth, "alone", fact.value, answer)
 
 
@@ -175,7 +197,7 @@ def ask_together(model: Model, case: Case) -> Iterator[Row]:
         fact = case.facts[i]
         question = fact.question if messages else f"{case.document}\n\n{fact.question}"
         messages.append(Message(Role.USER, question))
-        answer = model.ask(messages)
+        answer = model.ask(messages, fact.value)
         messages.append(Message(Role.ASSISTANT, answer.text))
         yield Row(case.length, case.seed, case.depths[i], "together", fact.value, answer)
 
@@ -200,9 +222,16 @@ class Report:
         ]
         return sum(chosen) / len(chosen) if chosen else float("nan")
 
+    def recall(self, length: int) -> list[float]:
+        """Mean recall of the value's entries per CSA layer; empty if the model does not tell."""
+        known = [row.answer.recall for row in self.rows if row.length == length and row.answer.recall]
+        return [float(share) for share in np.mean(known, axis=0)] if known else []
+
     def table(self) -> str:
-        """Markdown: one line per length with exact match alone and together, by depth, and the cached share."""
+        """Markdown: one line per length with exact match alone and together, by depth, the cached share and recall."""
+        layers = max((len(self.recall(length)) for length in self.lengths()), default=0)
         head = ["context", "questions", "alone", "together", *(f"{d:.0%}" for d in DEPTHS), "cached"]
+        head += [f"recall {i + 1}" for i in range(layers)]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for length in self.lengths():
             rows = [row for row in self.rows if row.length == length]
@@ -210,6 +239,7 @@ class Report:
             values = [self.accuracy(length, mode="alone"), self.accuracy(length, mode="together")]
             values += [self.accuracy(length, depth=d) for d in DEPTHS]
             cells = [str(length), str(len(rows)), *(_percent(v) for v in values), _percent(cached)]
+            cells += [_percent(share) for share in self.recall(length)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -241,6 +271,7 @@ class Report:
                 "alone": self.accuracy(n, mode="alone"),
                 "together": self.accuracy(n, mode="together"),
                 "by_depth": [self.accuracy(n, depth=d) for d in DEPTHS],
+                "indexer_recall": self.recall(n),
             }
             for n in self.lengths()
         ]
