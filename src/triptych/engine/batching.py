@@ -108,11 +108,6 @@ def _entry_plan(rows: _Rows, table: Ints, ratio: int, ring: int, stride: int) ->
     groups = np.maximum(rows.end // ratio - group_lo, 0)
     g = _ragged(group_lo, groups)
     seq = np.repeat(np.arange(len(rows.chunks)), groups)
-    reach = ring if ratio == CSA_RATIO else ratio  # CSA also pools the four tokens before the group
-    pos = (g * ratio + ratio - reach)[:, None] + np.arange(reach)
-    in_step = (rows.first_row - rows.start)[seq][:, None] + pos
-    in_ring = -1 - ((rows.slot[seq] * stride)[:, None] + pos % ring)
-    src = np.where(pos >= rows.start[seq][:, None], in_step, np.where(pos >= 0, in_ring, ABSENT))
     per_page = PAGE // ratio
     keep_lo = np.maximum(rows.start, rows.end - ring)
     keep_pos = _ragged(keep_lo, rows.end - keep_lo)
@@ -120,7 +115,7 @@ def _entry_plan(rows: _Rows, table: Ints, ratio: int, ring: int, stride: int) ->
     visible = (rows.positions + 1) // ratio
     return EntryPlan(
         compress=CompressPlan(
-            src=_tensor(src),
+            src=_tensor(_group_sources(rows, g, seq, ratio, ring, stride)),
             page=_tensor(table[seq, g // per_page]),
             offset=_tensor(g % per_page),
             phase=_tensor(rows.positions % ratio),
@@ -131,6 +126,17 @@ def _entry_plan(rows: _Rows, table: Ints, ratio: int, ring: int, stride: int) ->
         visible=_tensor(visible),
         max_visible=int(visible.max()),
     )
+
+
+def _group_sources(rows: _Rows, g: Ints, seq: Ints, ratio: int, ring: int, stride: int) -> Ints:
+    """The rows that each group pools [E, k], as CompressPlan.src names them. CSA also pools the group before."""
+    reach = ring if ratio == CSA_RATIO else ratio
+    if not len(g):  # most decode steps complete no group
+        return np.empty((0, reach), np.int64)
+    pos = (g * ratio + ratio - reach)[:, None] + np.arange(reach)
+    in_step = (rows.first_row - rows.start)[seq][:, None] + pos
+    in_ring = -1 - ((rows.slot[seq] * stride)[:, None] + pos % ring)
+    return np.where(pos >= rows.start[seq][:, None], in_step, np.where(pos >= 0, in_ring, ABSENT))
 
 
 def _ints(values: Sequence[int]) -> Ints:

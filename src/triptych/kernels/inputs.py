@@ -125,9 +125,8 @@ def _row_of_phase(phase: Tensor, src: Tensor, g: Generator) -> Tensor:
     return out
 
 
-def _entries(rows: int, g: Generator, dim: int) -> PagedEntries:
+def _entries(rows: int, g: Generator, dim: int, per_page: int) -> PagedEntries:
     """Entries behind page tables; pages and offsets that no row may see are NaN."""
-    per_page = 4
     wide = torch.full((PAGES * SEQUENCES, per_page * dim + 13), float("nan"))
     table = torch.randperm(PAGES * SEQUENCES, generator=g).view(SEQUENCES, PAGES)
     seq = torch.sort(torch.randint(0, SEQUENCES, (rows,), generator=g)).values
@@ -144,14 +143,14 @@ def _entries(rows: int, g: Generator, dim: int) -> PagedEntries:
 
 
 def _select_entries(rows: int, g: Generator) -> tuple[Any, ...]:
-    entries = _entries(rows, g, DIM)
+    entries = _entries(rows, g, DIM, per_page=32)
     if int(entries.visible.max()) == 0:
         entries = entries._replace(visible=entries.visible.clone().fill_(0))
     return _randn(g, rows, HEADS, DIM), _randn(g, rows, HEADS), entries, 6
 
 
 def _attend(rows: int, g: Generator) -> tuple[Any, ...]:
-    entries = _entries(rows, g, DIM)
+    entries = _entries(rows, g, DIM, per_page=4)
     first, count, total = _window_of(entries.seq, g)
     window = WindowRows(_randn(g, total, DIM), first, count)
     steps = torch.arange(6)

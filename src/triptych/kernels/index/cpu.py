@@ -6,39 +6,56 @@ product per tile, so that no T x S score matrix ever exists. The k-th score is f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from triptych.kernels.index import ref
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.jit import inline, kernel
 from triptych.kernels.parallel import over
 
 _TILE = 32  # rows scored by one product at most
 _SCORES = 1 << 22  # heads * tile * T floats of scores alive at once, unless one row alone has more
-_GEMM_ROWS = 8  # from here on a matrix product beats reading keys row by row
+_PRODUCT_ROWS = 8  # rows of one sequence from which on a product beats reading keys row by row,
+_PRODUCT_KEYS = 1024  # as it does for a single row over this many keys
 
 
 def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
     """See ref.select_entries."""
+    if keys.pool.dtype != torch.float32:
+        return ref.select_entries(q, weights, keys, topk)
     out = _empty_selection(q, keys, topk)
-    rows_of = torch.bincount(keys.seq, minlength=keys.page_table.shape[0]).tolist()
-    first = 0
-    for sequence, rows in enumerate(rows_of):
-        part = slice(first, first + rows)
-        if rows >= _GEMM_ROWS:
-            _select_by_product(q[part], weights[part], keys, sequence, part, topk, out[part])
-        elif rows:
-            _select_rows(q, weights, keys, part, topk, out)
-        first += rows
+    alone = 0  # first row not yet done; rows of short runs wait to be done together
+    for sequence, first, last in _runs(keys):
+        if last - first < _PRODUCT_ROWS and int(keys.visible[last - 1]) < _PRODUCT_KEYS:
+            continue
+        _select_rows(q, weights, keys, slice(alone, first), topk, out)
+        part = slice(first, last)
+        _select_by_product(q[part], weights[part], keys, (sequence, part), topk, out[part])
+        alone = last
+    _select_rows(q, weights, keys, slice(alone, len(q)), topk, out)
     return out
 
 
 def select_entries_deterministic(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
     """See ref.select_entries; a row's choice does not depend on its batch mates."""
+    if keys.pool.dtype != torch.float32:
+        return ref.select_entries(q, weights, keys, topk)
     out = _empty_selection(q, keys, topk)
     _select_rows(q, weights, keys, slice(0, len(q)), topk, out)
     return out
+
+
+def _runs(keys: PagedEntries) -> Iterator[tuple[int, int, int]]:
+    """(sequence, first row, last row + 1) of each sequence that has rows, in order."""
+    last = 0
+    for sequence, rows in enumerate(torch.bincount(keys.seq).tolist()):
+        first, last = last, last + rows
+        if rows:
+            yield sequence, first, last
 
 
 def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:
@@ -46,19 +63,22 @@ def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:
 
 
 def _select_rows(q: Tensor, weights: Tensor, keys: PagedEntries, part: slice, topk: int, out: Tensor) -> None:
-    pool = (keys.pool if keys.pool.dtype == torch.float32 else keys.pool.float()).numpy()
-    table = keys.page_table.numpy()
+    pool, table = keys.pool.numpy(), keys.page_table.numpy()
     rows = (q[part], weights[part].contiguous(), keys.seq[part], keys.visible[part], out[part])
     views = [t.numpy() for t in rows]
-    over(len(views[0]), 1, lambda a, b: _score_and_select(pool, table, topk, *(view[a:b] for view in views)))
+    if len(views[0]):
+        over(len(views[0]), 1, lambda a, b: _score_and_select(pool, table, topk, *(view[a:b] for view in views)))
 
 
 def _select_by_product(
-    q: Tensor, weights: Tensor, keys: PagedEntries, sequence: int, part: slice, topk: int, out: Tensor
+    q: Tensor, weights: Tensor, keys: PagedEntries, where: tuple[int, slice], topk: int, out: Tensor
 ) -> None:
-    visible = keys.visible[part]
-    pages = -(-int(visible.max()) // keys.pool.shape[1])
-    k = keys.pool[keys.page_table[sequence, :pages]].flatten(0, 1).to(q.dtype)  # [T, Di]
+    """Rows of one sequence, `where` = (sequence, its rows): its keys side by side, then products."""
+    visible = keys.visible[where[1]]
+    pages = keys.page_table[where[0], : -(-int(visible.max()) // keys.pool.shape[1])]
+    k = torch.empty(len(pages), *keys.pool.shape[1:])
+    _gather_keys(keys.pool.numpy(), pages.numpy(), k.numpy())
+    k = k.flatten(0, 1)  # [T, Di]
     heads = q.shape[1]
     step = max(1, min(_TILE, _SCORES // (heads * len(k))))
 
@@ -74,6 +94,14 @@ def _select_by_product(
             _reduce_and_select(raw, scale, visible[tile].numpy(), topk, out[tile].numpy())
 
     over(len(q), _TILE, run)
+
+
+@kernel
+def _gather_keys(pool, pages, out):  # type: ignore[no-untyped-def]
+    for p in range(pages.shape[0]):
+        for k in range(pool.shape[1]):
+            for i in range(pool.shape[2]):
+                out[p, k, i] = pool[pages[p], k, i]
 
 
 @kernel

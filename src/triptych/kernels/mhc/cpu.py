@@ -42,14 +42,22 @@ def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out
 
 
-def mhc_head_deterministic(streams: Tensor, head: MhcHead) -> Tensor:
-    """mhc_head whose rows do not depend on their batch mates."""
-    return torch.cat([ref.mhc_head(row, head) for row in streams.split(1)])
-
-
 def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
-    """See ref.mhc_head: it runs once a step, for sampled rows only."""
-    return ref.mhc_head(streams, head)
+    """See ref.mhc_head."""
+    return _collapsed(streams, head, linear)
+
+
+def mhc_head_deterministic(streams: Tensor, head: MhcHead) -> Tensor:
+    """See ref.mhc_head; rows are independent of each other."""
+    return _collapsed(streams, head, linear_deterministic)
+
+
+def _collapsed(streams: Tensor, head: MhcHead, product: Any) -> Tensor:
+    out = torch.empty(streams.shape[0], streams.shape[2])
+    z = product(streams.flatten(1), head.fn)
+    weights = (head.scale.numpy(), head.base.numpy(), head.eps, head.norm_eps)
+    _head_rows(streams.numpy(), z.numpy(), *weights, out.numpy())
+    return out
 
 
 def _pre(streams: Tensor, site: MhcSite, norm: Tensor, product: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +126,22 @@ def _pre_rows(streams, z, x, post, comb, scale, base, norm, iters, eps, norm_eps
         inverse = np.float32(1.0 / math.sqrt(squares / d + norm_eps))
         for i in range(d):
             x[r, i] = x[r, i] * inverse * norm[i]
+
+
+@kernel
+def _head_rows(streams, z, scale, base, eps, norm_eps, out):  # type: ignore[no-untyped-def]
+    n, d = streams.shape[1], streams.shape[2]
+    for r in range(streams.shape[0]):
+        squares = np.float32(0)
+        for j in range(n):
+            for i in range(d):
+                squares += streams[r, j, i] * streams[r, j, i]
+        rho = np.float32(1.0 / math.sqrt(squares / (n * d) + norm_eps))
+        out[r] = 0
+        for j in range(n):
+            weight = _sigmoid(z[r, j] * rho * scale[0] + base[j]) + np.float32(eps)
+            for i in range(d):
+                out[r, i] += weight * streams[r, j, i]
 
 
 @kernel
