@@ -297,14 +297,14 @@ def test_a_slot_whose_rows_are_in_the_air_is_not_saved() -> None:
 
 
 def test_a_failed_row_ends_its_request_and_is_not_kept() -> None:
-    engine = Engine(budget=200)
-    engine.add("a", text(300), max_tokens=10)
+    engine = Engine(budget=580)
+    engine.add("a", text(900), max_tokens=10)
     engine.step()
     plan = engine.plan()
     assert engine.apply(plan, failed={"a": "not a number"}) == []
     engine.finish("a", FinishReason.ERROR)
     assert engine.cache.stats().pages_cached == 0
-    engine.add("b", text(300))
+    engine.add("b", text(900))
     plan = engine.plan()
     assert plan.saves == () and plan.chunks[0].write_from == 0
 
