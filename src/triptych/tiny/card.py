@@ -23,6 +23,7 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.runs = [_lines(folder / f"train-{i}.jsonl") for i in (1, 2)]
         self.final = _lines(folder / "final.jsonl")
+        self.paths = _lines(folder / "paths.jsonl")
         self.draft = next(row for row in _lines(folder / "draft.jsonl") if row["event"] == "draft")
         self.corpus = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         self.engine = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
@@ -89,6 +90,15 @@ def engine_table(records: Records) -> str:
     return table(["context", "questions", "asked alone", "in one conversation", "prompt tokens from the cache"], body)
 
 
+def path_table(records: Records) -> str:
+    """Whether the cache path or the numerics change an answer."""
+    body = []
+    for row in records.paths:
+        margins = ", ".join(f"{m:.2f}" for m in row["margins"]) or "-"
+        body.append([row["path"], str(row["questions"]), str(row["right"]), str(row["same"]), margins])
+    return table(["engine", "questions", "right", "same tokens", "nats the default was ahead where they part"], body)
+
+
 def lesson_table(records: Records) -> str:
     """Where each lesson of each run ended."""
     body = []
@@ -142,6 +152,7 @@ def facts(records: Records) -> dict[str, str]:
         "accuracy": accuracy_table(records),
         "recall": recall_table(records),
         "engine": engine_table(records),
+        "paths": path_table(records),
         "lessons": lesson_table(records),
         "sources": source_table(records),
         "twin": twin_sentence(records),
