@@ -18,6 +18,7 @@ from triptych.model.weights import ModelWeights
 Case = tuple[ModelWeights, Reference]
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.oracle
+SLOW = [pytest.mark.slow, pytest.mark.timeout(0)]
 CHUNKS = (1, 3, 64, 127, 128, 129, 1000)
 SHORT = [config.name for config in CONFIGS if config.prompt <= 1200]
 LONG = [config.name for config in CONFIGS if config.prompt > 1200]
@@ -50,7 +51,7 @@ def scenarios() -> list[object]:
     out: list[object] = []
     for name in (*SHORT, *LONG):
         for size in CHUNKS:
-            slow = [pytest.mark.slow] if size not in quick.get(name, CHUNKS) else []
+            slow = SLOW if size not in quick.get(name, CHUNKS) else []
             out.append(pytest.param(name, size, marks=slow, id=f"{name}-{size}"))
     return out
 
@@ -77,7 +78,7 @@ def test_one_shot_prefill_then_decode(case: Callable[[str], Case], name: str) ->
             close(logits, reference.logits[0, at : at + 1], at, f"decode after a prefill of {length}")
 
 
-@pytest.mark.parametrize("name", [*SHORT, "flash", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*SHORT, "flash", pytest.param("long", marks=SLOW)])
 def test_eight_sequences_at_mixed_positions(case: Callable[[str], Case], name: str) -> None:
     """Eight sequences far apart in their texts; steps mix decodes with chunks of odd sizes, in changing order."""
     weights, reference = case(name)
