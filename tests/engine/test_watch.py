@@ -19,7 +19,7 @@ def test_each_step_tells_every_csa_layers_choice(engine: Engine) -> None:
     for step in steps[-3:]:
         for chosen in step:
             assert len(chosen) == topk and len(np.unique(chosen)) == topk
-            assert 0 <= chosen.min() and chosen.max() < (len(prompt) + 3) // 4
+            assert chosen.min() >= 0 and chosen.max() < (len(prompt) + 3) // 4
     engine.reset_cache()
     count = len(steps)
     [alone] = engine.generate([prompt], PARAMS)
