@@ -34,6 +34,9 @@ def attend(
     if entries is not None and entries.pool.dtype != torch.float32:
         return ref.attend(q, window, entries, selected, attention)
     job = _Job(q, window, entries, selected, attention)
+    if len(q) < _BLOCK_FROM:
+        job.rows(0, len(q))
+        return job.out
     single = 0  # first row not yet done; rows of short runs wait to be done together
     for first, last in _runs(window, entries):
         if last - first < _BLOCK_FROM:

@@ -6,6 +6,7 @@ product per tile, so that no T x S score matrix ever exists. The k-th score is f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,11 +52,10 @@ def select_entries_deterministic(q: Tensor, weights: Tensor, keys: PagedEntries,
 
 def _runs(keys: PagedEntries) -> Iterator[tuple[int, int, int]]:
     """(sequence, first row, last row + 1) of each sequence that has rows, in order."""
-    last = 0
-    for sequence, rows in enumerate(torch.bincount(keys.seq).tolist()):
-        first, last = last, last + rows
-        if rows:
-            yield sequence, first, last
+    seq = keys.seq.numpy()
+    edges = [0, *(np.flatnonzero(np.diff(seq)) + 1).tolist(), len(seq)]
+    for first, last in itertools.pairwise(edges):
+        yield int(seq[first]), first, last
 
 
 def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:

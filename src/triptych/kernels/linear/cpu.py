@@ -48,12 +48,17 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ref.grouped_linear."""
     if x.shape[0] > _FEW or weight.dtype != torch.float32:
         return ref.grouped_linear(x, weight)
-    return torch.cat([linear(x[:, g], weight[g]) for g in range(weight.shape[0])], dim=1)
+    return grouped_linear_deterministic(x, weight)
 
 
 def grouped_linear_deterministic(x: Tensor, weight: Tensor) -> Tensor:
     """See ref.grouped_linear; rows are independent of each other."""
-    return torch.cat([linear_deterministic(x[:, g], weight[g]) for g in range(weight.shape[0])], dim=1)
+    groups, width, _ = weight.shape
+    out = torch.empty(x.shape[0], groups * width)
+    rows, matrices, result = x.contiguous().numpy(), weight.float().numpy(), out.numpy()
+    least = 1 + _WEIGHTS // weight[0].numel()
+    over(groups, least, lambda first, last: _grouped_dots(rows, matrices, first, last, result))
+    return out
 
 
 def _few(dots: Any, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -70,6 +75,18 @@ def _dots(x, weight, first, last, out):  # type: ignore[no-untyped-def]
             for i in range(weight.shape[1]):
                 total += x[r, i] * weight[o, i]
             out[r, o] = total
+
+
+@kernel
+def _grouped_dots(x, weight, first, last, out):  # type: ignore[no-untyped-def]
+    width = weight.shape[1]
+    for g in range(first, last):
+        for o in range(width):
+            for r in range(x.shape[0]):
+                total = np.float32(0)
+                for i in range(weight.shape[2]):
+                    total += x[r, g, i] * weight[g, o, i]
+                out[r, g * width + o] = total
 
 
 @kernel
