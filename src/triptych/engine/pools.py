@@ -64,20 +64,20 @@ class Pools:
         tensors = (self.pages, self.window, self.snapshots, self._csa, self._index, self._hca)
         return sum(t.nbytes for t in tensors)
 
-    def save(self, slot: int, boundary: int, snapshot: int, read_from: int = 0) -> None:
+    def save(self, slot: int, boundary: int, snapshot: int) -> None:
         """Copy the window rows that make `boundary` resumable from a slot's ring into a snapshot."""
-        ring, stored, rows = self._window_of(slot, boundary, snapshot, read_from)
+        ring, stored, rows = self._window_of(slot, boundary, snapshot)
         stored[:, rows - (boundary - SNAPSHOT_REACH)] = ring[:, rows % SLOT_ROWS]
 
     def restore(self, slot: int, boundary: int, snapshot: int) -> None:
         """Copy a snapshot's window rows into a slot's ring."""
-        ring, stored, rows = self._window_of(slot, boundary, snapshot, 0)
+        ring, stored, rows = self._window_of(slot, boundary, snapshot)
         ring[:, rows % SLOT_ROWS] = stored[:, rows - (boundary - SNAPSHOT_REACH)]
 
-    def _window_of(self, slot: int, boundary: int, snapshot: int, read_from: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _window_of(self, slot: int, boundary: int, snapshot: int) -> tuple[Tensor, Tensor, Tensor]:
         ring = self.window.view(self._rows_by_layer[0])[slot]
         stored = self.snapshots.view(self._rows_by_layer[1])[snapshot]
-        rows = torch.arange(max(boundary - SNAPSHOT_REACH, read_from, 0), boundary - LOOKBACK)
+        rows = torch.arange(max(boundary - SNAPSHOT_REACH, 0), boundary - LOOKBACK)
         return ring, stored, rows
 
     def _layer_views(self, shape: ModelShape, geometry: CacheGeometry) -> tuple[LayerCache, ...]:
