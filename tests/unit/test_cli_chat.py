@@ -59,6 +59,14 @@ async def _forever() -> None:
     await asyncio.Event().wait()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests run in the background and a shell made them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def converse(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, lines: list[str | type[BaseException]]) -> None:
     """Type `lines` into a conversation; an exception class is raised in place of a line. Then the input ends."""
     typed: Iterator[Any] = iter(lines)
@@ -97,6 +105,7 @@ def test_quit_leaves_before_the_input_ends(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.prompts == [] and engine.calls == ["start", "stop"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
