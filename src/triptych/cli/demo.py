@@ -67,9 +67,9 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON instead of a table.")] = False,
     engine: EngineFlags,
 ) -> None:
-    """Ask a freshly started server about a long document, several times, and show what the cache saved.
+    """Ask about a long document twice and see what the cache saves.
 
-    The document is Python's own library source with keyed facts hidden in it; the model is the bundled one.
+    A server is started, asked four questions and stopped. The document is Python's own library source with keyed facts hidden in it; the model is the bundled one.
     """
     need_server_packages()
     engine.options()  # wrong values are told before the server starts

@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_co
 
 @app.callback()
 def root(ctx: typer.Context) -> None:
-    """Measure what a model can do."""
+    """Measure whether a model finds facts in a long context."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
