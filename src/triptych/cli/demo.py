@@ -69,7 +69,8 @@ def demo(
 ) -> None:
     """Ask about a long document twice and see what the cache saves.
 
-    A server is started, asked four questions and stopped. The document is Python's own library source with keyed facts hidden in it; the model is the bundled one.
+    A server is started, asked four questions and stopped. The document is Python's own library source with keyed facts
+    hidden in it; the model is the bundled one.
     """
     need_server_packages()
     engine.options()  # wrong values are told before the server starts
