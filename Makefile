@@ -29,7 +29,7 @@ test: lint types  ## lint, types and every test that needs no GPU
 	$(BIN)/python -m pytest -q $(ARGS)
 
 quick: $(VENV)/.dev  ## unit tests and laws, in seconds
-	$(BIN)/python -m pytest -q tests/unit tests/laws $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 tests/unit tests/laws $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
