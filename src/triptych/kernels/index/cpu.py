@@ -1,7 +1,8 @@
 """Index scores and top-k compiled for the CPU.
 
 Few rows over few keys read them straight from the pool. Prefill rows of one sequence, and decode rows over many keys,
-gather keys side by side for one matrix product per tile, so that no T x S score matrix ever exists. The k-th score is found by a radix search over its bits.
+gather keys side by side for one matrix product per tile, so that no T x S score matrix ever exists. The k-th score
+is found by a radix search over its bits.
 """
 
 from __future__ import annotations
