@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -48,20 +48,19 @@ def seal_of(fingerprint: bytes) -> bytes:
     return hashlib.blake2b(fingerprint, digest_size=SEAL_BYTES, person=b"triptych-store").digest()
 
 
-def checksum_of(parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
+def checksum_of(parts: Sequence[bytes | bytearray | memoryview]) -> bytes:
     """16 bytes: xxh3-128 of the concatenation."""
+    if len(parts) == 1:
+        return xxhash.xxh3_128_digest(parts[0])
     state = xxhash.xxh3_128()
     for part in parts:
         state.update(part)
     return state.digest()
 
 
-def short_checksum(*parts: bytes | bytearray | memoryview) -> bytes:
-    """8 bytes: xxh3-64 of the concatenation, for headers and index files."""
-    state = xxhash.xxh3_64()
-    for part in parts:
-        state.update(part)
-    return _CHECK.pack(state.intdigest())
+def short_checksum(data: bytes | bytearray | memoryview) -> bytes:
+    """8 bytes: xxh3-64, for headers and index files."""
+    return _CHECK.pack(xxhash.xxh3_64_intdigest(data))
 
 
 def pack_header(header: Header, place: bytes) -> bytes:
@@ -69,18 +68,18 @@ def pack_header(header: Header, place: bytes) -> bytes:
     key = header.key
     flags = _DEAD if header.dead else 0
     fields = _FIELDS.pack(MAGIC, VERSION, _CODES[key.kind], flags, key.name, header.length, header.checksum)
-    return fields + short_checksum(fields, place)
+    return fields + short_checksum(fields + place)
 
 
 def parse_header(raw: bytes | bytearray | memoryview, place: bytes) -> Header | None:
     """The header, or None where the bytes are not one that was written for this place."""
-    if len(raw) != HEADER_BYTES or bytes(raw[: len(MAGIC)]) != MAGIC:
+    if len(raw) != HEADER_BYTES:
         return None
-    fields, check = raw[: _FIELDS.size], raw[_FIELDS.size :]
-    if short_checksum(fields, place) != bytes(check):
+    fields, check = bytes(raw[: _FIELDS.size]), raw[_FIELDS.size :]
+    if short_checksum(fields + place) != check:
         return None
-    _, version, code, flags, name, length, checksum = _FIELDS.unpack(fields)
-    if version != VERSION or code not in _KINDS:
+    magic, version, code, flags, name, length, checksum = _FIELDS.unpack(fields)
+    if magic != MAGIC or version != VERSION or code not in _KINDS:
         return None
     return Header(ObjectKey(_KINDS[code], name), length, checksum, bool(flags & _DEAD))
 
