@@ -410,21 +410,38 @@ Numerics = Literal["exact", "native"]
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """How much memory the caches get and how it is used. Sizes in bytes and counts.
+    """How much memory the caches get and how it is used. Sizes in bytes.
 
-    `kv_memory` None means a quarter of the free RAM. `snapshot_share` of what slots leave goes to snapshots.
+    `kv_memory` None means a quarter of the free RAM. `policy` says which page boundaries get a snapshot (see
+    cache/places.py), `retention` what is given up first ("value" or "lru"). `host_memory` and `disk` (a directory of
+    at most `disk_memory`) hold what the device gave up; `remote` is a redis:// address. `tenant_quota`: the share of
+    the cache that one tenant may take while others want room. `canary`: the share of resumed requests that are
+    computed again in idle time and compared.
     """
 
     kv_memory: int | None = None
     kv_format: KvFormat = "float32"
     prefix_cache: bool = True
-    snapshot_share: float = 0.25
+    policy: str = "adaptive"
+    retention: Literal["value", "lru"] = "value"
+    host_memory: int = 0
+    disk: str | None = None
+    disk_memory: int = 64 << 30
+    remote: str | None = None
+    tenant_quota: float = 1.0
+    canary: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kv_memory is not None and self.kv_memory < 1:
             raise ConfigError(f"kv_memory must be positive, not {self.kv_memory}.")
-        if not 0.0 <= self.snapshot_share <= 0.9:
-            raise ConfigError(f"snapshot_share must be from 0 to 0.9, not {self.snapshot_share}.")
+        if self.host_memory < 0:
+            raise ConfigError(f"host_memory must not be negative, as {self.host_memory} is.")
+        if self.disk_memory < 1:
+            raise ConfigError(f"disk_memory must be positive, not {self.disk_memory}.")
+        if not 0.0 < self.tenant_quota <= 1.0:
+            raise ConfigError(f"tenant_quota must be a share above 0 and at most 1, not {self.tenant_quota}.")
+        if not 0.0 <= self.canary <= 1.0:
+            raise ConfigError(f"canary must be a share from 0 to 1, not {self.canary}.")
 
 
 @dataclass(frozen=True, slots=True)

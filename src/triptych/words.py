@@ -119,6 +119,31 @@ def _float_in(name: str, value: object, low: float, high: float, *, open_low: bo
         raise RequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}.", param=name)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheHints:
+    """What the caller knows about reuse; all of it optional, none of it changes a token of the answer.
+
+    `marks`: positions of semantic boundaries in the prompt (end of system, of tools, of each turn), in tokens.
+    `session` names a conversation. `ttl`: seconds without use after which what this request cached goes first.
+    `pin`: seconds for which it must stay, as far as the pin limit allows.
+    """
+
+    marks: tuple[int, ...] = ()
+    session: str | None = None
+    ttl: float | None = None
+    pin: float = 0.0
+
+    def __post_init__(self) -> None:
+        for mark in self.marks:
+            _int_in("marks", mark, 0, 2**31 - 1)
+        if self.ttl is not None:
+            _float_in("ttl", self.ttl, 0.0, 1e9, open_low=True)
+        _float_in("pin", self.pin, 0.0, 1e9)
+
+
+NO_HINTS = CacheHints()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt to continue. The caller hands over the whole token list; reuse is the engine's business.
@@ -132,19 +157,25 @@ class Request:
     params: SamplingParams
     salt: str = ""
     fork_of: str | None = None
+    hints: CacheHints = NO_HINTS
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What one request cost, in tokens. cached + recomputed + computed = prompt tokens.
 
-    `recomputed_tokens` were in the cache but had to run again to rebuild window state.
+    `recomputed_tokens` were in the cache but had to run again to rebuild window state. `cached_by_tier` says how
+    many of the cached ones came from a lower tier; the rest were on the device. `resume` is the kind of plan;
+    `approximate` is True where the operator allowed windows to be rebuilt inexactly.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     completion_tokens: int = 0
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    resume: str = "cold"
+    approximate: bool = False
 
     @property
     def computed_tokens(self) -> int:
@@ -159,10 +190,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotWrite:
-    """Store the window rows that make page boundary `position` resumable into snapshot `snapshot`."""
+    """Store the window rows that make page boundary `position` resumable into `frames` of the arena."""
 
     position: int
-    snapshot: int
+    frames: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,8 +203,10 @@ class Chunk:
     `pages[i]` is the device page of tokens [128 i, 128 (i+1)) and covers [0, end).
     `write_from`: entries completed by tokens before it are already stored; they are read, never rewritten.
     `read_from`: lowest position whose window row exists (0, or where a restored or replayed window begins).
-    `restore`: snapshot copied into the slot before the first row, or None.
+    `restore`: frames of the snapshot copied into the slot before the first row, or None.
     `snapshots`: boundaries in (start, end] whose state is stored from inside this chunk.
+    `replay_to`: 0, or the boundary g of a trapezoid: of the rows before g layer l runs only those it has to, from
+    `geometry.trapezoid_start(g, layers, l)` on, to rebuild windows; a chunk that ends before g samples nothing.
     `samples`: the last row's logits are wanted.
     """
 
@@ -185,9 +218,10 @@ class Chunk:
     pages: npt.NDArray[np.int32]
     write_from: int
     read_from: int = 0
-    restore: int | None = None
+    restore: tuple[int, ...] | None = None
     snapshots: tuple[SnapshotWrite, ...] = ()
     samples: bool = False
+    replay_to: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.read_from <= self.start < self.end, (self.read_from, self.start, self.end)
@@ -202,7 +236,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SlotSave:
-    """Copy the window rows that make page boundary `position` resumable from a slot's ring into `snapshot`.
+    """Copy the window rows that make page boundary `position` resumable from a slot's ring into `frames`.
 
     The ring holds rows [position - 132, position - 4), clipped at 0, of a request that no longer runs; its slot
     may already belong to a chunk of the same plan.
@@ -210,7 +244,7 @@ class SlotSave:
 
     slot: int
     position: int
-    snapshot: int
+    frames: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

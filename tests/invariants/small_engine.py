@@ -6,6 +6,7 @@ pass over a whole text, from fresh caches and without company: what each of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.cache.manager import CacheManager
+from triptych.cache.places import snapshot_policy_named
+from triptych.cache.policies import Below, Policies
+from triptych.cache.store.protocol import Store
 from triptych.checkpoint import random_tensors
 from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, CacheConfig, EngineConfig, ModelShape
+from triptych.engine.canary import Canary
 from triptych.engine.loop import EngineLoop, TokenEvent
+from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
 from triptych.model.weights import ModelWeights, WeightStore
@@ -91,26 +97,34 @@ class SmallEngine:
         *,
         pages: int = 160,
         slots: int = 4,
-        snapshots: int = 16,
+        policy: str = "adaptive",
         step_tokens: int = 512,
         prefix_cache: bool = True,
         deterministic: bool = True,
+        spare: int = 4,
+        host_pages: int = 0,
+        stores: Sequence[Store] = (),
+        canary: Canary | None = None,
     ) -> None:
         config = EngineConfig(
             max_running=slots,
             step_tokens=step_tokens,
             deterministic=deterministic,
-            cache=CacheConfig(prefix_cache=prefix_cache),
+            cache=CacheConfig(prefix_cache=prefix_cache, policy=policy),
         )
         geometry = CacheGeometry.of(SHAPE, "float32")
-        capacity = CacheCapacity(pages=pages, slots=slots, snapshots=snapshots)
-        self.cache = CacheManager(geometry, capacity, SHAPE.num_layers, prefix_cache=prefix_cache)
+        capacity = CacheCapacity(frames=pages + spare * geometry.snapshot_frames, slots=slots)
+        policies = Policies(snapshot_policy_named(policy), prefix_cache=prefix_cache)
+        below = Below(host_pages, tuple(stores))
+        self.cache = CacheManager(geometry, capacity, SHAPE.num_layers, policies=policies, below=below)
         pools = Pools(SHAPE, geometry, capacity)
         for value in vars(pools).values():
             if isinstance(value, Tensor):
                 value.fill_(float("nan"))
         self._runner = _Watched(config, pools)
-        self.loop = EngineLoop(SHAPE, self.cache, Scheduler(self.cache, config, SHAPE.max_position), self._runner)
+        mover = Mover(pools, geometry, host_pages, tuple(stores))
+        scheduler = Scheduler(self.cache, config, SHAPE.max_position)
+        self.loop = EngineLoop(SHAPE, self.cache, scheduler, self._runner, mover, canary)
         self.live: dict[str, Answer] = {}
         self._count = 0
 
@@ -129,6 +143,18 @@ class SmallEngine:
         for event in self.loop.step():
             done += self._take(event)
         return done
+
+    def drop_snapshots(self) -> None:
+        """As if all of them had been evicted."""
+        for snapshot in tuple(self.cache.memory.snapshots.values()):
+            self.cache.memory.drop_snapshot(snapshot)
+
+    def spoil_device(self) -> None:
+        """Everything on the device goes to the tiers below, by an eviction of all of it."""
+        memory = self.cache.memory
+        while memory.evictable:
+            memory.evict(next(iter(memory.candidates())))
+        self.loop.settle(10.0)
 
     def abort(self, request_id: str) -> None:
         """End a live request now."""
@@ -169,7 +195,7 @@ def alone(tokens: tuple[int, ...]) -> Tensor:
     geometry = CacheGeometry.of(SHAPE, "float32")
     # one page to spare: kernels are compiled for strided pools, and a pool of one page is not strided
     pages = -(-len(tokens) // 128) + 1
-    pools = Pools(SHAPE, geometry, CacheCapacity(pages=pages, slots=1, snapshots=0))
+    pools = Pools(SHAPE, geometry, CacheCapacity(frames=pages, slots=1))
     chunk = Chunk(
         request_id="alone",
         slot=0,

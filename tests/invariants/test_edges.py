@@ -9,12 +9,10 @@ from __future__ import annotations
 import pytest
 from small_engine import SHAPE, Answer, SmallEngine, accounted, agree, text
 
-from triptych.cache.geometry import LOOKBACK
-from triptych.cache.resume import replay_tokens
+from triptych.cache.geometry import LOOKBACK, trapezoid_start
 
 EDGES = (1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 512, 8191, 8192, 8193)
 CONTINUED = 44
-REPLAY = replay_tokens(SHAPE.num_layers)
 
 
 def pages_for(tokens: int) -> int:
@@ -45,13 +43,33 @@ def test_resumed_through_a_snapshot(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", EDGES)
-def test_resumed_through_replay(length: int) -> None:
-    engine = SmallEngine(pages=pages_for(length) + 4, snapshots=0)
+def test_resumed_through_a_trapezoid(length: int) -> None:
+    engine = SmallEngine(pages=pages_for(length) + 4, policy="none")
     usage = accounted(resumed(engine, length))
     boundary = length // 128 * 128
-    assert engine.cache.stats().replay_resumes == (boundary > REPLAY)
-    assert usage.cached_tokens == max(0, boundary - REPLAY)
+    assert engine.cache.stats().trapezoid_resumes == (boundary > 132)
+    assert usage.cached_tokens == trapezoid_start(boundary, SHAPE.num_layers)
     assert usage.cached_tokens + usage.recomputed_tokens == boundary
+
+
+@pytest.mark.parametrize("step_tokens", [1 + 3, 64, 127, 128, 129, 1000])
+@pytest.mark.parametrize("length", [130, 1024, 2000])
+def test_a_trapezoid_in_chunks(length: int, step_tokens: int) -> None:
+    engine = SmallEngine(pages=pages_for(length) + 4, policy="none", step_tokens=step_tokens)
+    agree(resumed(engine, length))
+
+
+@pytest.mark.parametrize("length", [257, 512, 2000])
+def test_a_snapshot_taken_at_the_end_of_a_trapezoid_is_exact(length: int) -> None:
+    engine = SmallEngine(pages=2 * pages_for(length) + 8)
+    engine.ask(text(1, length), 1)
+    engine.drop_snapshots()
+    boundary = length // 128 * 128
+    first = engine.ask((*text(1, boundary), *text(2, 5)), 1)
+    assert accounted(first).resume == "trapezoid" and engine.cache.stats().snapshots_cached
+    again = engine.ask((*text(1, boundary), *text(3, 7)), CONTINUED)
+    assert accounted(again).cached_tokens == boundary - LOOKBACK and again.usage.resume == "snapshot"
+    agree(again)
 
 
 @pytest.mark.parametrize("length", EDGES)

@@ -6,12 +6,17 @@ with nothing cached, in tokens and in every bit of its logits.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 from small_engine import Answer, SmallEngine, accounted, agree, text
 
+from triptych.cache.store import SegmentStore
 from triptych.errors import ContextTooLong
 from triptych.words import FinishReason
 
@@ -37,11 +42,41 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         pages=st.sampled_from([4, 5, 6, 8, 16]),
         slots=st.integers(1, 4),
-        snapshots=st.integers(0, 6),
+        policy=st.sampled_from(["adaptive", "full", "none", "periodic:256"]),
         step_tokens=st.sampled_from([16, 100, 128, 130, 512, 1000]),
+        host_pages=st.sampled_from([0, 5, 60]),
+        disk=st.booleans(),
     )
-    def start(self, pages: int, slots: int, snapshots: int, step_tokens: int) -> None:
-        self.engine = SmallEngine(pages=pages, slots=slots, snapshots=snapshots, step_tokens=step_tokens)
+    def start(self, pages: int, slots: int, policy: str, step_tokens: int, host_pages: int, disk: bool) -> None:
+        self.directory = Path(tempfile.mkdtemp()) if disk else None
+        self.settings = {
+            "pages": pages, "slots": slots, "policy": policy, "step_tokens": step_tokens, "host_pages": host_pages
+        }  # fmt: skip
+        self.begin()
+
+    def begin(self) -> None:
+        """A process starts; what is on disk is still there."""
+        stores = [SegmentStore(self.directory, b"small", 4 << 20)] if self.directory else []
+        self.engine = SmallEngine(stores=stores, **self.settings)  # type: ignore[arg-type]
+
+    @precondition(lambda self: self.directory is not None)
+    @rule(really=st.integers(0, 3), harm=st.sampled_from(["none", "flip", "cut", "delete"]), data=st.data())
+    def kill_and_restart(self, really: int, harm: str, data: st.DataObject) -> None:
+        """The process dies, somebody spoils a file, and a new one starts."""
+        if really or self.directory is None:
+            return
+        self.engine.loop.close()
+        files = sorted(path for path in self.directory.rglob("*") if path.is_file() and path.stat().st_size)
+        if files and harm != "none":
+            _spoil(data.draw(st.sampled_from(files)), harm, data.draw(st.integers(0, 10**6)))
+        self.begin()
+        event(f"restarted after {harm}")
+
+    @rule(really=st.integers(0, 2))
+    def evict_everything(self, really: int) -> None:
+        """Somebody else's work displaces all that may go."""
+        if not really:
+            self.engine.spoil_device()
 
     @precondition(lambda self: len(self.engine.live) < CROWD)
     @rule(document=st.integers(0, 1), length=LENGTHS, question=st.integers(0, 9), extra=st.integers(0, 6), how=HOW)
@@ -94,7 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
             return
         self.engine.cache.check_integrity()
         stats = self.engine.cache.stats()
-        assert stats.pages_free + stats.pages_held + stats.pages_cached == stats.pages
+        assert stats.frames_free + stats.pages_held + stats.pages_cached + stats.frames_loading <= stats.frames
         assert stats.slots - stats.slots_free <= len(self.engine.live)
 
     def check(self, answer: Answer) -> None:
@@ -111,13 +146,31 @@ class EngineMachine(RuleBasedStateMachine):
         stats = self.engine.cache.stats()
         assert not self.engine.live
         assert (stats.slots_free, stats.pages_held) == (stats.slots, 0), "a finished request left something behind"
+        assert self.engine.loop.settle(30.0), "some copy never ended"
+        event(f"fetched from {sorted(name for name, size in self.engine.cache.tiers.moved.bytes_out.items() if size)}")
         self.engine.cache.reset()
-        assert self.engine.cache.stats().pages_free == stats.pages
-        for name in ("pages_evicted", "snapshots_evicted", "replay_resumes", "snapshot_resumes", "pages_adopted"):
+        self.engine.cache.check_integrity()
+        assert self.engine.cache.stats().frames_free == stats.frames
+        self.engine.loop.close()
+        if self.directory is not None:
+            shutil.rmtree(self.directory)
+        for name in ("pages_evicted", "snapshots_evicted", "trapezoid_resumes", "snapshot_resumes", "pages_adopted"):
             if getattr(stats, name):
                 event(name)
         if self.engine.loop.scheduler.stats().preemptions:
             event("preempted")
+
+
+def _spoil(path: Path, harm: str, where: int) -> None:
+    """A bit flips, the end is cut off, or the file is gone."""
+    raw = bytearray(path.read_bytes())
+    if harm == "flip":
+        raw[where % len(raw)] ^= 1 << where % 8
+        path.write_bytes(raw)
+    elif harm == "cut":
+        path.write_bytes(raw[: where % len(raw)])
+    else:
+        path.unlink()
 
 
 class TestEngine(EngineMachine.TestCase):
@@ -131,11 +184,12 @@ class TestEngineAtLength(EngineMachine.TestCase):
 
 
 @pytest.mark.parametrize(
-    ("pages", "snapshots", "lengths"), [(6, 2, (250, 250)), (6, 0, (130, 200)), (8, 3, (5, 127, 300))]
+    ("pages", "policy", "lengths"),
+    [(6, "adaptive", (250, 250)), (6, "none", (130, 200)), (8, "full", (5, 127, 300))],
 )
-def test_a_preempted_request_goes_on_where_it_was(pages: int, snapshots: int, lengths: tuple[int, ...]) -> None:
+def test_a_preempted_request_goes_on_where_it_was(pages: int, policy: str, lengths: tuple[int, ...]) -> None:
     """Requests grow until their pages no longer fit together: some must give way, come back and lose nothing."""
-    engine = SmallEngine(pages=pages, slots=3, snapshots=snapshots)
+    engine = SmallEngine(pages=pages, slots=3, policy=policy, spare=0)
     prompts = [text(11 + i, length) for i, length in enumerate(lengths)]
     for prompt in prompts:
         engine.add(prompt, 400)
@@ -152,7 +206,7 @@ def test_a_preempted_request_goes_on_where_it_was(pages: int, snapshots: int, le
 
 
 def test_a_prompt_that_can_never_fit_is_refused_and_an_output_that_cannot_is_cut() -> None:
-    engine = SmallEngine(pages=3)
+    engine = SmallEngine(pages=3, spare=0)
     with pytest.raises(ContextTooLong):
         engine.add(text(1, 384), 1)
     assert not engine.loop.busy
@@ -171,7 +225,7 @@ def test_tenants_share_nothing() -> None:
 
 def test_mixed_company_does_not_change_a_bit() -> None:
     """Twelve prompts of edge lengths through three slots at once, twice, the second time from the cache."""
-    engine = SmallEngine(pages=60, slots=3, snapshots=40, step_tokens=97)
+    engine = SmallEngine(pages=60, slots=3, step_tokens=97)
     prompts = [text(20 + i, n) for i, n in enumerate([1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 513])]
     for _ in range(2):
         for prompt in prompts:

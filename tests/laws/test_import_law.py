@@ -88,7 +88,9 @@ def test_dependencies_are_declared_and_used() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = {_distribution(line) for line in project["dependencies"]}
     extras = project["optional-dependencies"]
-    declared = core | {_distribution(line) for name in ("server", "cpu", "gpu", "bench") for line in extras[name]}
+    declared = core | {
+        _distribution(line) for name in ("server", "cpu", "gpu", "remote", "bench") for line in extras[name]
+    }
     imported = {
         DISTRIBUTION.get(library, library)
         for module in modules()

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, SLOT_ROWS, CacheCapacity, CacheGeometry
+from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS, CacheCapacity, CacheGeometry
 from triptych.config import ModelShape
 from triptych.engine.batching import build_batch
-from triptych.engine.pools import SNAPSHOT_REACH, Pools
+from triptych.engine.pools import Pools
 from triptych.kernels.compress.ref import ABSENT
 from triptych.kernels.window.ref import WindowPlan
 from triptych.words import Chunk, SnapshotWrite
@@ -20,7 +20,13 @@ SHAPE = ModelShape(
     moe_intermediate_size=4, num_hash_layers=0, routed_scaling=1.0,
 )  # fmt: skip
 GEOMETRY = CacheGeometry.of(SHAPE, "float32")
-POOLS = Pools(SHAPE, GEOMETRY, CacheCapacity(pages=64, slots=4, snapshots=3))
+K = GEOMETRY.snapshot_frames
+POOLS = Pools(SHAPE, GEOMETRY, CacheCapacity(frames=64 + 3 * K, slots=4))
+
+
+def snapshot_frames(number: int) -> tuple[int, ...]:
+    """Frames of the n-th snapshot, beyond the pages."""
+    return tuple(range(64 + number * K, 64 + (number + 1) * K))
 
 
 @st.composite
@@ -29,10 +35,14 @@ def chunk_lists(draw: st.DrawFn) -> list[Chunk]:
     for slot in draw(st.permutations(range(4)))[: draw(st.integers(1, 4))]:
         start = draw(st.one_of(st.integers(0, 900), st.sampled_from([0, 1, 3, 4, 124, 127, 128, 252, 508])))
         end = start + draw(st.one_of(st.integers(1, 400), st.just(1)))
-        read_from = draw(st.sampled_from([0, max(0, start - SNAPSHOT_REACH), start, start // 2]))
+        read_from = draw(st.sampled_from([0, max(0, start - RESTORED), start, start // 2]))
         write_from = draw(st.sampled_from([0, start // 128 * 128, end // 128 * 128]))
         bounds = [c for c in range(128, end + 1, 128) if c > start]
-        snaps = tuple(SnapshotWrite(c, slot % 3) for c in bounds[-1:]) if draw(st.booleans()) and slot < 3 else ()
+        snaps = (
+            tuple(SnapshotWrite(c, snapshot_frames(slot)) for c in bounds[-1:])
+            if draw(st.booleans()) and slot < 3
+            else ()
+        )
         pages = np.asarray(draw(st.permutations(range(64)))[: -(-end // 128)], np.int32)
         tokens = np.arange(start, end, dtype=np.int32) % 64
         chunks.append(
@@ -73,13 +83,14 @@ def _check_what_is_kept(
     for chunk in chunks:
         for p in range(max(chunk.start, chunk.end - SLOT_ROWS), chunk.end):
             assert kept[chunk.slot * POOLS.window_stride + p % SLOT_ROWS] == (chunk.slot, p)
-    snapped = {int(d): workspace[int(s)].tolist() for s, d in zip(plan.snap_src, plan.snap_dst, strict=True)}
+    named = zip(plan.snap_src.tolist(), plan.snap_of.tolist(), plan.snap_row.tolist(), strict=True)
+    snapped = {(tuple(plan.snap_table[of].tolist()), row): workspace[src].tolist() for src, of, row in named}
     for chunk in chunks:
         for write in chunk.snapshots:
-            low = write.position - SNAPSHOT_REACH
+            low = write.position - RESTORED
             for p in range(max(low, chunk.read_from), write.position - 4):
-                if p >= max(chunk.read_from, chunk.start - SNAPSHOT_REACH):
-                    assert snapped[write.snapshot * POOLS.snapshot_stride + p - low] == [chunk.slot, p]
+                if p >= max(chunk.read_from, chunk.start - RESTORED):
+                    assert snapped[write.frames, p - low] == [chunk.slot, p]
 
 
 @settings(max_examples=80, deadline=None)

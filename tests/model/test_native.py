@@ -37,7 +37,7 @@ def store() -> WeightStore:
 
 
 def make_runner(store: WeightStore, **options: Any) -> Runner:
-    capacity = CacheCapacity(pages=4, slots=1, snapshots=1)
+    capacity = CacheCapacity(frames=4, slots=1)
     return Runner(store.weights, EngineConfig(**options), Pools(SHAPE, CacheGeometry.of(SHAPE), capacity))
 
 

@@ -57,13 +57,13 @@ class Driver:
         self.texts = [as_numpy(text) for text in texts]
         self._rows = rows or range(len(texts))
         pages = sum(len(text) // PAGE + 2 for text in texts)  # one to spare for tokens fed later
-        capacity = CacheCapacity(pages=pages, slots=len(texts) + 1, snapshots=0)
+        capacity = CacheCapacity(frames=pages, slots=len(texts) + 1)
         geometry = CacheGeometry.of(weights.shape, "float32")
         pools = Pools(weights.shape, geometry, capacity)
         _poison(pools)
         self.runner = Runner(weights, config, pools)
         rng = np.random.default_rng(5)
-        self._free = rng.permutation(capacity.pages).tolist()
+        self._free = rng.permutation(capacity.frames).tolist()
         self._slots = rng.permutation(capacity.slots).tolist()
         self._pages: list[list[int]] = [[] for _ in texts]
         self._arbiter = Arbiter(reference) if reference is not None else None

@@ -8,12 +8,13 @@ exact where it matters; then a real model computes the same tokens as without an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from triptych.cache.geometry import trapezoid_start
 from triptych.words import Chunk, SlotSave, SnapshotWrite, StepPlan, TokenIds
 
 RING = 260
@@ -69,14 +70,16 @@ class Stored:
 
 
 class FakeModel:
-    """Pages, slots and snapshots with checked content. `layers` as the manager believes."""
+    """Frames and slots with checked content. `layers` as the manager believes; `exact`: no bounded replays."""
 
-    def __init__(self, pages: int, slots: int, layers: int) -> None:
+    def __init__(self, frames: int, slots: int, layers: int, *, exact: bool = True) -> None:
         self.layers = layers
-        self.csa = np.zeros((pages, 32), np.uint64)
-        self.hca = np.zeros(pages, np.uint64)
+        self.exact = exact
+        self.csa = np.zeros((frames, 32), np.uint64)
+        self.hca = np.zeros(frames, np.uint64)
         self.slots = [Slot() for _ in range(slots)]
-        self.snapshots: dict[int, Stored] = {}
+        self.snapshots: dict[tuple[int, ...], Stored] = {}
+        self._part_of: dict[int, tuple[int, ...]] = {}
         self.rows_run = 0
         self._names: dict[str, Ids] = {}
 
@@ -88,8 +91,7 @@ class FakeModel:
 
     def run(self, plan: StepPlan, texts: Mapping[str, tuple[TokenIds, str]]) -> None:
         """Execute a plan. `texts[id]` are all tokens of a request, as its client knows them, and its salt."""
-        for save in plan.saves:
-            self._save(save)
+        self.save(plan.saves)
         for chunk in plan.chunks:
             tokens, salt = texts[chunk.request_id]
             self._begin(chunk, self.names(chunk.request_id, tokens, salt))
@@ -99,10 +101,46 @@ class FakeModel:
             assert chunk.samples == (chunk.end == len(tokens)), chunk
             self._run(chunk, self.names(chunk.request_id, tokens, salt))
 
-    def poison(self, pages: list[int]) -> None:
+    def save(self, saves: Iterable[SlotSave]) -> None:
+        """Copy rows out of slots."""
+        for save in saves:
+            self._save(save)
+
+    def poison(self, frames: list[int]) -> None:
         """Nobody may read these any more."""
-        self.csa[pages] = _NOTHING
-        self.hca[pages] = _NOTHING
+        self.csa[frames] = _NOTHING
+        self.hca[frames] = _NOTHING
+        self._overwrite(frames)
+
+    def _overwrite(self, frames: Iterable[int]) -> None:
+        """Snapshots that lie in `frames`, even in part, are gone."""
+        for frame in frames:
+            whole = self._part_of.pop(frame, None)
+            if whole is not None:
+                self.snapshots.pop(whole, None)
+                for other in whole:
+                    self._part_of.pop(other, None)
+
+    def content(self, kind: str, frames: tuple[int, ...]) -> object:
+        """What an object is, to be kept elsewhere."""
+        if kind == "page":
+            return self.csa[frames[0]].tolist(), int(self.hca[frames[0]])
+        stored = self.snapshots[frames]
+        return stored.boundary, stored.prefix.tolist()
+
+    def place(self, kind: str, frames: tuple[int, ...], content: object) -> None:
+        """An object comes back."""
+        first, second = content  # type: ignore[misc]
+        self.poison(list(frames))
+        if kind == "page":
+            self.csa[frames[0]], self.hca[frames[0]] = np.asarray(first, np.uint64), np.uint64(second)
+        else:
+            self._keep(frames, Stored(first, np.asarray(second, np.uint64)))
+
+    def _keep(self, frames: tuple[int, ...], stored: Stored) -> None:
+        self.poison(list(frames))
+        self.snapshots[frames] = stored
+        self._part_of.update(dict.fromkeys(frames, frames))
 
     def page_content(self, page: int) -> tuple[int, ...]:
         """What page holds, comparable."""
@@ -136,6 +174,8 @@ class FakeModel:
         low = max(0, chunk.start - 260)
         rows = np.arange(low, chunk.end)
         depth = self._depths(chunk, slot, rows)
+        if not self.exact:
+            depth[:] = self.layers
         if chunk.samples:
             # the last row sees exact windows in every layer
             assert (depth[max(0, len(depth) - 128) :] == self.layers).all(), f"inexact window at {chunk.end}"
@@ -152,14 +192,23 @@ class FakeModel:
         """In how many layers each row is exact; 0 where there is none."""
         if chunk.rows == 1 and len(rows) > 128 and (slot.depth == self.layers).all():
             return np.full(len(rows), self.layers)
+        ran = self._layers_run(chunk, rows)
         held = slot.position[rows % RING] == rows
         depth = np.where(held & (rows < chunk.start), slot.depth[rows % RING], 0)
         depth[rows < chunk.read_from] = 0
         for t in range(chunk.start, chunk.end):
             at = t - rows[0]
             window = depth[max(0, at - 127) : at]
-            depth[at] = min(self.layers, 1 + (int(window.min()) if len(window) else self.layers))
+            depth[at] = min(int(ran[at]), 1 + (int(window.min()) if len(window) else self.layers))
         return depth
+
+    def _layers_run(self, chunk: Chunk, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many layers run each row: all, but for those of a trapezoid."""
+        ran = np.full(len(rows), self.layers)
+        if chunk.replay_to:
+            starts = [trapezoid_start(chunk.replay_to, self.layers, layer) for layer in range(self.layers)]
+            ran = np.searchsorted(starts, rows, side="right")
+        return ran
 
     def _check_entries(self, chunk: Chunk, ids: Ids, upto: int) -> None:
         """Entries completed before `upto` are there and of this prefix."""
@@ -180,8 +229,11 @@ class FakeModel:
                 last = group * ratio + ratio - 1
                 first = max(0, last + 1 - reach)
                 # compressor rows are in no snapshot: they exist only from where this run began
-                assert first >= ran_from, f"entry at {last} pools rows from {first}, run since {ran_from}"
+                assert first >= ran_from or not self.exact, (
+                    f"entry at {last} pools rows of {first}, run since {ran_from}"
+                )
                 assert (depth[first - low : last + 1 - low] == self.layers).all(), f"entry at {last} is inexact"
+                self._overwrite([int(pages[last // 128])])
                 if ratio == 4:
                     self.csa[pages[group // 32], group % 32] = ids[last]
                 else:
@@ -191,13 +243,15 @@ class FakeModel:
 
     def _store(self, write: SnapshotWrite, read_from: int, ids: Ids, depth: npt.NDArray[np.int64], low: int) -> None:
         first, last = max(0, write.position - 132), write.position - 4
-        assert first >= read_from and (depth[first - low : last - low] == self.layers).all(), f"inexact {write}"
-        self.snapshots[write.snapshot] = Stored(write.position, ids[first:last])
+        assert not self.exact or (first >= read_from and (depth[first - low : last - low] == self.layers).all()), (
+            f"inexact {write}"
+        )
+        self._keep(write.frames, Stored(write.position, ids[first:last]))
 
     def _save(self, save: SlotSave) -> None:
         slot = self.slots[save.slot]
         rows = np.arange(max(0, save.position - 132), save.position - 4)
         assert np.array_equal(slot.position[rows % RING], rows), f"{save} finds its rows overwritten"
-        assert (slot.depth[rows % RING] == self.layers).all(), f"inexact {save}"
+        assert not self.exact or (slot.depth[rows % RING] == self.layers).all(), f"inexact {save}"
         assert save.position <= slot.processed, f"{save} beyond what ran"
-        self.snapshots[save.snapshot] = Stored(save.position, slot.prefix[rows % RING].copy())
+        self._keep(save.frames, Stored(save.position, slot.prefix[rows % RING].copy()))

@@ -8,21 +8,55 @@ import numpy as np
 import pytest
 
 from triptych.cache.eviction import EvictionQueue
-from triptych.cache.prefix import Node, PrefixTree, root_key
+from triptych.cache.memory import Memory
+from triptych.cache.prefix import Branch, Node, PrefixTree, Tenant, page_keys, root_key
+from triptych.cache.retention import Lru, Value
+
+ROOT = root_key(b"", "")
+K = 3  # frames of a snapshot
+
+
+class Store:
+    """A memory of `frames` whose clock the test turns."""
+
+    def __init__(self, frames: int = 100, policy: Lru | Value | None = None, quota: float = 1.0) -> None:
+        self.now = 0.0
+        self.memory = Memory(frames, K, policy or Lru(), lambda: self.now, quota)
+        self.tenants = {name: Tenant(name) for name in "ab"}
+        self.gone: list[int] = []
+        self.memory.on_evict = lambda item: self.gone.append(item.page if isinstance(item, Node) else -1)
+
+    def grow(self, *pages: int, at: float, tenant: str = "a") -> Node:
+        """Seal a chain whose i-th page holds the token pages[i] 128 times; it is used once, `at`."""
+        self.now = at
+        keys = list(page_keys(root_key(b"", tenant), tokens(*pages)))
+        chain = self.memory.tree.match(keys)
+        if chain:
+            self.memory.tree.pin(chain[-1])
+        fresh = self.memory.take(len(pages) - len(chain), self.tenants[tenant])
+        old = chain[-1] if chain else None
+        branch = Branch(self.tenants[tenant], 0, at, 0, 128 * len(pages), used=at)
+        self.memory.tree.extend(keys[len(chain) :], chain, fresh, branch)
+        self.memory.tree.pin(chain[-1])
+        if old is not None:
+            self.memory.tree.unpin(old, at)
+        self.memory.tree.unpin(chain[-1], at)
+        return chain[-1]
+
+    def snapshot(self, node: Node, worth: float = 100.0) -> None:
+        frames = self.memory.take(K, node.branch.tenant)
+        assert self.memory.publish(node, tuple(frames), worth)
+
+    def evict(self, count: int) -> list[int]:
+        """What goes to free `count` more frames, pages by frame and snapshots as -1."""
+        self.gone = []
+        taken = self.memory.take(len(self.memory.free) + count, self.tenants["b"])
+        self.memory.free.extend(taken)
+        return self.gone
 
 
 def tokens(*pages: int) -> np.ndarray:
     return np.repeat(np.asarray(pages, np.int32), 128)
-
-
-def grow(tree: PrefixTree, root: bytes, pages: tuple[int, ...], first_page: int, tick: int) -> Node:
-    """Seal a chain whose i-th page holds the token pages[i] 128 times; it is used once, at `tick`."""
-    chain = tree.match(root, tokens(*pages))
-    fresh = list(range(first_page, first_page + len(pages) - len(chain)))
-    tree.extend(root, chain, tokens(*pages[len(chain) :]), fresh, tick)
-    tree.pin(chain[-1])
-    tree.unpin(chain[-1], tick)
-    return chain[-1]
 
 
 def test_queue_against_a_sorted_list() -> None:
@@ -52,52 +86,129 @@ def test_an_empty_queue_says_so() -> None:
         queue.pop()
 
 
+def frames_of(tip: Node) -> list[int]:
+    out, node = [], tip
+    while node is not None:
+        out.append(node.page)
+        node = node.parent
+    return out
+
+
 def test_leaves_go_before_parents_and_old_before_new() -> None:
-    tree = PrefixTree(lambda node: node.used)
-    root = root_key(b"", "")
-    grow(tree, root, (1, 2, 3), first_page=10, tick=1)
-    grow(tree, root, (1, 4), first_page=20, tick=2)
-    grow(tree, root, (5,), first_page=30, tick=3)
-    # page 10 was used by both chains, so it goes with the younger one
-    assert [tree.evict().page for _ in range(5)] == [12, 11, 20, 10, 30]
-    assert not tree.nodes and not tree.evictable
+    store = Store()
+    first = store.grow(1, 2, 3, at=1)
+    second = store.grow(1, 4, at=2)
+    third = store.grow(5, at=3)
+    one, two, three = frames_of(first), frames_of(second), frames_of(third)
+    # the page that both chains share was used last by the younger one, and goes with it
+    assert store.evict(5) == [one[0], one[1], two[0], two[1], three[0]]
+    assert not store.memory.tree.nodes and not store.memory.evictable
 
 
 def test_a_pin_protects_the_whole_chain_and_counts_it_once() -> None:
-    tree = PrefixTree(lambda node: node.used)
-    root = root_key(b"", "")
-    tip = grow(tree, root, (1, 2, 3), first_page=10, tick=1)
-    other = grow(tree, root, (1, 4), first_page=20, tick=2)
+    store = Store()
+    tip, other = store.grow(1, 2, 3, at=1), store.grow(1, 4, at=2)
+    tree = store.memory.tree
     tree.pin(tip)
-    assert tree.evictable == 1
+    assert store.memory.evictable == 1
     tree.pin(other)
-    assert tree.evictable == 0
+    assert store.memory.evictable == 0
     with pytest.raises(IndexError):
-        tree.evict()
+        store.evict(1)
     tree.unpin(tip, 3)
-    assert [tree.evict().page for _ in range(2)] == [12, 11]
-    tree.unpin(other, 4)
-    assert [tree.evict().page for _ in range(2)] == [20, 10]
+    assert store.evict(2) == frames_of(tip)[:2]
 
 
-def test_remove_takes_only_leaves_nobody_uses() -> None:
-    tree = PrefixTree(lambda node: node.used)
-    tip = grow(tree, root_key(b"", ""), (1, 2), first_page=0, tick=1)
-    assert tip.parent is not None and not tree.remove(tip.parent)
-    tree.pin(tip)
-    assert not tree.remove(tip)
-    tree.unpin(tip, 2)
-    assert tree.remove(tip) and not tree.remove(tip)
-    assert tree.evict() is tip.parent
+def test_pages_and_snapshots_displace_each_other_by_rank() -> None:
+    store = Store()
+    old, new = store.grow(1, at=1), store.grow(2, 3, at=5)
+    store.now = 2.0
+    store.snapshot(old)
+    store.now = 6.0
+    store.snapshot(new.parent)
+    # the old page goes when its snapshot has gone; then the newer chain, page by page, before its snapshot
+    assert store.evict(1 + K) == [-1, old.page] or store.gone == [old.page, -1]
+    parent = new.parent.page
+    assert store.evict(2) == [new.page, -1, parent], "a page takes its snapshot with it"
+
+
+def test_one_arena_strands_nothing() -> None:
+    """All frames can be pages, and all but the pages they stand on can be snapshots."""
+    store = Store(frames=20)
+    tip = store.grow(*range(1, 21), at=1)
+    assert not store.memory.free
+    for node_at in range(4):
+        node = tip
+        for _ in range(19 - node_at):
+            node = node.parent
+        store.now = 2.0 + node_at
+        store.snapshot(node)
+    assert len(store.memory.snapshots) == 4 and len(store.memory.tree.nodes) == 20 - 4 * K
+    assert store.memory.peak == 20
+
+
+def test_a_tenant_beyond_its_quota_loses_its_own_first() -> None:
+    store = Store(frames=20, quota=0.5)
+    modest = store.grow(1, 2, 3, 4, at=1, tenant="b")
+    store.grow(*range(10, 20), at=2)
+    for start in (30, 50, 70):
+        store.now += 1
+        store.grow(*range(start, start + 8), at=store.now)
+    assert store.memory.tree.nodes.get(modest.key) is modest, "who stayed below its share lost pages to who did not"
+    assert store.tenants["a"].frames <= 16 and store.tenants["b"].frames == 4
+
+
+def test_what_comes_back_after_a_pause_is_waited_for() -> None:
+    """With room for half of what comes within that pause, the older half stays whole and the newest goes."""
+    policy = Value()
+    for _ in range(64):
+        policy.observe(100.0)
+    assert 75 < policy.patience(0.0) < 135
+    store = Store(frames=10, policy=policy)
+    old = store.grow(*range(10, 15), at=1000)
+    newer = store.grow(*range(20, 25), at=1010)
+    store.grow(*range(30, 35), at=1020)
+    assert store.memory.tree.nodes.get(old.key) is old and store.memory.tree.nodes.get(newer.key) is None
+    store.grow(*range(40, 45), at=1300)
+    assert store.memory.tree.nodes.get(old.key) is None, "nobody waits for ever"
+
+
+def test_a_snapshot_that_saves_little_goes_before_one_that_saves_much() -> None:
+    policy = Value()
+    store = Store(policy=policy)
+    one, two = store.grow(1, at=1), store.grow(2, at=1)
+    store.snapshot(one, worth=2000.0)
+    store.snapshot(two, worth=20.0)
+    store.evict(1)
+    assert one.snapshot is not None and two.snapshot is None
+
+
+def test_a_snapshot_in_constant_use_outlives_the_rest() -> None:
+    policy = Value()
+    store = Store(policy=policy)
+    system = store.grow(1, at=0)
+    store.snapshot(system, worth=128.0)
+    for second in range(1, 20):
+        store.now = float(second)
+        store.memory.tree.pin(system)
+        store.memory.hold(system.snapshot)
+        store.memory.unhold(system.snapshot, restored=True)
+        store.memory.tree.unpin(system, store.now)
+    other = store.grow(2, at=20)
+    store.snapshot(other, worth=2000.0)
+    store.now = 500.0
+    store.evict(1)
+    assert other.key not in store.memory.tree.nodes or other.snapshot is None
+    assert system.snapshot is not None and other.snapshot is None
 
 
 def test_sealing_a_known_page_keeps_the_tree_s_own() -> None:
-    tree = PrefixTree(lambda node: node.used)
-    root = root_key(b"", "")
-    grow(tree, root, (1, 2), first_page=0, tick=1)
+    store = Store()
+    tip = store.grow(1, 2, at=1)
     chain: list[Node] = []
-    assert tree.extend(root, chain, tokens(1, 2, 3), [7, 8, 9], 2) == [0, 1]
-    assert [node.page for node in chain] == [0, 1, 9]
+    keys = list(page_keys(root_key(b"", "a"), tokens(1, 2, 3)))
+    assert store.memory.tree.extend(keys, chain, [97, 98, 99], tip.branch) == [0, 1]
+    assert [node.page for node in chain] == [*reversed(frames_of(tip)), 99]
 
 
 def test_roots_differ_by_namespace_and_salt() -> None:
@@ -107,12 +218,16 @@ def test_roots_differ_by_namespace_and_salt() -> None:
 
 
 def test_matching_stops_at_the_first_unknown_page() -> None:
-    tree = PrefixTree(lambda node: node.used)
-    root = root_key(b"", "")
-    grow(tree, root, (1, 2, 3), first_page=0, tick=1)
-    assert [node.page for node in tree.match(root, tokens(1, 2, 3, 4))] == [0, 1, 2]
-    assert [node.page for node in tree.match(root, tokens(1, 9, 3))] == [0]
-    assert tree.match(root_key(b"", "other"), tokens(1)) == []
+    tree = PrefixTree(lambda node, may_go: None)
+    branch = Branch(Tenant(""), 0, 0.0, 0, 0)
+    tree.extend(list(page_keys(ROOT, tokens(1, 2, 3))), [], [0, 1, 2], branch)
+
+    def match(root: bytes, text: np.ndarray) -> list[int]:
+        return [node.page for node in tree.match(list(page_keys(root, text)))]
+
+    assert match(ROOT, tokens(1, 2, 3, 4)) == [0, 1, 2]
+    assert match(ROOT, tokens(1, 9, 3)) == [0]
+    assert match(root_key(b"", "other"), tokens(1)) == []
     whole = tokens(1, 2)
     for length, pages in ((0, 0), (127, 0), (128, 1), (129, 1), (255, 1), (256, 2)):
-        assert len(tree.match(root, whole[:length])) == pages
+        assert len(match(ROOT, whole[:length])) == pages

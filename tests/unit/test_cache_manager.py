@@ -5,14 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triptych.cache import CacheCapacity, CacheGeometry, CacheManager, Lru, ResumePlan
+from triptych.cache import CacheCapacity, CacheGeometry, CacheManager, ResumePlan
+from triptych.cache.places import snapshot_policy_named
+from triptych.cache.policies import Policies
+from triptych.cache.retention import retention_named
 from triptych.words import SnapshotWrite, TokenIds
 
 GEOMETRY = CacheGeometry(2, (0,), (1,), 8, 4, 4, "float32", "float32")
+SNAPSHOT = GEOMETRY.snapshot_frames
 
 
-def manager(pages: int = 16, slots: int = 4, snapshots: int = 8, layers: int = 2, **more: object) -> CacheManager:
-    return CacheManager(GEOMETRY, CacheCapacity(pages, slots, snapshots), layers, **more)
+def manager(
+    frames: int = 40, slots: int = 4, layers: int = 2, places: str = "full", retention: str = "lru", **more: object
+) -> CacheManager:
+    policies = Policies(snapshot_policy_named(places), retention_named(retention), **more)
+    return CacheManager(GEOMETRY, CacheCapacity(frames, slots), layers, policies=policies)
 
 
 def text(length: int, seed: int = 0) -> TokenIds:
@@ -62,8 +69,8 @@ def test_the_same_prompt_again_resumes_at_its_last_full_page(length: int) -> Non
 
 
 def test_a_question_about_the_same_document_resumes_near_the_fork() -> None:
-    """The ladder leaves snapshots 1, 2, 4 ... pages before the end of the first prompt."""
-    cache = manager(pages=64, snapshots=32)
+    """Rungs leave snapshots a little before the end of the first prompt."""
+    cache = manager(frames=128, places="adaptive")
     document = text(20 * 128)
     serve(cache, "a", np.concatenate([document, text(200, seed=1)]))
     plan = admit(cache, "b", np.concatenate([document, text(300, seed=2)]))
@@ -73,22 +80,22 @@ def test_a_question_about_the_same_document_resumes_near_the_fork() -> None:
 
 def test_where_two_prompts_parted_a_third_resumes() -> None:
     """The junction: nobody asked for a snapshot there before the second prompt left the chain."""
-    cache = manager(pages=64, snapshots=32, layers=43)
+    cache = manager(frames=400, layers=43, places="adaptive")
     system = text(10 * 128)
-    serve(cache, "a", np.concatenate([system, text(9 * 128, seed=1)]))
+    serve(cache, "a", np.concatenate([system, text(40 * 128, seed=1)]))
     second = serve(cache, "b", np.concatenate([system, text(500, seed=2)]))
     third = admit(cache, "c", np.concatenate([system, text(500, seed=3)]))
-    assert second.start < 10 * 128 - 4
+    assert second.kind != "snapshot" and second.write_from == 10 * 128
     assert third.start == third.write_from - 4 == 10 * 128 - 4
 
 
-def test_without_snapshots_a_long_chain_is_replayed_and_a_short_one_read() -> None:
-    cache = manager(pages=32, snapshots=0)
+def test_without_snapshots_a_long_chain_is_rebuilt_and_a_short_one_read() -> None:
+    cache = manager(frames=32, places="none")
     serve(cache, "a", text(1000))
     plan = admit(cache, "b", text(1000))
-    assert (plan.kind, plan.start, plan.write_from) == ("replay", 896 - 256, 896)
-    assert admit(cache, "c", text(300)).kind == "cold"
-    assert cache.stats().replay_resumes == 1
+    assert (plan.kind, plan.start, plan.write_from) == ("trapezoid", 896 - 132 - 127, 896)
+    assert admit(cache, "c", text(140)).kind == "cold"
+    assert cache.stats().trapezoid_resumes == 1
 
 
 def test_salts_share_nothing() -> None:
@@ -102,7 +109,7 @@ def test_switched_off_nothing_is_kept() -> None:
     cache = manager(prefix_cache=False)
     serve(cache, "a", text(512))
     stats = cache.stats()
-    assert stats.pages_free == stats.pages and stats.snapshots_free == stats.snapshots
+    assert stats.frames_free == stats.frames
     assert admit(cache, "b", text(512)).write_from == 0
 
 
@@ -128,36 +135,37 @@ def test_a_snapshot_is_seen_only_when_it_is_written() -> None:
     cache = manager(slots=3)
     tokens = text(257)
     serve(cache, "a", tokens, keep_end=False)
-    for node in cache.tree.nodes.values():
-        if node.snapshot >= 0:
-            cache.snapshots.drop(node)
+    for snapshot in tuple(cache.memory.snapshots.values()):
+        cache.memory.drop_snapshot(snapshot)
     plan = admit(cache, "b", tokens)
-    assert plan.kind == "cold" and cache.grow("b", 257)
-    assert [write.position for write in cache.snapshot_writes("b", 0, 257)] == [128, 256]
-    assert admit(cache, "c", tokens).kind == "cold"
+    assert plan.kind != "snapshot" and cache.grow("b", 257)
+    assert [write.position for write in cache.snapshot_writes("b", plan.start, 257)] == [256]
+    assert admit(cache, "c", tokens).kind != "snapshot"
     cache.advance("b", tokens, 257)
     assert admit(cache, "d", tokens).kind == "snapshot"
 
 
 def test_a_snapshot_to_be_restored_is_not_evicted() -> None:
-    cache = manager(pages=32, snapshots=1)
+    cache = manager(frames=6 + SNAPSHOT)
     serve(cache, "a", text(256))
     plan = admit(cache, "b", text(256))
     assert plan.kind == "snapshot"
-    other = text(256, seed=1)
-    admit(cache, "c", other)
-    assert cache.grow("c", 256) and cache.snapshot_writes("c", 0, 256) == ()
-    assert cache.stats().snapshots_refused == 1
+    restored = plan.restore
+    admit(cache, "c", text(256, seed=1))
+    assert cache.grow("c", 256)
+    cache.snapshot_writes("c", 0, 256)
+    cache.check_integrity()
+    assert restored in cache.memory.snapshots and cache.stats().snapshots_refused == 1
     # once restored it may go like any other
     run(cache, "b", text(256), plan.start, 256)
     assert len(cache.snapshot_writes("c", 0, 256)) == 1
     cache.check_integrity()
 
 
-def test_one_prompt_takes_at_most_a_quarter_of_the_snapshots() -> None:
-    cache = manager(pages=64, snapshots=8)
-    serve(cache, "a", text(40 * 128), keep_end=False)
-    assert cache.stats().snapshots_cached == 2
+def test_one_prompt_takes_at_most_a_quarter_of_the_frames() -> None:
+    cache = manager(frames=4 * 5 * SNAPSHOT)
+    serve(cache, "a", text(20 * 128), keep_end=False)
+    assert cache.stats().snapshots_cached == 5
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 127])
@@ -179,14 +187,14 @@ def test_the_last_boundary_is_saved_at_the_end(beyond: int) -> None:
 
 
 def test_no_boundary_is_saved_before_its_rows_ran_here() -> None:
-    cache = manager(pages=32)
+    cache = manager(frames=64)
     serve(cache, "a", text(512))
     plan = admit(cache, "b", text(512))
     assert plan.start == 508 and cache.boundary_snapshot("b") is None
 
 
 def test_admission_promises_pages_only_once() -> None:
-    cache = manager(pages=6)
+    cache = manager(frames=6, places="none")
     assert cache.admit("a", text(384), "", 500) is not None
     # three pages and one to decode into are promised to a, though it holds none yet
     assert cache.admit("b", text(256, seed=1), "", 300) is None
@@ -196,7 +204,7 @@ def test_admission_promises_pages_only_once() -> None:
 
 
 def test_a_lone_request_may_fill_the_pool() -> None:
-    cache = manager(pages=4, slots=2)
+    cache = manager(frames=4, slots=2)
     tokens = text(512)
     admit(cache, "a", tokens, limit=512)
     run(cache, "a", tokens, 0, 512)
@@ -206,7 +214,7 @@ def test_a_lone_request_may_fill_the_pool() -> None:
 
 
 def test_growth_evicts_the_least_recently_used() -> None:
-    cache = manager(pages=6, snapshots=0)
+    cache = manager(frames=6, places="none")
     serve(cache, "old", text(256))
     serve(cache, "new", text(256, seed=1))
     admit(cache, "old again", text(200))
@@ -221,7 +229,7 @@ def test_growth_evicts_the_least_recently_used() -> None:
 
 
 def test_growth_that_cannot_be_changes_nothing() -> None:
-    cache = manager(pages=4)
+    cache = manager(frames=4)
     admit(cache, "a", text(100), limit=512)
     admit(cache, "b", text(100, seed=1), limit=512)
     assert cache.grow("a", 256) and cache.grow("b", 128)
@@ -243,7 +251,7 @@ def test_suspect_pages_are_forgotten() -> None:
 
 
 def test_reset_forgets_everything_even_what_is_running() -> None:
-    cache = manager(pages=32)
+    cache = manager(frames=64)
     tokens = text(600)
     serve(cache, "a", text(512))
     plan = admit(cache, "b", tokens)
@@ -256,7 +264,7 @@ def test_reset_forgets_everything_even_what_is_running() -> None:
     for name in ("b", "c", "d"):
         cache.release(name)
     cache.check_integrity()
-    assert cache.stats().pages_free == 32
+    assert cache.stats().frames_free == 64
 
 
 @pytest.mark.parametrize("stop", range(5))
@@ -277,7 +285,8 @@ def test_releasing_at_any_point_leaks_nothing(stop: int) -> None:
     cache.check_integrity()
     stats = cache.stats()
     assert (stats.pages_held, stats.slots_free) == (0, 4)
-    assert stats.snapshots_free + stats.snapshots_cached == stats.snapshots
+    snapshots = stats.snapshots_cached * SNAPSHOT
+    assert stats.frames_free + stats.pages_cached + snapshots == stats.frames
 
 
 def test_a_page_table_cannot_be_written() -> None:
@@ -286,13 +295,6 @@ def test_a_page_table_cannot_be_written() -> None:
     assert cache.grow("a", 10)
     with pytest.raises(ValueError, match="read-only"):
         cache.page_table("a")[0] = 3
-
-
-def test_the_ladder() -> None:
-    assert Lru().places(10 * 128 + 5, 0) == tuple(128 * n for n in (10, 9, 8, 6, 2))
-    assert Lru().places(10 * 128 + 5, 512) == tuple(128 * n for n in (10, 4, 9, 8, 6, 2))
-    assert Lru().places(128, 128) == (128,)
-    assert Lru().places(127, 0) == ()
 
 
 def test_integrity_notices_what_is_out_of_place() -> None:
@@ -305,17 +307,18 @@ def test_integrity_notices_what_is_out_of_place() -> None:
         return cache
 
     harms = (
-        lambda c: c.free_pages.pop(),
-        lambda c: c.free_pages.append(c.free_pages[0]),
+        lambda c: c.memory.free.pop(),
+        lambda c: c.memory.free.append(c.memory.free[0]),
         lambda c: c.free_slots.pop(),
-        lambda c: setattr(next(iter(c.tree.nodes.values())), "children", 7),
-        lambda c: setattr(next(iter(c.tree.nodes.values())), "pins", 7),
-        lambda c: setattr(c.tree, "protected", 0),
-        lambda c: c.tree.nodes.pop(next(iter(c.tree.nodes))),
-        lambda c: c.tree.leaves.discard(next(iter(c.tree.leaves))),
-        lambda c: c.snapshots.free.pop(),
-        lambda c: c.snapshots.reserved.add(c.snapshots.free[0]),
-        lambda c: c.snapshots.holds.clear(),
+        lambda c: setattr(next(iter(c.memory.tree.nodes.values())), "children", 7),
+        lambda c: setattr(next(iter(c.memory.tree.nodes.values())), "pins", 7),
+        lambda c: setattr(c.memory.tree, "protected", 0),
+        lambda c: c.memory.tree.nodes.pop(next(iter(c.memory.tree.nodes))),
+        lambda c: c.memory._queue.discard(next(iter(c.memory.candidates()))),
+        lambda c: c.memory.snapshots.popitem(),
+        lambda c: setattr(c.memory, "held", 5),
+        lambda c: setattr(next(iter(c.memory.snapshots.values())), "holds", 3),
+        lambda c: setattr(c.tenant(""), "frames", 1),
         lambda c: c.holdings["b"].chain.pop(),
     )
     for harm in harms:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from triptych.cache.resume import ResumePlan, cheapest, replay_tokens, snapshot_is_exact
+from triptych.cache.geometry import trapezoid_start
+from triptych.cache.rates import Rates, TierRate
+from triptych.cache.resume import Planner, ResumePlan, snapshot_is_exact, trapezoid_equivalents
 
 EDGES = (1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 512)
+
+
+def cheapest(length: int, chain_end: int, layers: int, snapshot: int = 0, replay: str = "trapezoid") -> ResumePlan:
+    return Planner(layers, Rates(), replay).cheapest(length, chain_end, snapshot)
 
 
 def counts(plan: ResumePlan) -> tuple[int, int, int]:
@@ -15,7 +21,7 @@ def counts(plan: ResumePlan) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("length", EDGES)
 def test_nothing_cached_is_a_cold_start(length: int) -> None:
-    plan = cheapest(length, 0, 43, None)
+    plan = cheapest(length, 0, 43)
     assert (plan.kind, plan.start, plan.read_from, plan.write_from) == ("cold", 0, 0, 0)
     assert counts(plan) == (0, 0, length)
 
@@ -27,59 +33,77 @@ def test_a_snapshot_starts_four_tokens_before_its_boundary(length: int, behind: 
     c = end - 128 * behind
     if c <= 0:
         return
-    plan = cheapest(length, end, 43, (c, 7))
-    assert (plan.kind, plan.snapshot, plan.start, plan.write_from) == ("snapshot", 7, c - 4, end)
+    plan = cheapest(length, end, 43, c)
+    assert (plan.kind, plan.start, plan.write_from) == ("snapshot", c - 4, end)
     assert plan.read_from == plan.exact_from == max(0, c - 132)
     assert counts(plan) == (c - 4, end - c + 4, length - end)
+    assert plan.equivalents == plan.recomputed_tokens
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 5, 43, 61, 127, 128, 129])
-def test_a_replay_starts_on_a_page_and_covers_the_bound(layers: int) -> None:
-    span = replay_tokens(layers)
-    assert span % 128 == 0 and layers * 127 <= span < layers * 127 + 128
-    plan = cheapest(span + 300, span + 256, layers, None)
-    assert (plan.kind, plan.start, plan.read_from, plan.write_from) == ("replay", 256, 256, span + 256)
-    assert counts(plan) == (256, span, 44)
-    # the window rows of the 127 positions before the end are exact in the last layer
-    assert plan.exact_from <= plan.write_from - 127
+def test_a_trapezoid_rebuilds_the_windows_before_the_boundary(layers: int) -> None:
+    boundary = 128 * 400
+    plan = cheapest(boundary + 44, boundary, layers)
+    reach = 132 + 127 * (layers - 1)
+    assert (plan.kind, plan.start, plan.read_from) == ("trapezoid", boundary - reach, boundary - reach)
+    assert plan.replay_to == plan.write_from == boundary
+    assert counts(plan) == (boundary - reach, reach, 44)
+    # the boundary itself can be stored, and nothing before it
+    assert snapshot_is_exact(boundary, plan.exact_from)
+    assert not snapshot_is_exact(boundary - 128, plan.exact_from)
+    assert plan.equivalents == pytest.approx((132 + reach) / 2)
 
 
-def test_flash_and_pro_replay_lengths() -> None:
-    assert (replay_tokens(43), replay_tokens(61)) == (5504, 7808)
+def test_flash_and_pro_trapezoids() -> None:
+    assert [round(trapezoid_equivalents(1 << 20, layers)) for layers in (43, 61)] == [2799, 3942]
 
 
-def test_a_chain_shorter_than_a_replay_is_read_from_the_start() -> None:
-    plan = cheapest(1000, 384, 3, None)
-    assert (plan.kind, plan.start, plan.read_from, plan.write_from) == ("cold", 0, 0, 384)
-    assert counts(plan) == (0, 384, 616)
+def test_a_chain_too_short_to_spare_anything_is_read_from_the_start() -> None:
+    plan = cheapest(1000, 128, 3)
+    assert (plan.kind, plan.start, plan.read_from, plan.write_from) == ("cold", 0, 0, 128)
+    assert counts(plan) == (0, 128, 872)
 
 
-def test_the_cheapest_plan_runs_the_fewest_tokens() -> None:
-    far, near = (1024, 1), (8192, 2)
-    assert cheapest(10_000, 9984, 43, far).kind == "replay"
-    assert cheapest(10_000, 9984, 43, near).kind == "snapshot"
-    # a snapshot that costs exactly what the replay does wins; its tokens before the look-back are no cheaper
-    assert cheapest(10_000, 9984, 2, (9984 - 256, 3)).kind == "replay"
+def test_a_short_chain_still_spares_the_deep_layers() -> None:
+    plan = cheapest(1000, 384, 43)
+    assert (plan.kind, plan.start, plan.write_from) == ("trapezoid", 0, 384)
+    assert plan.equivalents < 384
+
+
+def test_the_cheapest_plan_takes_the_least_time() -> None:
+    assert cheapest(10_000, 9984, 43, 1024).kind == "trapezoid"
+    assert cheapest(10_000, 9984, 43, 8192).kind == "snapshot"
+    assert cheapest(10_000, 9984, 2, 9984 - 512).kind == "trapezoid"
+    assert cheapest(10_000, 9984, 2, 9984 - 128).kind == "snapshot"
+
+
+def test_a_bounded_replay_runs_one_window_and_says_what_it_is() -> None:
+    plan = cheapest(10_000, 9984, 43, replay="bounded")
+    assert (plan.kind, plan.start, plan.read_from) == ("bounded", 9984 - 132, 9984 - 132)
+    assert not plan.replay_to
 
 
 def test_a_prompt_that_is_cached_whole_still_runs_its_last_token() -> None:
-    plan = cheapest(512, 512, 43, (512, 0))
-    assert (plan.start, plan.cost) == (508, 4)
-    assert counts(plan) == (508, 4, 0)
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6])
-def test_a_replay_may_snapshot_only_where_all_rows_are_exact(layers: int) -> None:
-    """Rows of layer l are exact 127 l tokens after the start; a snapshot at b needs [b - 132, b - 4) in all."""
-    start = 1280
-    plan = cheapest(4096, start + replay_tokens(layers), layers, None)
-    assert plan.start == start
-    for boundary in range(start + 128, 4096, 128):
-        exact = boundary - 132 >= start + 127 * (layers - 1)
-        assert snapshot_is_exact(boundary, plan.exact_from) == exact
-    assert snapshot_is_exact(plan.write_from, plan.exact_from) == (layers >= 5)
+    assert counts(cheapest(512, 512, 43, 512)) == (508, 4, 0)
+    plan = cheapest(12_800, 12_800, 43)
+    assert plan.kind == "trapezoid" and plan.computed_tokens == 0
+    assert trapezoid_start(12_800, 43, 42) < 12_800
 
 
 def test_a_cold_run_may_snapshot_everywhere() -> None:
-    plan = cheapest(512, 0, 43, None)
+    plan = cheapest(512, 0, 43)
     assert all(snapshot_is_exact(boundary, plan.exact_from) for boundary in (128, 256, 512))
+
+
+def test_rates_follow_what_is_measured() -> None:
+    rates = Rates(token=1e-3, context=0.0, tiers={"disk": TierRate(1e-3, 1e9)})
+    for _ in range(200):
+        rates.observe_prefill(0, 1000, 0.25)
+        rates.tiers["disk"].observe(100 << 20, 1e-3 + (100 << 20) / 3e9)
+    assert rates.prefill_seconds(0, 1000) == pytest.approx(0.25, rel=0.05)
+    assert rates.fetch_seconds("disk", 300 << 20) == pytest.approx(1e-3 + (300 << 20) / 3e9, rel=0.05)
+
+
+def test_context_makes_tokens_dearer() -> None:
+    rates = Rates()
+    assert rates.prefill_seconds(100_000, 101_000) > 1.5 * rates.prefill_seconds(0, 1000)

@@ -14,15 +14,31 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel, prefix_ids, token_after
+from fake_mover import FakeMover, FakeStore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from triptych.cache import CacheCapacity, CacheGeometry, CacheManager, Lru
+from triptych.cache import CacheCapacity, CacheGeometry, CacheManager
+from triptych.cache.history import Forks
+from triptych.cache.places import Prompt, SnapshotPolicy, full, snapshot_policy_named
+from triptych.cache.policies import Below, Policies
+from triptych.cache.retention import retention_named
 from triptych.config import EngineConfig
 from triptych.errors import ContextTooLong
 from triptych.schedule import Scheduler
-from triptych.words import FinishReason, Request, SampledToken, SamplingParams, StepPlan, StepResult, Usage
+from triptych.words import CacheHints, FinishReason, Request, SampledToken, SamplingParams, StepPlan, StepResult, Usage
+
+
+def _whims(prompt: Prompt, forks: Forks) -> dict[int, float]:
+    """Everywhere or nowhere, so that long chains come without a snapshot, to be resumed by those who want one."""
+    return full(prompt, forks) if prompt.length % 3 else {}
+
+
+PLACES = tuple(snapshot_policy_named(name) for name in ("adaptive", "full", "periodic:256", "none", "bounded"))
+PLACES += (SnapshotPolicy("whims", _whims),)
+PINS = (0.0, 0.0, 0.0, 5.0, 50.0)
+TTLS = (None, None, None, 3.0, 30.0)
 
 VOCAB = 3
 EDGES = (1, 3, 4, 5, 127, 128, 129, 131, 132, 133, 255, 256, 257, 383, 384, 385, 511, 512, 640, 900, 1280)
@@ -36,33 +52,22 @@ SALTS = ("", "", "a")
 LENGTHS = (EDGES, range(1, 300), range(1, 1500))
 OUTPUTS = (1, 2, 3, 20, 128, 130, 260, 300, 400, 500, 600)
 EVENTS = ["ask"] * 5 + ["ask_on"] * 3 + ["fly"] * 6 + ["take_off", "land"] * 3
-EVENTS += ["leave", "leave_in_flight", "crash", "reset"]
+EVENTS += ["leave", "leave_in_flight", "crash", "reset", "restart", "lose", "wait"]
 SETTINGS: dict[str, Sequence[Any]] = {
-    "pages": (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24),
+    "frames": (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 40),
     "slots": (1, 2, 3, 4, 4, 5),
-    "snapshots": (0, 0, 1, 1, 2, 3, 5, 8, 20),
     "layers": (1, 1, 2, 3, 4),
     "budget": (1, 5, 30, 64, 100, 127, 128, 129, 200, 256, 257, 300),
     "prefix_cache": (True, True, True, True, False),
+    "places": PLACES,
+    "retention": ("lru", "value"),
+    "quota": (1.0, 1.0, 0.5),
+    "host": (0, 0, 3, 8, 40),
+    "stores": (0, 0, 1, 1, 2),
+    "limit": (3, 10**9, 10**9),
+    "faults": ((False,), (False,) * 9 + (True,), (False, True)),
 }
 Choose = Callable[[Sequence[Any]], Any]
-
-
-class EveryBoundary(Lru):
-    """A snapshot wherever one fits."""
-
-    def places(self, length: int, matched: int) -> tuple[int, ...]:
-        return tuple(range(128, length + 1, 128))
-
-
-class Whims(EveryBoundary):
-    """Everywhere or nowhere, so that long chains come without a snapshot, to be resumed by those who want one."""
-
-    def places(self, length: int, matched: int) -> tuple[int, ...]:
-        return super().places(length, matched) if length % 3 else ()
-
-
-POLICIES = (Lru, EveryBoundary, Whims)
 
 
 class Life:
@@ -70,15 +75,11 @@ class Life:
 
     def __init__(self, choose: Choose) -> None:
         picked = {name: choose(options) for name, options in SETTINGS.items()}
-        layers, slots, pages = picked["layers"], picked["slots"], picked["pages"]
-        geometry = CacheGeometry(layers, (0,), (), 8, 4, 4, "float32", "float32")
-        capacity = CacheCapacity(pages, slots, picked["snapshots"])
-        policy = choose(POLICIES)()
-        self.cache = CacheManager(geometry, capacity, layers, prefix_cache=picked["prefix_cache"], policy=policy)
-        self.budget = max(picked["budget"], slots)
-        config = EngineConfig(max_running=slots, step_tokens=self.budget, max_waiting=10**6)
-        self.scheduler = Scheduler(self.cache, config, 1 << 20)
-        self.model = FakeModel(pages, slots, layers)
+        self.picked, self.choose = picked, choose
+        self.budget = max(picked["budget"], picked["slots"])
+        self.stores = [FakeStore(name, picked["limit"]) for name in ("disk", "remote")[: picked["stores"]]]
+        self.now = 0.0
+        self._start()
         self.texts: dict[str, tuple[np.ndarray, str]] = {}
         self.prompts: dict[str, int] = {}
         self.limits: dict[str, int] = {}
@@ -91,8 +92,50 @@ class Life:
         self.structure: tuple[int, ...] = ()
         self.serial = 0
 
+    def _start(self) -> None:
+        """A process begins: device and host are empty, the stores are as they were left."""
+        picked = self.picked
+        layers, slots, frames = picked["layers"], picked["slots"], picked["frames"]
+        geometry = CacheGeometry(layers, (0,), (), 8, 4, 4, "float32", "float32")
+        places: SnapshotPolicy = picked["places"]
+        self.cache = CacheManager(
+            geometry,
+            CacheCapacity(frames, slots),
+            layers,
+            policies=Policies(
+                places, retention_named(picked["retention"]), quota=picked["quota"], prefix_cache=picked["prefix_cache"]
+            ),
+            below=Below(picked["host"], self.stores),
+            clock=lambda: self.now,
+        )
+        config = EngineConfig(max_running=slots, step_tokens=self.budget, max_waiting=10**6)
+        self.scheduler = Scheduler(self.cache, config, 1 << 20)
+        self.model = FakeModel(frames, slots, layers, exact=places.exact)
+        self.mover = FakeMover(self.model, self.stores)
+
+    def restart(self, choose: Choose) -> None:
+        """The process is killed and started again; whoever was waiting is told so."""
+        if self.flight is None and choose([False] * 3 + [True]):
+            for name in self.live:
+                self.over.append(name)
+            self.live.clear()
+            self.began.clear()
+            self.seen.clear()
+            self._start()
+
+    def lose(self, choose: Choose) -> None:
+        """A store loses an object between two looks."""
+        for store in self.stores:
+            if store.contents:
+                store.discard(choose(list(store.contents)))
+
+    def wait(self, choose: Choose) -> None:
+        """Time passes."""
+        self.now += choose([0.1, 2.0, 20.0, 200.0])
+
     def live_on(self, choose: Choose) -> None:
         """Anything may happen next."""
+        self.choose = choose
         getattr(self, choose(EVENTS))(choose)
         self.books_balance()
 
@@ -103,7 +146,8 @@ class Life:
         for _ in range(forks):
             self.serial += 1
             name = f"r{self.serial}"
-            request = Request(name, tokens, SamplingParams(max_tokens=outputs), salt, first)
+            hints = CacheHints((len(tokens) // 2, len(tokens)), None, self.choose(TTLS), self.choose(PINS))
+            request = Request(name, tokens, SamplingParams(max_tokens=outputs), salt, first, hints)
             if len(tokens) >= self.cache.capacity.tokens:
                 with pytest.raises(ContextTooLong):
                     self.scheduler.add(request)
@@ -160,6 +204,7 @@ class Life:
         assert usage.prompt_tokens == self.prompts[name]
         assert usage.completion_tokens == len(self.texts[name][0]) - self.prompts[name]
         assert min(usage.cached_tokens, usage.recomputed_tokens, usage.computed_tokens) >= 0
+        assert sum(usage.cached_by_tier.values()) <= usage.cached_tokens
         if name in self.began and not self.scheduler.stats().preemptions:
             start, write_from = self.began[name]
             assert (usage.cached_tokens, usage.recomputed_tokens) == (start, write_from - start)
@@ -172,10 +217,16 @@ class Life:
         """Plan a step and leave it in the air."""
         if self.flight is not None:
             return
+        for done in self.mover.some_end(self.choose, self.picked["faults"]):
+            self.cache.end(done)
         self.flight = self.scheduler.plan()
-        self.crashed = False
+        self.mover.run(self.cache.due())
         if self.flight is None:
-            assert not self.live, "nothing runs although someone waits"
+            self.model.save(self.scheduler.take_saves())
+        self.crashed = False
+        self.now += 0.01
+        if self.flight is None:
+            assert not self.live or self.cache.copying, "nothing runs although someone waits"
         else:
             self._check_plan(self.flight)
 
@@ -184,7 +235,10 @@ class Life:
         names = [chunk.request_id for chunk in plan.chunks]
         assert len(set(names)) == len(names) and set(names) <= set(self.live)
         assert len({chunk.slot for chunk in plan.chunks}) == len(names)
-        sealed = {node.page for node in self.cache.tree.nodes.values()} | set(self.cache.free_pages)
+        memory = self.cache.memory
+        sealed = {node.page for node in memory.tree.nodes.values()} | set(memory.free)
+        sealed |= {frame for frames in memory.snapshots for frame in frames}
+        sealed |= {frame for frames in self.cache.frames_in_flight() for frame in frames}
         written: set[int] = set()
         for chunk in plan.chunks:
             self.began.setdefault(chunk.request_id, (chunk.start, chunk.write_from))
@@ -236,16 +290,19 @@ class Life:
 
     def _structure(self) -> tuple[int, ...]:
         stats = self.cache.stats()
-        counts = (stats.admissions, stats.pages_free, stats.pages_sealed, stats.pages_adopted, stats.pages_evicted)
+        counts = (stats.admissions, stats.frames_free, stats.pages_sealed, stats.pages_adopted, stats.pages_evicted)
         return (*counts, stats.snapshots_written, stats.snapshots_evicted, stats.slots_free)
 
     def crash(self, choose: Choose) -> None:
         """The step dies half way: its requests end with an error, and the next plan starts from nothing cached."""
         if self.flight is None or not choose([True, False]):
             return
+        for save in self.flight.saves:
+            self.model.poison(list(save.frames))
         for chunk in self.flight.chunks:
             self.model.poison(chunk.pages[max(chunk.start, chunk.write_from) // 128 :].tolist())
-        self.model.snapshots.clear()
+        for write in (write for chunk in self.flight.chunks for write in chunk.snapshots):
+            self.model.poison(list(write.frames))
         for chunk in self.flight.chunks:
             if chunk.request_id in self.live:
                 self._end(chunk.request_id, FinishReason.ERROR)
@@ -263,14 +320,16 @@ class Life:
         self.structure = self._structure()
         self.cache.check_integrity()
         stats = self.cache.stats()
-        assert stats.pages_free + stats.pages_held + stats.pages_cached == stats.pages
+        pages = stats.frames_free + stats.pages_held + stats.pages_cached + stats.frames_loading
+        assert pages <= stats.frames
         if self.flight is None and not self.crashed:
-            self.model.poison(self.cache.free_pages)
+            leaving = {frame for demotion in self.cache.tiers.leaving for frame in demotion.frames}
+            self.model.poison([frame for frame in self.cache.memory.free if frame not in leaving])
             self._check_content()
 
     def _check_content(self) -> None:
         """Sealed pages never change, and equal keys mean equal content."""
-        for key, node in self.cache.tree.nodes.items():
+        for key, node in self.cache.memory.tree.nodes.items():
             content = self.model.page_content(node.page)
             assert self.seen.setdefault(key, content) == content, f"page {node.page} changed after it was sealed"
 
@@ -286,13 +345,20 @@ class Life:
         assert not self.live and not self.scheduler.busy, "some request never ended"
         for name in self.over:
             self._check_text(name)
+        self.mover.run(self.cache.due())
+        self.model.save(self.scheduler.take_saves())
+        for _ in range(10_000):
+            if not self.cache.tiers.busy:
+                break
+            self.mover.run(self.cache.due())
+            for done in self.mover.some_end(self.choose, self.picked["faults"]):
+                self.cache.end(done)
+        assert not self.cache.tiers.busy, "some copy never ended"
         stats = self.cache.stats()
-        assert stats.pages_held == 0 and stats.slots_free == stats.slots
-        assert stats.pages_evictable == stats.pages_cached
+        assert stats.pages_held == 0 and stats.slots_free == stats.slots and not stats.frames_loading
         self.cache.reset()
         self.cache.check_integrity()
-        assert self.cache.stats().pages_free == stats.pages
-        assert self.cache.stats().snapshots_free == stats.snapshots
+        assert self.cache.stats().frames_free == stats.frames
 
     def _check_text(self, name: str) -> None:
         """The tokens are those of the request alone."""

@@ -22,7 +22,7 @@ class Engine:
     """A scheduler whose model always says 7."""
 
     def __init__(self, pages: int = 32, running: int = 4, budget: int = 256, context: int = 10**6, **more: int) -> None:
-        self.cache = CacheManager(GEOMETRY, CacheCapacity(pages, running, snapshots=16), 2)
+        self.cache = CacheManager(GEOMETRY, CacheCapacity(pages, running), 2)
         self.scheduler = Scheduler(self.cache, EngineConfig(max_running=running, step_tokens=budget, **more), context)
 
     def add(self, name: str, tokens: TokenIds, max_tokens: int | None = 4, **more: str) -> None:
@@ -115,7 +115,7 @@ def test_usage_adds_up() -> None:
     engine.add("b", text(600), max_tokens=3)
     engine.step()
     usage = engine.finish("b")
-    assert usage == Usage(prompt_tokens=600, cached_tokens=508, recomputed_tokens=4, completion_tokens=1)
+    assert usage == Usage(600, cached_tokens=508, recomputed_tokens=4, completion_tokens=1, resume="snapshot")
     assert usage.computed_tokens == 88
     stats = engine.scheduler.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.recomputed_tokens) == (1200, 508, 4)
@@ -131,7 +131,7 @@ def test_the_next_turn_resumes_at_the_end_of_the_output() -> None:
     plan = engine.plan()
     assert plan.chunks[0].start == 252 and plan.chunks[0].restore is not None
     save = plan.saves[0]
-    assert (save.position, save.snapshot) == (256, plan.chunks[0].restore)
+    assert (save.position, save.frames) == (256, plan.chunks[0].restore)
 
 
 def test_saves_wait_for_the_next_plan_with_rows() -> None:
@@ -197,14 +197,16 @@ def test_the_newest_is_preempted_and_loses_nothing() -> None:
     assert stats.generated_tokens == 440
 
 
-def test_a_preempted_request_resumes_from_its_saved_boundary() -> None:
+def test_a_preempted_request_finds_its_pages_again() -> None:
+    """There is no room for a snapshot when memory has run out; its pages stay, and windows are rebuilt from them."""
     engine = Engine(pages=6, budget=256)
     engine.add("old", text(250), max_tokens=300)
     engine.add("new", text(250, seed=1), max_tokens=140)
     while not engine.scheduler.stats().preemptions:
-        saves = engine.plan().saves
-        engine.apply(in_flight_of(engine))
-    assert [save.position for save in saves] == [384]
+        engine.apply(engine.plan())
+    engine.finish("old")
+    again = engine.plan().chunks[0]
+    assert again.request_id == "new" and again.write_from >= 256
 
 
 def test_nobody_passes_a_preempted_request() -> None:

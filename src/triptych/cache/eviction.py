@@ -1,4 +1,4 @@
-"""A priority queue that forgets cheaply: what to give up next, in O(log n)."""
+"""Priority queues that forget cheaply: what to give up next, in O(log n)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,18 @@ class EvictionQueue(Generic[T]):
 
     def pop(self) -> T:
         """Take out the item of lowest rank; IndexError if there is none."""
+        item = self.peek()[1]
+        heapq.heappop(self._heap)
+        del self._live[item]
+        return item
+
+    def peek(self) -> tuple[float, T]:
+        """The lowest rank and its item, left in place; IndexError if there is none."""
         while True:
-            _, serial, item = heapq.heappop(self._heap)
+            rank, serial, item = self._heap[0]
             if self._live.get(item) == serial:
-                del self._live[item]
-                return item
+                return rank, item
+            heapq.heappop(self._heap)
 
     def __contains__(self, item: T) -> bool:
         return item in self._live

@@ -29,6 +29,9 @@ CSA_RING = 2 * CSA_RATIO
 HCA_RING = HCA_RATIO
 """Positions whose compressor rows a slot keeps in an HCA layer."""
 
+RESTORED = WINDOW + LOOKBACK
+"""A snapshot at boundary c holds the window rows [c - RESTORED, c - LOOKBACK), clipped at 0."""
+
 SegmentKind = Literal["csa_main", "csa_index", "hca"]
 IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
 
@@ -135,6 +138,16 @@ class CacheGeometry:
         return self.layers * WINDOW * self.window_row_bytes
 
     @cached_property
+    def rows_per_frame(self) -> int:
+        """Window rows that a frame holds: row r of a snapshot is row r % n of its frame number r // n."""
+        return self.page_bytes // self.window_row_bytes
+
+    @cached_property
+    def snapshot_frames(self) -> int:
+        """Frames of one snapshot."""
+        return -(-self.layers * WINDOW // self.rows_per_frame)
+
+    @cached_property
     def slot_bytes(self) -> int:
         """Window ring and fp32 compressor rows [C | Z] of one running request (CSA rows have two halves)."""
         csa_row = 4 * 2 * 2 * (self.head_dim + self.index_head_dim)
@@ -145,62 +158,55 @@ class CacheGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
-    """How many objects of each kind the memory holds."""
+    """How many frames and window slots the memory holds. Pages and snapshots share the frames."""
 
-    pages: int
+    frames: int
     slots: int
-    snapshots: int
 
     def __post_init__(self) -> None:
-        if self.pages < 1 or self.slots < 1 or self.snapshots < 0:
-            raise ConfigError(f"A cache needs at least one page and one window slot, not {self}.")
+        if self.frames < 1 or self.slots < 1:
+            raise ConfigError(f"A cache needs at least one frame and one window slot, not {self}.")
 
     @property
     def tokens(self) -> int:
-        """Tokens that all pages together hold."""
-        return self.pages * PAGE
+        """Tokens that the frames hold if all of them are pages."""
+        return self.frames * PAGE
 
     def bytes(self, geometry: CacheGeometry) -> int:
-        """Bytes of all objects together."""
-        return (
-            self.pages * geometry.page_bytes
-            + self.slots * geometry.slot_bytes
-            + self.snapshots * geometry.snapshot_bytes
-        )
+        """Bytes of all frames and slots together."""
+        return self.frames * geometry.page_bytes + self.slots * geometry.slot_bytes
 
     def describe(self, geometry: CacheGeometry) -> str:
         """One line for the start banner."""
         return (
-            f"{self.tokens:,} tokens in {self.pages:,} pages of {_human(geometry.page_bytes)}, "
-            f"{self.slots} window slots of {_human(geometry.slot_bytes)}, "
-            f"{self.snapshots:,} snapshots of {_human(geometry.snapshot_bytes)}: "
+            f"{self.tokens:,} tokens in {self.frames:,} frames of {_human(geometry.page_bytes)} "
+            f"(a page takes 1, a snapshot {geometry.snapshot_frames}), "
+            f"{self.slots} window slots of {_human(geometry.slot_bytes)}: "
             f"{_human(self.bytes(geometry))} in {geometry.kv_format}"
         )
 
 
-def plan_capacity(geometry: CacheGeometry, memory_bytes: int, max_running: int, snapshot_share: float) -> CacheCapacity:
-    """Divide `memory_bytes`: slots first, then `snapshot_share` of the rest for snapshots, all else for pages.
+def trapezoid_start(boundary: int, layers: int, layer: int = 0) -> int:
+    """First position that `layer` runs so that rows [boundary - RESTORED, boundary) are exact in every layer.
 
-    There is never more than one snapshot per page, and with a share above 0 at least one per slot if half of
-    the rest holds that. Raises ConfigError when not even two pages remain.
+    An output needs the 127 rows before it, so each deeper layer starts 127 positions later (reference 3.3, R4).
     """
+    return max(0, boundary - RESTORED - (layers - 1 - layer) * (WINDOW - 1))
+
+
+def plan_capacity(geometry: CacheGeometry, memory_bytes: int, max_running: int) -> CacheCapacity:
+    """Divide `memory_bytes`: window slots first, frames from the rest. ConfigError when not even two pages remain."""
     if not geometry.page_bytes:
         raise ConfigError("A model with neither CSA nor HCA layers keeps no pages; DeepSeek-V4 has both.")
     rest = memory_bytes - max_running * geometry.slot_bytes
-    least = max_running * geometry.slot_bytes + 2 * geometry.page_bytes + geometry.snapshot_bytes
+    least = max_running * geometry.slot_bytes + (2 + geometry.snapshot_frames) * geometry.page_bytes
     if memory_bytes < least:
         raise ConfigError(
             f"{_human(memory_bytes)} of cache memory cannot hold {max_running} window slots of "
-            f"{_human(geometry.slot_bytes)} and two pages.",
+            f"{_human(geometry.slot_bytes)}, two pages and a snapshot.",
             f"Raise --kv-memory to at least {_human(least)} or lower --max-running.",
         )
-    snapshots = 0
-    if snapshot_share > 0:
-        wanted = max(rest * snapshot_share, min(max_running * geometry.snapshot_bytes, rest / 2))
-        one_per_page = rest // (geometry.snapshot_bytes + geometry.page_bytes)
-        snapshots = max(1, min(int(wanted // geometry.snapshot_bytes), one_per_page))
-    pages = (rest - snapshots * geometry.snapshot_bytes) // geometry.page_bytes
-    return CacheCapacity(pages=pages, slots=max_running, snapshots=snapshots)
+    return CacheCapacity(frames=rest // geometry.page_bytes, slots=max_running)
 
 
 def _human(size: float) -> str:

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from triptych.cache.manager import CacheManager
-    from triptych.cache.prefix import Node
+    from triptych.cache.prefix import Node, Snapshot, Tenant
 
 
 def check(manager: CacheManager) -> None:
     """Raise AssertionError naming the first thing that is out of place."""
-    _check_pages(manager)
+    _check_frames(manager)
     _check_slots(manager)
     _check_tree(manager)
     _check_snapshots(manager)
+    _check_queue(manager)
+    _check_tenants(manager)
     _check_holdings(manager)
+    if manager.tiers.host is not None:
+        manager.tiers.host.check()
 
 
 def _claim(holds: bool, sentence: str) -> None:
@@ -24,15 +28,22 @@ def _claim(holds: bool, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
-def _check_pages(manager: CacheManager) -> None:
-    places: Counter[int] = Counter(manager.free_pages)
-    places.update(node.page for node in manager.tree.nodes.values())
+def _check_frames(manager: CacheManager) -> None:
+    memory = manager.memory
+    places: Counter[int] = Counter(memory.free)
+    places.update(node.page for node in memory.tree.nodes.values())
+    for snapshot in memory.snapshots.values():
+        places.update(snapshot.frames)
     for holding in manager.holdings.values():
         places.update(holding.table[len(holding.chain) : holding.count].tolist())
-    twice = [page for page, times in places.items() if times > 1]
-    _claim(not twice, f"Page {twice[:1]} is in two places.")
-    lost = set(range(manager.capacity.pages)) ^ set(places)
-    _claim(not lost, f"Pages {sorted(lost)[:3]} are neither free, held nor cached, or do not exist.")
+        for write in holding.reserved:
+            places.update(write.frames)
+    for frames in manager.frames_in_flight():
+        places.update(frames)
+    twice = [frame for frame, times in places.items() if times > 1]
+    _claim(not twice, f"Frame {twice[:1]} is in two places.")
+    lost = set(range(manager.capacity.frames)) ^ set(places)
+    _claim(not lost, f"Frames {sorted(lost)[:3]} are neither free, held nor cached, or do not exist.")
 
 
 def _check_slots(manager: CacheManager) -> None:
@@ -41,9 +52,11 @@ def _check_slots(manager: CacheManager) -> None:
 
 
 def _check_tree(manager: CacheManager) -> None:
-    tree = manager.tree
+    tree = manager.memory.tree
     children: Counter[Node] = Counter()
     pins: Counter[Node] = Counter(h.chain[-1] for h in manager.holdings.values() if h.chain)
+    pins.update(manager.leases.pinned)
+    pins.update(manager.tips_in_flight())
     for key, node in tree.nodes.items():
         _claim(node.key == key, f"The node of page {node.page} is filed under another key.")
         if node.parent is not None:
@@ -56,29 +69,44 @@ def _check_tree(manager: CacheManager) -> None:
     for node in tree.nodes.values():
         _claim(node.children == children[node], f"Page {node.page} counts {node.children} children.")
         _claim(node.pins == pins[node], f"Page {node.page} has {node.pins} pins for {pins[node]} holders.")
-        leaf = not node.children and not node.pins
-        _claim((node in tree.leaves) == leaf, f"Page {node.page} is evictable or not, against its queue.")
-    _claim(set(tree.leaves) <= set(tree.nodes.values()), "The eviction queue holds a node that left the tree.")
     protected = sum(1 for node in tree.nodes.values() if node.pins)
     _claim(tree.protected == protected, f"{tree.protected} pages are counted as protected, {protected} are.")
 
 
 def _check_snapshots(manager: CacheManager) -> None:
-    store = manager.snapshots
-    reserved = [write.snapshot for holding in manager.holdings.values() for write in holding.reserved]
-    _claim(sorted(reserved) == sorted(store.reserved), "A snapshot is reserved without a writer, or written twice.")
-    ids = sorted([*store.free, *store.reserved, *store.published])
-    _claim(ids == list(range(store.capacity)), f"Snapshots are {ids}, not each once.")
-    holds = Counter(h.restoring.snapshot for h in manager.holdings.values() if h.restoring is not None)
-    _claim(dict(holds) == store.holds, f"Snapshot holds are {store.holds} for restores {dict(holds)}.")
-    for snapshot, node in store.published.items():
-        _claim(node.snapshot == snapshot, f"Snapshot {snapshot} and its boundary disagree.")
-        _claim(manager.tree.nodes.get(node.key) is node, f"Snapshot {snapshot} outlived its page.")
-        free_to_go = snapshot not in holds
-        _claim((node in store.queue) == free_to_go, f"Snapshot {snapshot} may go or not, against its queue.")
-    marked = sum(1 for node in manager.tree.nodes.values() if node.snapshot >= 0)
-    _claim(marked == len(store.published), "A boundary names a snapshot that is not published.")
-    _claim(len(store.queue) == len(store.published) - len(holds), "The snapshot queue holds a boundary without one.")
+    memory = manager.memory
+    holds: Counter[Snapshot] = Counter(h.restoring for h in manager.holdings.values() if h.restoring is not None)
+    holds.update(manager.snapshots_in_flight())
+    for frames, snapshot in memory.snapshots.items():
+        _claim(snapshot.frames == frames, f"The snapshot at {snapshot.node.end} is filed under other frames.")
+        node = snapshot.node
+        _claim(node.snapshot is snapshot, f"The snapshot at {node.end} and its boundary disagree.")
+        _claim(memory.tree.nodes.get(node.key) is node, f"The snapshot at {node.end} outlived its page.")
+        _claim(len(snapshot.frames) == memory.snapshot_frames, f"The snapshot at {node.end} has a wrong size.")
+        _claim(snapshot.holds == holds[snapshot], f"{snapshot.holds} holds of the snapshot at {node.end}.")
+    _claim(set(holds) <= set(memory.snapshots.values()), "A snapshot that is being restored was given up.")
+    _claim(memory.held == len(holds), f"{memory.held} snapshots are counted as held, {len(holds)} are.")
+    marked = sum(1 for node in memory.tree.nodes.values() if node.snapshot is not None)
+    _claim(marked == len(memory.snapshots), "A boundary names a snapshot that is not published.")
+
+
+def _check_queue(manager: CacheManager) -> None:
+    memory = manager.memory
+    may_go: set[Node | Snapshot] = {n for n in memory.tree.nodes.values() if not n.children and not n.pins}
+    may_go |= {snapshot for snapshot in memory.snapshots.values() if not snapshot.holds}
+    queue = set(memory.candidates())
+    _claim(not queue - may_go, "The eviction queue holds something that may not go.")
+    _claim(not may_go - queue, "Something that may go is missing from the eviction queue.")
+
+
+def _check_tenants(manager: CacheManager) -> None:
+    frames: Counter[Tenant] = Counter()
+    for node in manager.memory.tree.nodes.values():
+        frames[node.branch.tenant] += 1
+    for snapshot in manager.memory.snapshots.values():
+        frames[snapshot.node.branch.tenant] += len(snapshot.frames)
+    for tenant, count in frames.items():
+        _claim(tenant.frames == count, f"A tenant is charged {tenant.frames} frames for {count}.")
 
 
 def _check_holdings(manager: CacheManager) -> None:
@@ -91,4 +119,4 @@ def _check_holdings(manager: CacheManager) -> None:
         for above, below in zip(holding.chain, holding.chain[1:], strict=False):
             _claim(below.parent is above, f"The chain of request {request_id} is broken.")
         for node in holding.chain:
-            _claim(manager.tree.nodes.get(node.key) is node, f"Request {request_id} lost page {node.page}.")
+            _claim(manager.memory.tree.nodes.get(node.key) is node, f"Request {request_id} lost page {node.page}.")

@@ -2,61 +2,53 @@
 
 The life of a page and of a request's page table (n tokens known, p processed, s = sealed pages):
 
-    free -> held by one request (being filled) -> sealed, in the tree -> no pins: evictable -> free
+    free -> held by one request (being filled) -> sealed, in the tree -> no pins: evictable -> free (or a lower tier)
 
     0                     128 s            p            128 len(table)
     |  sealed, in the tree  |  held, filled  |  held, empty  |
 
-Order of calls for one request: admit, then per step grow, snapshot_writes, (the step runs) advance; at its
-end boundary_snapshot, publish_snapshot, release. Nothing here is a tensor; time is a counter.
+Order of calls for one request: (prefetch while it waits) admit, then per step grow, snapshot_writes, (the step
+runs) advance; at its end boundary_snapshot, publish_snapshot, release. Nothing here is a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.cache.history import REACH, Chances, Forks, Visits
+from triptych.cache.holding import Holding, PageTable, pages_for
 from triptych.cache.integrity import check
-from triptych.cache.prefix import Node, PrefixTree, root_key
-from triptych.cache.resume import ResumePlan, cheapest, snapshot_is_exact
-from triptych.cache.retention import Lru, RetentionPolicy
-from triptych.cache.snapshots import SnapshotStore
-from triptych.cache.stats import CacheStats, Counters
+from triptych.cache.jobs import Done, Jobs
+from triptych.cache.leases import Leases
+from triptych.cache.memory import Memory
+from triptych.cache.places import Prompt
+from triptych.cache.policies import Below, Policies
+from triptych.cache.prefetch import Prefetcher
+from triptych.cache.prefix import Branch, Node, Snapshot, Tenant, page_keys, root_key
+from triptych.cache.resume import Planner, ResumePlan, snapshot_is_exact
+from triptych.cache.stats import CacheStats, Counters, collect
+from triptych.cache.tiers import Tiers
 from triptych.config import PAGE
-from triptych.words import SnapshotWrite, TokenIds
+from triptych.words import NO_HINTS, CacheHints, SlotSave, SnapshotWrite, TokenIds
 
-PageTable = npt.NDArray[np.int32]
+NOTHING_BELOW = Below()
 
+UNSHARED = -1
+"""The epoch of a request whose pages nobody may find: part of its prompt is not trusted."""
 
-@dataclass(slots=True)
-class Holding:
-    """What one admitted request holds. `goal` pages are promised to it; `table[:count]` are there.
-
-    `chain` are the nodes of its sealed pages, the last of them pinned. `reserved` are snapshots being written.
-    """
-
-    slot: int
-    root: bytes
-    epoch: int
-    plan: ResumePlan
-    goal: int
-    places: frozenset[int]
-    table: PageTable
-    chain: list[Node]
-    count: int = 0
-    processed: int = 0
-    restoring: Node | None = None
-    reserved: list[SnapshotWrite] = field(default_factory=list)
+OUTLIVED = 0.25
+"""What remains of the worth of a session's older snapshots once the session has continued from them."""
 
 
 class CacheManager:
-    """All cache memory of one engine, as ids. `layers` is the depth a replay has to rebuild.
+    """All cache memory of one engine, as ids. `layers` is the depth that a replay has to rebuild.
 
-    `namespace` separates what must never be mixed: weights fingerprint and cache formats.
+    `namespace` separates what must never be mixed: weights fingerprint and cache formats. `clock` gives seconds.
     """
 
     def __init__(
@@ -65,30 +57,62 @@ class CacheManager:
         capacity: CacheCapacity,
         layers: int,
         *,
-        prefix_cache: bool = True,
-        policy: RetentionPolicy | None = None,
+        policies: Policies | None = None,
+        below: Below = NOTHING_BELOW,
         namespace: bytes = b"",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        policies = policies or Policies()
         self.geometry = geometry
         self.capacity = capacity
-        self.layers = layers
-        self.prefix_cache = prefix_cache
-        self.policy: RetentionPolicy = policy or Lru()
-        self.tree = PrefixTree(self.policy.page_rank)
-        self.snapshots = SnapshotStore(capacity.snapshots, self.policy.snapshot_rank)
+        self.prefix_cache = policies.prefix_cache
+        self.places = policies.places
+        self.retention = policies.retention
+        self.rates = policies.rates
+        self.clock = clock
+        self.memory = Memory(capacity.frames, geometry.snapshot_frames, self.retention, clock, policies.quota)
+        self.planner = Planner(layers, self.rates, self.places.replay)
+        self.leases = Leases(self.memory)
+        self.tiers = Tiers(self.memory, geometry, self.rates, below)
+        self._prefetcher = Prefetcher(self)
         self.holdings: dict[str, Holding] = {}
-        self.free_pages = list(range(capacity.pages - 1, -1, -1))
+        self.distrusted: set[bytes] = set()
         self.free_slots = list(range(capacity.slots - 1, -1, -1))
         self.counters = Counters()
+        self.visits = Visits()
+        self.forks = Forks()
+        self.chances = Chances()
         self._namespace = namespace
-        self._epoch = 0
-        self._tick = 0
+        self._tenants: dict[str, Tenant] = {}
+        self.epoch = 0
         self._changes = 0
         self._refused: tuple[str, str, int, int] | None = None
 
+    # ---- before admission
+
+    def ready(self, request_id: str, tokens: TokenIds, salt: str) -> bool:
+        """Bring up from lower tiers what a waiting request can use. False while that is under way."""
+        return not self.prefix_cache or self._prefetcher.ready(request_id, tokens, salt, self._changes)
+
+    def withdraw(self, request_id: str) -> None:
+        """A waiting request will not be admitted."""
+        self._prefetcher.forget(request_id)
+        self._changes += 1
+
+    def due(self) -> Jobs:
+        """Copies to carry out before the next step, asked once after each planning."""
+        return self.tiers.due()
+
+    def end(self, done: Done) -> None:
+        """A background copy has ended."""
+        self._prefetcher.end(done)
+        self._changes += 1
+
     # ---- admission
 
-    def admit(self, request_id: str, tokens: TokenIds, salt: str, limit: int) -> ResumePlan | None:
+    def admit(
+        self, request_id: str, tokens: TokenIds, salt: str, limit: int, hints: CacheHints = NO_HINTS
+    ) -> ResumePlan | None:
         """Reserve a slot for `tokens`, pin what is cached of them and say how to continue.
 
         `limit` is the most tokens this request may ever have. None when no slot is free, or when the pages of
@@ -96,69 +120,124 @@ class CacheManager:
         """
         assert request_id not in self.holdings, request_id
         assert len(tokens) <= limit <= self.capacity.tokens, (len(tokens), limit, self.capacity.tokens)
-        attempt = (request_id, salt, len(tokens), self._changes)
-        if not self.free_slots or attempt == self._refused:
+        now = self.clock()
+        self._changes += self.leases.expire(now)
+        if not self.free_slots or (request_id, salt, len(tokens), self._changes) == self._refused:
             return None
-        root = root_key(b"%d:%b" % (self._epoch, self._namespace), salt)
-        chain = self.tree.match(root, tokens) if self.prefix_cache else []
+        root = self.root(salt)
+        keys = list(page_keys(root, tokens)) if self.prefix_cache else []
+        tainted = bool(self.distrusted) and not self.distrusted.isdisjoint(keys)
+        chain = self.memory.tree.match([] if tainted else keys)
         if chain:
-            self.tree.pin(chain[-1])
+            self.memory.tree.pin(chain[-1])
         goal = min(pages_for(len(tokens)) + 1, pages_for(limit))
-        if goal - len(chain) > self._unpromised():
+        room = self._room_beyond(goal - len(chain))
+        if room < 0:
             if chain:
-                self.tree.unpin(chain[-1], 0)
+                self.memory.tree.unpin(chain[-1], chain[-1].used)
             # hashing a long prompt again in each step would be dear, and the answer the same
-            self._refused = attempt
+            self._refused = (request_id, salt, len(tokens), self._changes)
             return None
-        plan, source = self._plan(len(tokens), chain)
+        plan, source = self._plan(len(tokens), chain, room)
         if source is not None:
-            self.snapshots.hold(source)
+            self.memory.hold(source)
         table = np.empty(pages_for(limit), np.int32)
         table[: len(chain)] = [node.page for node in chain]
         self.holdings[request_id] = Holding(
             slot=self.free_slots.pop(),
             root=root,
-            epoch=self._epoch,
+            epoch=UNSHARED if tainted else self.epoch,
             plan=plan,
             goal=goal,
-            places=self._places(len(tokens), plan.write_from),
+            places=self._places(plan, source, hints.marks),
+            keys=keys,
             table=table,
             chain=chain,
+            branch=self._branch(salt, chain, keys, hints, now),
+            hints=hints,
             count=len(chain),
             processed=plan.start,
             restoring=source,
         )
-        self._count_admission(plan)
+        self._prefetcher.forget(request_id)
+        self.counters.admitted(plan)
         return plan
 
-    def _plan(self, length: int, chain: list[Node]) -> tuple[ResumePlan, Node | None]:
-        """The cheapest plan and the node whose snapshot it restores."""
-        source = next((node for node in reversed(chain) if node.snapshot >= 0), None)
-        found = None if source is None else (source.end, source.snapshot)
-        plan = cheapest(length, len(chain) * PAGE, self.layers, found)
-        return plan, source if plan.kind == "snapshot" else None
+    def root(self, salt: str) -> bytes:
+        """The parent key of the first pages of a tenant."""
+        return root_key(b"%d:%b" % (self.epoch, self._namespace), salt)
 
-    def _places(self, length: int, matched: int) -> frozenset[int]:
-        """Boundaries to snapshot during this prefill: no prompt takes more than a quarter of all snapshots."""
-        if not self.prefix_cache or not self.capacity.snapshots:
-            return frozenset()
-        most = max(1, self.capacity.snapshots // 4)
-        return frozenset(self.policy.places(length, matched)[:most])
+    def tenant(self, salt: str) -> Tenant:
+        """The tenant with this salt."""
+        found = self._tenants.get(salt)
+        if found is None:
+            found = self._tenants[salt] = Tenant(salt)
+        return found
 
-    def _unpromised(self) -> int:
-        """Pages that are free or can be freed and that no admitted request still counts on."""
-        promised = sum(max(0, holding.goal - holding.count) for holding in self.holdings.values())
-        return len(self.free_pages) + self.tree.evictable - promised
+    def _plan(self, length: int, chain: list[Node], room: int) -> tuple[ResumePlan, Snapshot | None]:
+        """The cheapest plan and the snapshot it restores, if holding that one leaves `room`."""
+        source = next((node.snapshot for node in reversed(chain) if node.snapshot is not None), None)
+        if source is not None and not source.holds and self.memory.snapshot_frames > room:
+            source = None
+        plan = self.planner.cheapest(length, len(chain) * PAGE, source.node.end if source else 0)
+        tiers: dict[str, int] = {}
+        for node in chain[: -(-plan.start // PAGE)]:
+            if node.origin is not None:
+                tiers[node.origin] = tiers.get(node.origin, 0) + min(PAGE, plan.start - node.end + PAGE)
+                node.origin = None
+        if plan.kind != "snapshot" or source is None:
+            return plan.after(None, tiers), None
+        return plan.after(source.frames, tiers), source
 
-    def _count_admission(self, plan: ResumePlan) -> None:
-        counters = self.counters
-        counters.admissions += 1
-        counters.cold_starts += plan.kind == "cold"
-        counters.snapshot_resumes += plan.kind == "snapshot"
-        counters.replay_resumes += plan.kind == "replay"
-        counters.admitted_tokens += plan.length
-        counters.cached_tokens += plan.cached_tokens
-        counters.recomputed_tokens += plan.recomputed_tokens
+    def _places(self, plan: ResumePlan, source: Snapshot | None, marks: tuple[int, ...]) -> dict[int, float]:
+        """Boundaries to snapshot during this prefill: no prompt takes more than a quarter of all frames."""
+        if not self.prefix_cache:
+            return {}
+        resumed = source.node.end if source is not None else 0
+        prompt = Prompt(plan.length, plan.write_from, resumed, marks, self.planner.rebuild_tokens(plan.length))
+        most = max(1, self.capacity.frames // (4 * self.memory.snapshot_frames))
+        return dict(islice(self.places.places(prompt, self.forks).items(), most))
+
+    def _branch(self, salt: str, chain: list[Node], keys: list[bytes], hints: CacheHints, now: float) -> Branch:
+        """The branch that this request will add, and what its coming says about the one that it continues."""
+        back = self.visits.came(keys, now)
+        if back is not None:
+            self.forks.add(back)
+            self.chances.back(back.kind, self.retention.observe(back.pause))
+            for node in chain[-REACH:]:  # the session has moved on
+                if node.snapshot is not None and node.snapshot.uses < 2:
+                    node.snapshot.worth *= OUTLIVED
+        found = chain[-1].branch if chain else None
+        if found is not None:
+            found.used = now
+            found.expired = False
+        return Branch(
+            tenant=self.tenant(salt),
+            turn=found.turn + 1 if found else 0,
+            created=now,
+            start=len(chain) * PAGE,
+            prompt=len(keys) * PAGE,
+            session=hints.session,
+            ttl=hints.ttl,
+            used=now,
+        )
+
+    def _room_beyond(self, frames: int) -> int:
+        """Unpromised frames after `frames` are taken; below 0 if they do not suffice.
+
+        What was brought up for those behind gives way to who is first; pins do so when nobody runs who would make
+        room by ending.
+        """
+        while (room := self.unpromised() - frames) < 0:
+            if not self._prefetcher.give_way() and (self.holdings or not self.leases.give_way()):
+                break
+            self._changes += 1
+        return room
+
+    def unpromised(self) -> int:
+        """Frames that are free or can be freed and that no admitted request still counts on."""
+        promised = sum(holding.promised for holding in self.holdings.values())
+        return len(self.memory.free) + self.memory.evictable - promised
 
     # ---- before a step
 
@@ -172,14 +251,25 @@ class CacheManager:
         missing = pages_for(upto) - holding.count
         if missing <= 0:
             return True
-        if missing > len(self.free_pages) + self.tree.evictable:
+        if not self._room_for(missing):
             return False
-        self._free_up(missing)
-        fresh = self.free_pages[-missing:]
-        del self.free_pages[-missing:]
-        holding.table[holding.count : holding.count + missing] = fresh
+        holding.table[holding.count : holding.count + missing] = self.memory.take(missing, holding.branch.tenant)
         holding.count += missing
         return True
+
+    def _room_for(self, frames: int) -> bool:
+        """Whether `frames` can be had, if need be from what is only kept for later: prefetched pages, then pins."""
+        memory = self.memory
+        while frames > len(memory.free) + memory.evictable:
+            if not self._prefetcher.give_way() and not self.leases.give_way():
+                return False
+            self._changes += 1
+        return True
+
+    @property
+    def copying(self) -> bool:
+        """True while copies under way hold frames that will be free, or evictable, when they have ended."""
+        return bool(self.tiers.fetching or self.tiers.saving)
 
     def page_table(self, request_id: str) -> PageTable:
         """The pages of a request so far, int32, read-only; `pages[i]` holds tokens [128 i, 128 (i + 1))."""
@@ -202,17 +292,17 @@ class CacheManager:
         return tuple(writes)
 
     def _reserve(self, holding: Holding, boundary: int) -> SnapshotWrite | None:
-        """A snapshot to write `boundary` into; None if it has one, its rows are inexact, or none can be had."""
+        """Frames to write `boundary` into; None if it has a snapshot, its rows are inexact, or none can be had."""
         index = boundary // PAGE - 1
-        if holding.epoch != self._epoch or not snapshot_is_exact(boundary, holding.plan.exact_from):
+        if holding.epoch != self.epoch or not snapshot_is_exact(boundary, holding.plan.exact_from):
             return None
-        if index < len(holding.chain) and holding.chain[index].snapshot >= 0:
+        if index < len(holding.chain) and holding.chain[index].snapshot is not None:
             return None
-        snapshot = self.snapshots.reserve()
-        if snapshot is None:
+        if self.memory.snapshot_frames > self.unpromised():
             self.counters.snapshots_refused += 1
             return None
-        write = SnapshotWrite(boundary, snapshot)
+        frames = self.memory.take(self.memory.snapshot_frames, holding.branch.tenant)
+        write = SnapshotWrite(boundary, tuple(frames))
         holding.reserved.append(write)
         return write
 
@@ -227,63 +317,82 @@ class CacheManager:
         assert holding.processed < processed <= len(tokens), (holding.processed, processed, len(tokens))
         holding.processed = processed
         self._end_restore(holding)
-        if processed // PAGE > len(holding.chain) and self.prefix_cache and holding.epoch == self._epoch:
+        if processed // PAGE > len(holding.chain) and self.prefix_cache and holding.epoch == self.epoch:
             self._seal(holding, tokens, processed // PAGE)
         for write in tuple(holding.reserved):
             self._publish(holding, write)
 
     def _seal(self, holding: Holding, tokens: TokenIds, upto: int) -> None:
         chain, sealed = holding.chain, len(holding.chain)
-        self._tick += 1
         self._changes += 1
         pages = holding.table[sealed:upto].tolist()
         old_tip = chain[-1] if chain else None
-        duplicates = self.tree.extend(holding.root, chain, tokens[sealed * PAGE : upto * PAGE], pages, self._tick)
-        self.tree.pin(chain[-1])
+        holding.branch.used = self.clock()
+        keys = holding.keys
+        if len(keys) < upto:
+            parent = keys[-1] if keys else holding.root
+            keys.extend(page_keys(parent, tokens[len(keys) * PAGE : upto * PAGE]))
+        duplicates = self.memory.tree.extend(keys[sealed:upto], chain, pages, holding.branch)
+        self.memory.tree.pin(chain[-1])
         if old_tip is not None:
-            self.tree.unpin(old_tip, self._tick)
+            self.memory.tree.unpin(old_tip, holding.branch.used)
         if duplicates:
             # plans already handed out keep the table they saw
             holding.table = holding.table.copy()
             for index in duplicates:
                 holding.table[sealed + index] = chain[sealed + index].page
-                self.free_pages.append(pages[index])
+                self.memory.free.append(pages[index])
         self.counters.pages_adopted += len(duplicates)
         self.counters.pages_sealed += len(pages) - len(duplicates)
 
     def _publish(self, holding: Holding, write: SnapshotWrite) -> None:
         holding.reserved.remove(write)
+        self._changes += 1
         index = write.position // PAGE - 1
         if index >= len(holding.chain):
-            self.snapshots.cancel(write.snapshot)
-            return
-        self._tick += 1
-        if self.snapshots.publish(write.snapshot, holding.chain[index], self._tick):
+            self.memory.free.extend(write.frames)
+        elif self.memory.publish(holding.chain[index], write.frames, self._worth(holding, write.position)):
             self.counters.snapshots_written += 1
 
     def _end_restore(self, holding: Holding) -> None:
         if holding.restoring is not None:
-            self._tick += 1
-            self.snapshots.unhold(holding.restoring, self._tick)
+            self.memory.unhold(holding.restoring, restored=True)
             holding.restoring = None
+            self._changes += 1
 
     # ---- the end of a request
 
     def boundary_snapshot(self, request_id: str) -> SnapshotWrite | None:
         """Reserve a snapshot for the last sealed boundary, whose rows are still in the slot's ring.
 
-        None if it has one, its rows did not run here, or no snapshot can be had. The caller copies the rows
-        out of the slot before the slot is used again, and calls `publish_snapshot`.
+        None if the policy wants none there, it has one, its rows did not run here, or no frames can be had. The
+        caller copies the rows out of the slot before the slot is used again, and calls `publish_snapshot`.
         """
         holding = self.holdings[request_id]
         boundary = holding.processed // PAGE * PAGE
-        if not boundary or not self.capacity.snapshots or boundary > len(holding.chain) * PAGE:
+        if not boundary or not self.places.at_end or boundary > len(holding.chain) * PAGE:
             return None
         return self._reserve(holding, boundary)
 
+    def _worth(self, holding: Holding, boundary: int) -> float:
+        """Tokens that a snapshot is expected to save; one without a place of its own is the end of an output."""
+        worth = holding.places.get(boundary)
+        if worth is not None:
+            return worth
+        beyond = boundary - max(holding.places, default=0)
+        return self.forks.end_worth(self.planner.rebuild_tokens(boundary), beyond)
+
     def publish_snapshot(self, request_id: str, write: SnapshotWrite) -> None:
-        """The snapshot reserved by `boundary_snapshot` is written, or will be before any later step reads it."""
+        """The snapshot reserved by `boundary_snapshot` will be written before the rows of the next step run."""
         self._publish(self.holdings[request_id], write)
+        snapshot = self.memory.snapshots.get(write.frames)
+        if snapshot is not None:
+            self.tiers.unwritten(snapshot)
+
+    def is_published(self, write: SlotSave) -> bool:
+        """Whether the snapshot that `write` fills is still wanted; if not its frames may be somebody else's."""
+        snapshot = self.memory.snapshots.get(write.frames)
+        return snapshot is not None and snapshot.node.end == write.position
 
     def release(self, request_id: str, *, forget: bool = False) -> None:
         """Let go of everything a request holds. Its sealed pages stay until evicted.
@@ -294,69 +403,72 @@ class CacheManager:
         self._changes += 1
         self._end_restore(holding)
         for write in holding.reserved:
-            self.snapshots.cancel(write.snapshot)
-        self._tick += 1
+            self.memory.free.extend(write.frames)
+        now = self.clock()
+        holding.branch.used = now
+        stale = holding.epoch != self.epoch
         if holding.chain:
-            self.tree.unpin(holding.chain[-1], self._tick)
-        self.free_pages.extend(holding.table[len(holding.chain) : holding.count].tolist())
+            if not forget and not stale:
+                self.leases.grant(holding, now)
+                self._remember(holding, now)
+                self.tiers.save(holding.chain[holding.plan.write_from // PAGE :])
+            self.memory.tree.unpin(holding.chain[-1], now)
+        self.memory.free.extend(holding.table[len(holding.chain) : holding.count].tolist())
         self.free_slots.append(holding.slot)
         if forget:
-            self._remove(reversed(holding.chain[holding.plan.write_from // PAGE :]))
-        elif holding.epoch != self._epoch:
-            self._remove(reversed(holding.chain))
+            self.memory.remove_all(reversed(holding.chain[holding.plan.write_from // PAGE :]))
+        elif stale:
+            self.memory.remove_all(reversed(holding.chain))
+
+    def _remember(self, holding: Holding, now: float) -> None:
+        """A request ends: what is to be learned from whether it is continued, and how likely that is."""
+        branch, start = holding.branch, holding.branch.start // PAGE
+        output = holding.processed - holding.plan.length
+        kind = self.chances.kind(branch.turn, len(holding.chain) - start, output)
+        self.visits.left(holding.keys, start, holding.plan.length // PAGE, kind, now)
+        self.chances.left(kind)
+        branch.chance = self.chances.of(kind) / self.chances.mean
+        branch.output_chance = branch.chance * self.forks.into_output
 
     def reset(self) -> None:
         """Drop the whole prefix cache. Pages of running requests go when these end; nobody finds them any more."""
-        self._epoch += 1
+        self.epoch += 1
         self._changes += 1
-        self._free_up(len(self.free_pages) + self.tree.evictable)
+        self.leases.drop_all()
+        self.tiers.reset()
+        self.memory.clear()
 
-    def _remove(self, nodes: Iterable[Node]) -> None:
-        """Take `nodes`, children first, out of the tree, up to the first that others use."""
-        for node in nodes:
-            if not self.tree.remove(node):
-                return
-            self._reclaim(node)
-
-    def _free_up(self, wanted: int) -> None:
-        """Evict until `wanted` pages are free."""
-        while len(self.free_pages) < wanted:
-            self._reclaim(self.tree.evict())
-            self.counters.pages_evicted += 1
-
-    def _reclaim(self, node: Node) -> None:
-        self.snapshots.drop(node)
-        self.free_pages.append(node.page)
+    def distrust(self, tokens: TokenIds, salt: str) -> None:
+        """Never serve a page or snapshot of this prefix again, from the device or from below."""
+        self._changes += 1
+        keys = list(page_keys(self.root(salt), tokens))
+        chain = self.memory.tree.match(keys)
+        self.distrusted.update(keys)
+        self.tiers.distrust(keys)
+        self.memory.remove_all(reversed(chain))
 
     # ---- what it says about itself
 
+    def frames_in_flight(self) -> Iterator[Sequence[int]]:
+        """Frames that a fetch is filling."""
+        for fetching in self.tiers.fetching.values():
+            yield fetching.pages
+            yield fetching.snapshot_frames
+
+    def tips_in_flight(self) -> Iterator[Node]:
+        """Nodes that fetches, saves and waiting requests have pinned."""
+        yield from (fetching.chain[-1] for fetching in self.tiers.fetching.values() if fetching.chain)
+        yield from (saving.node for saving in self.tiers.saving.values() if saving.node is not None)
+        yield from self._prefetcher.tips
+
+    def snapshots_in_flight(self) -> Iterator[Snapshot]:
+        """Snapshots that are being saved."""
+        yield from (saving.snapshot for saving in self.tiers.saving.values() if saving.snapshot is not None)
+
     def check_integrity(self) -> None:
-        """Raise AssertionError with a sentence if any page, slot, snapshot, pin or queue entry is out of place."""
+        """Raise AssertionError with a sentence if any frame, slot, snapshot, pin or queue entry is out of place."""
         check(self)
 
     def stats(self) -> CacheStats:
         """Gauges and counters now."""
-        cached = len(self.tree.nodes)
-        used = self.capacity.pages - len(self.free_pages)
-        published = len(self.snapshots.published)
-        return CacheStats(
-            pages=self.capacity.pages,
-            pages_free=len(self.free_pages),
-            pages_held=used - cached,
-            pages_cached=cached,
-            pages_evictable=self.tree.evictable,
-            snapshots=self.capacity.snapshots,
-            snapshots_free=len(self.snapshots.free),
-            snapshots_cached=published,
-            slots=self.capacity.slots,
-            slots_free=len(self.free_slots),
-            page_bytes_used=used * self.geometry.page_bytes,
-            snapshot_bytes_used=(self.capacity.snapshots - len(self.snapshots.free)) * self.geometry.snapshot_bytes,
-            snapshots_evicted=self.snapshots.evictions,
-            **vars(self.counters),
-        )
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that cover `tokens`."""
-    return -(-tokens // PAGE)
+        return collect(self)

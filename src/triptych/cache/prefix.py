@@ -14,34 +14,92 @@ chain; a pin is counted once in each ancestor that had none, so that the number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
-from triptych.cache.eviction import EvictionQueue
 from triptych.config import PAGE
 from triptych.words import TokenIds
 
 PAGE_ID_BYTES = PAGE * 4
 
 
-class Node:
-    """One sealed page. `depth` counts pages from 1; `used` and `snapshot_used` are ticks of the manager.
+@dataclass(eq=False, slots=True)
+class Tenant:
+    """Who pages belong to. `frames` of the arena hold what only this tenant can find."""
 
-    `pins` = requests whose chain ends here + children that have pins.
+    salt: str
+    frames: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """What one request added to the tree; its pieces are useful together, so they share their history.
+
+    `turn` counts the requests that this one continued, `created` and `used` are clock seconds; its pages begin at
+    token `start`, its prompt ends at `prompt`. `chance`: how likely its prompt is used again, and `output_chance` its
+    output, relative to the mean. `ttl` seconds after its last use it is the first to go (`expired`).
     """
 
-    __slots__ = ("children", "depth", "key", "page", "parent", "pins", "snapshot", "snapshot_used", "used")
+    tenant: Tenant
+    turn: int
+    created: float
+    start: int
+    prompt: int
+    session: str | None = None
+    ttl: float | None = None
+    used: float = 0.0
+    chance: float = 1.0
+    output_chance: float = 1.0
+    expired: bool = False
 
-    def __init__(self, key: bytes, parent: Node | None, page: int, tick: int) -> None:
+
+class Snapshot:
+    """Window rows that make the boundary after `node` resumable, in `frames`.
+
+    `worth`: tokens that it is expected to save when its branch is used again. `uses`: how often it was restored,
+    `gap`: running mean of the seconds between. `holds` = restores under way.
+    """
+
+    __slots__ = ("frames", "gap", "holds", "node", "used", "uses", "worth")
+
+    def __init__(self, node: Node, frames: tuple[int, ...], now: float, worth: float) -> None:
+        self.node = node
+        self.frames = frames
+        self.used = now
+        self.worth = worth
+        self.uses = 0
+        self.gap = 0.0
+        self.holds = 0
+
+    def use(self, now: float) -> None:
+        """It was restored at `now`."""
+        gap = now - self.used
+        self.gap = gap if not self.uses else 0.75 * self.gap + 0.25 * gap
+        self.uses += 1
+        self.used = now
+
+
+class Node:
+    """One sealed page in frame `page`. `depth` counts pages from 1; `used` is clock seconds.
+
+    `pins` = requests whose chain ends here + children that have pins. `origin` names the tier that the page
+    was fetched from and no request has used it since.
+    """
+
+    __slots__ = ("branch", "children", "depth", "key", "origin", "page", "parent", "pins", "snapshot", "used")
+
+    def __init__(self, key: bytes, parent: Node | None, page: int, branch: Branch, now: float) -> None:
         self.key = key
         self.parent = parent
         self.page = page
+        self.branch = branch
         self.depth: int = 1 if parent is None else parent.depth + 1
         self.children = 0
         self.pins = 0
-        self.used = tick
-        self.snapshot = -1
-        self.snapshot_used = tick
+        self.used = now
+        self.snapshot: Snapshot | None = None
+        self.origin: str | None = None
 
     @property
     def end(self) -> int:
@@ -55,51 +113,54 @@ def root_key(namespace: bytes, salt: str) -> bytes:
     return sha256(b"%d:%b%d:%b" % (len(namespace), namespace, len(raw), raw)).digest()
 
 
-class PrefixTree:
-    """All sealed pages of one manager. `rank` orders what is given up first (see retention.py)."""
+def page_keys(parent: bytes, tokens: TokenIds) -> Iterator[bytes]:
+    """Keys of the whole pages of `tokens`, which follow the page (or root) named `parent`."""
+    raw, key = tokens.tobytes(), parent
+    for at in range(0, len(raw) - PAGE_ID_BYTES + 1, PAGE_ID_BYTES):
+        key = sha256(key + raw[at : at + PAGE_ID_BYTES]).digest()
+        yield key
 
-    def __init__(self, rank: Callable[[Node], float]) -> None:
+
+class PrefixTree:
+    """All sealed pages on the device. `set_leaf(node, may_go)` is told whenever a node may or may not be given up."""
+
+    def __init__(self, set_leaf: Callable[[Node, bool], None]) -> None:
         self.nodes: dict[bytes, Node] = {}
-        self.leaves: EvictionQueue[Node] = EvictionQueue()
         self.protected = 0
-        self._rank = rank
+        self._set_leaf = set_leaf
 
     @property
     def evictable(self) -> int:
         """Pages that can be given up one after the other: those without pins."""
         return len(self.nodes) - self.protected
 
-    def match(self, root: bytes, tokens: TokenIds) -> list[Node]:
-        """The longest chain of nodes whose pages lie wholly inside `tokens`."""
-        raw = tokens.tobytes()
-        nodes, key, chain = self.nodes, root, []
-        for at in range(0, len(raw) - PAGE_ID_BYTES + 1, PAGE_ID_BYTES):
-            key = sha256(key + raw[at : at + PAGE_ID_BYTES]).digest()
+    def match(self, keys: Sequence[bytes]) -> list[Node]:
+        """The longest chain of nodes named by `keys`, from the first on."""
+        nodes, chain = self.nodes, []
+        for key in keys:
             node = nodes.get(key)
             if node is None:
                 break
             chain.append(node)
         return chain
 
-    def extend(self, root: bytes, chain: list[Node], tokens: TokenIds, pages: Sequence[int], tick: int) -> list[int]:
-        """Seal `pages`, which hold `tokens` [128 len(pages)] and follow `chain`; append their nodes to it.
+    def extend(self, keys: Sequence[bytes], chain: list[Node], pages: Sequence[int], branch: Branch) -> list[int]:
+        """Seal `pages`, named by `keys` and following `chain`; append their nodes to it.
 
         Where a node exists already the tree's page stands. Returns the indices into `pages` of such duplicates.
         """
-        raw = tokens.tobytes()
         parent = chain[-1] if chain else None
-        key = parent.key if parent else root
         duplicates = []
-        for index, page in enumerate(pages):
-            at = index * PAGE_ID_BYTES
-            key = sha256(key + raw[at : at + PAGE_ID_BYTES]).digest()
+        for index, (key, page) in enumerate(zip(keys, pages, strict=True)):
             node = self.nodes.get(key)
             if node is None:
-                node = self.nodes[key] = Node(key, parent, page, tick)
+                node = self.nodes[key] = Node(key, parent, page, branch, branch.used)
+                branch.tenant.frames += 1
                 if parent is not None:
                     parent.children += 1
                     # children first: an adopted parent may have been waiting as a leaf
-                    self.leaves.discard(parent)
+                    if parent.children == 1 and not parent.pins:
+                        self._set_leaf(parent, False)
             else:
                 duplicates.append(index)
             chain.append(node)
@@ -114,38 +175,29 @@ class PrefixTree:
             if node.pins > 1:
                 return
             self.protected += 1
-            self.leaves.discard(node)
+            if not node.children:
+                self._set_leaf(node, False)
             node = node.parent
 
-    def unpin(self, tip: Node, tick: int) -> None:
-        """Undo one `pin(tip)`; what loses its last pin counts as used at `tick`."""
+    def unpin(self, tip: Node, now: float) -> None:
+        """Undo one `pin(tip)`; what loses its last pin counts as used at `now`."""
         node: Node | None = tip
         while node is not None:
             node.pins -= 1
             if node.pins:
                 return
             self.protected -= 1
-            node.used = max(node.used, tick)
+            node.used = max(node.used, now)
             if not node.children:
-                self.leaves.put(node, self._rank(node))
+                self._set_leaf(node, True)
             node = node.parent
 
-    def evict(self) -> Node:
-        """Take out the leaf of lowest rank; its parent inherits the time of use. IndexError if all are pinned."""
-        node = self.leaves.pop()
-        self._detach(node)
-        return node
-
-    def remove(self, node: Node) -> bool:
-        """Take out `node` if it is a leaf without pins; False if not."""
-        if node.children or node.pins or self.nodes.get(node.key) is not node:
-            return False
-        self.leaves.discard(node)
-        self._detach(node)
-        return True
-
-    def _detach(self, node: Node) -> None:
+    def remove(self, node: Node) -> None:
+        """Take out a leaf without pins; its parent inherits the time of use."""
+        assert not node.children and not node.pins, node.key
         del self.nodes[node.key]
+        self._set_leaf(node, False)
+        node.branch.tenant.frames -= 1
         parent = node.parent
         if parent is None:
             return
@@ -153,4 +205,4 @@ class PrefixTree:
         # whoever used the child used its parents too
         parent.used = max(parent.used, node.used)
         if not parent.children and not parent.pins:
-            self.leaves.put(parent, self._rank(parent))
+            self._set_leaf(parent, True)

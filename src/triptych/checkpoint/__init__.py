@@ -1,5 +1,6 @@
 """Checkpoints of DeepSeek-V4: read in any dialect and format, looked into, and written."""
 
+from triptych.checkpoint.fingerprint import fingerprint
 from triptych.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from triptych.checkpoint.reader import CheckpointReader, RawTensor
 from triptych.checkpoint.sizes import stored_bytes
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointReport",
     "RawTensor",
     "TensorSpec",
+    "fingerprint",
     "inspect_checkpoint",
     "random_tensors",
     "stored_bytes",

@@ -24,6 +24,8 @@ from triptych.words import Delta, FinishReason, SamplingParams, TokenIds, TokenL
 
 __all__ = ["AsyncEngine", "Engine", "Output"]
 
+_FLUSH_SECONDS = 60.0  # for copies that were still under way to disk
+
 Prompt = str | Sequence[int] | TokenIds
 
 
@@ -107,7 +109,9 @@ class Engine:
         self._loop.cache.reset()
 
     def close(self) -> None:
-        """Nothing to release beyond memory; for symmetry with files and servers."""
+        """Finish the copies to lower tiers and let go of files. The engine cannot be used afterwards."""
+        self._loop.settle(_FLUSH_SECONDS)
+        self._loop.close()
 
     def _expand(self, prompt: Prompt, params: SamplingParams) -> list[Sample]:
         ids = self._encode(prompt)

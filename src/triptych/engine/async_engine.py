@@ -29,6 +29,8 @@ from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, Tok
 
 logger = logging.getLogger(__name__)
 
+_FLUSH_SECONDS = 10.0  # for copies that are still under way to disk when the engine stops
+
 
 @dataclass(slots=True)
 class _Route:
@@ -102,6 +104,9 @@ class AsyncEngine:
         while self._commands:  # requests that came too late to be stepped still have to be told
             self._commands.popleft()()
         self._deliver(self._loop.end_all(FinishReason.ABORT, "The engine was stopped."))
+        if not await asyncio.to_thread(self._loop.settle, _FLUSH_SECONDS):
+            logger.warning("copies to lower tiers were not finished in %.0f s and are lost", _FLUSH_SECONDS)
+        self._loop.close()
 
     def stats(self) -> EngineStats:
         """Figures as of the last step."""

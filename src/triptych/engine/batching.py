@@ -3,50 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, LOOKBACK, SLOT_ROWS
+from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS, trapezoid_start
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, WINDOW
-from triptych.engine.pools import SNAPSHOT_REACH, Pools
+from triptych.engine.pools import Pools
 from triptych.kernels.compress.ref import ABSENT, CompressPlan
 from triptych.kernels.window.ref import WindowPlan
-from triptych.model.batch import Batch, EntryPlan
+from triptych.model.batch import Batch, EntryPlan, Narrowing
 from triptych.words import Chunk
 
 Ints = npt.NDArray[np.int64]
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class _Rows:
-    """The chunks of a step as vectors over sequences [B] and rows [R]."""
+    """The rows of a step in one layer as vectors over sequences [B] and rows [R]; a sequence may have none."""
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], start: Ints, read_from: Ints) -> None:
         self.chunks = chunks
-        self.start = _ints([c.start for c in chunks])
+        self.start = start
         self.end = _ints([c.end for c in chunks])
         self.slot = _ints([c.slot for c in chunks])
-        self.read_from = _ints([c.read_from for c in chunks])
+        self.read_from = read_from
         self.write_from = _ints([c.write_from for c in chunks])
         self.count = self.end - self.start
         self.first_row = _exclusive_sum(self.count)
         self.positions = _ragged(self.start, self.count)
         self.seq = np.repeat(np.arange(len(chunks)), self.count)
 
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> _Rows:
+        """All rows of all chunks."""
+        return cls(chunks, _ints([c.start for c in chunks]), _ints([c.read_from for c in chunks]))
+
+    def from_layer(self, layer: int, layers: int) -> _Rows:
+        """The rows that `layer` runs: those of a trapezoid from its own start on (cache/geometry.py)."""
+        first = _ints([trapezoid_start(c.replay_to, layers, layer) if c.replay_to else 0 for c in self.chunks])
+        start = np.clip(first, self.start, self.end)
+        return _Rows(self.chunks, start, np.minimum(np.maximum(self.read_from, first), start))
+
 
 def build_batch(chunks: Sequence[Chunk], pools: Pools, *, all_logits: bool = False) -> Batch:
-    """The Batch of these chunks. `all_logits` samples every row, for tests."""
-    rows = _Rows(chunks)
+    """The Batch of these chunks. `all_logits` samples every row that reaches the last layer, for tests."""
+    rows = _Rows.of(chunks)
     table = np.zeros((len(chunks), max(-(-c.end // PAGE) for c in chunks)), np.int64)
     for line, chunk in zip(table, chunks, strict=True):
         used = -(-chunk.end // PAGE)
         line[:used] = chunk.pages[:used]
-    sampled = np.arange(len(rows.seq)) if all_logits else _ints([c.samples for c in chunks]).nonzero()[0]
+    tokens = np.concatenate([c.tokens for c in chunks]).astype(np.int64)
+    batch = _assemble(rows, tokens, table, pools, all_logits)
+    if any(c.replay_to > c.start for c in chunks):
+        return replace(batch, narrow=_narrowings(rows, tokens, table, pools, all_logits))
+    return batch
+
+
+def _narrowings(rows: _Rows, tokens: Ints, table: Ints, pools: Pools, all_logits: bool) -> dict[int, Narrowing]:
+    """What layers run from which on fewer rows go on. A trapezoid narrows at every layer, for 127 rows each."""
+    out: dict[int, Narrowing] = {}
+    layers = len(pools.layers)
+    for layer in range(1, layers):
+        fewer = rows.from_layer(layer, layers)
+        if np.array_equal(fewer.start, rows.start):
+            continue
+        keep = (rows.positions >= fewer.start[rows.seq]).nonzero()[0]
+        rows, tokens = fewer, tokens[keep]
+        out[layer] = Narrowing(_tensor(keep), _assemble(rows, tokens, table, pools, all_logits))
+    return out
+
+
+def _assemble(rows: _Rows, tokens: Ints, table: Ints, pools: Pools, all_logits: bool) -> Batch:
+    sampled = np.arange(len(rows.seq)) if all_logits else _ints([c.samples for c in rows.chunks]).nonzero()[0]
     if not all_logits:
         sampled = (rows.first_row + rows.count - 1)[sampled]
-    tokens = np.concatenate([c.tokens for c in chunks]).astype(np.int64)
     return Batch(
         token_ids=torch.from_numpy(tokens),
         positions=torch.from_numpy(rows.positions),
@@ -62,9 +96,9 @@ def build_batch(chunks: Sequence[Chunk], pools: Pools, *, all_logits: bool = Fal
 def _window_plan(rows: _Rows, pools: Pools) -> WindowPlan:
     """Where window rows come from and go to; see WindowPlan for the drawing.
 
-    Positions of one sequence:  past_lo ........ start ........ end     past_lo = max(read_from, start - SNAPSHOT_REACH)
+    Positions of one sequence:  past_lo ........ start ........ end     past_lo = max(read_from, start - RESTORED)
     """
-    past_lo = np.maximum(rows.read_from, rows.start - SNAPSHOT_REACH)
+    past_lo = np.maximum(rows.read_from, rows.start - RESTORED)
     past = rows.start - past_lo
     base = _exclusive_sum(past + rows.count)
     past_pos = _ragged(past_lo, past)
@@ -72,7 +106,7 @@ def _window_plan(rows: _Rows, pools: Pools) -> WindowPlan:
     keep_lo = np.maximum(rows.start, rows.end - SLOT_ROWS)
     keep_pos = _ragged(keep_lo, rows.end - keep_lo)
     keep_seq = np.repeat(np.arange(len(rows.chunks)), rows.end - keep_lo)
-    snap_src, snap_dst = _snapshot_rows(rows, base - past_lo, pools.snapshot_stride)
+    snap_src, snap_row, snap_of, snap_table = _snapshot_rows(rows, base - past_lo)
     return WindowPlan(
         total=int((past + rows.count).sum()),
         past_src=_tensor(np.repeat(rows.slot, past) * pools.window_stride + past_pos % SLOT_ROWS),
@@ -83,20 +117,28 @@ def _window_plan(rows: _Rows, pools: Pools) -> WindowPlan:
         keep_src=_tensor((rows.first_row - rows.start)[keep_seq] + keep_pos),
         keep_dst=_tensor(rows.slot[keep_seq] * pools.window_stride + keep_pos % SLOT_ROWS),
         snap_src=snap_src,
-        snap_dst=snap_dst,
+        snap_row=snap_row,
+        snap_of=snap_of,
+        snap_table=snap_table,
     )
 
 
-def _snapshot_rows(rows: _Rows, shift: Ints, stride: int) -> tuple[Tensor, Tensor]:
-    """Rows [b - 132, b - 4) of each snapshot written from inside a chunk; shift[s] maps positions to workspace rows."""
-    src, dst = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for s, chunk in enumerate(rows.chunks):
-        for write in chunk.snapshots:
-            low = write.position - SNAPSHOT_REACH
-            pos = np.arange(max(low, chunk.read_from), write.position - LOOKBACK)
-            src.append(pos + shift[s])
-            dst.append(pos - low + write.snapshot * stride)
-    return _tensor(np.concatenate(src)), _tensor(np.concatenate(dst))
+def _snapshot_rows(rows: _Rows, shift: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [b - 132, b - 4) of each snapshot written from inside a chunk, as WindowPlan.snap_* name them.
+
+    shift[s] maps positions of sequence s to workspace rows.
+    """
+    writes = [(s, chunk, write) for s, chunk in enumerate(rows.chunks) for write in chunk.snapshots]
+    if not writes:
+        return _NOTHING, _NOTHING, _NOTHING, _NOTHING[:, None]
+    low = _ints([write.position - RESTORED for _, _, write in writes])
+    sequence = _ints([s for s, _, _ in writes])
+    first = np.maximum(low, rows.read_from[sequence])
+    count = np.maximum(low + WINDOW - first, 0)
+    of = np.repeat(np.arange(len(writes)), count)
+    positions = _ragged(first, count)
+    table = np.asarray([write.frames for _, _, write in writes], np.int64)
+    return _tensor(positions + shift[sequence][of]), _tensor(positions - low[of]), _tensor(of), _tensor(table)
 
 
 def _entry_plan(rows: _Rows, table: Ints, ratio: int, ring: int, stride: int) -> EntryPlan:
@@ -124,7 +166,7 @@ def _entry_plan(rows: _Rows, table: Ints, ratio: int, ring: int, stride: int) ->
         ),
         first=_tensor(g * ratio),
         visible=_tensor(visible),
-        max_visible=int(visible.max()),
+        max_visible=int(visible.max(initial=0)),
     )
 
 

@@ -12,12 +12,18 @@ from rich.console import Console
 from triptych import tiny
 from triptych.cache.geometry import CacheCapacity, CacheGeometry, plan_capacity
 from triptych.cache.manager import CacheManager
-from triptych.checkpoint import CheckpointReader
+from triptych.cache.places import snapshot_policy_named
+from triptych.cache.policies import Below, Policies
+from triptych.cache.retention import retention_named
+from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
+from triptych.engine.canary import Canary
 from triptych.engine.loop import EngineLoop
 from triptych.engine.memory import free_memory
+from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
+from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
@@ -27,6 +33,9 @@ from triptych.schedule.scheduler import Scheduler
 from triptych.text.tokenizer import Tokenizer
 
 BUNDLED = ("tiny",)
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8": 0.5}
+"""How far logits may lie apart because rows were batched otherwise; a wrong window moves them by more than 1."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,17 +60,18 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     geometry = CacheGeometry.of(shape, config.cache.kv_format)
     free = free_memory()
     memory = config.cache.kv_memory or free // 4
-    capacity = plan_capacity(geometry, memory, config.max_running, config.cache.snapshot_share)
-    if capacity.bytes(geometry) > free:
+    capacity = plan_capacity(geometry, memory, config.max_running)
+    needed = capacity.bytes(geometry) + config.cache.host_memory
+    if needed > free:
         raise ConfigError(
-            f"The cache needs {capacity.bytes(geometry) / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
-            "Lower --kv-memory.",
+            f"The cache needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
+            "Lower --kv-memory or --host-memory.",
         )
     weights = _weights(reader, shape, _DTYPES[config.weight_dtype])
     _set_threads(config)
     with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
         warm_up(config)
-    loop = build_loop(weights, config, geometry, capacity)
+    loop = build_loop(weights, config, geometry, capacity, fingerprint(directory))
     limit = config.max_context or shape.max_position
     max_context = min(limit, shape.max_position, capacity.tokens)
     tokenizer = _tokenizer(directory, shape)
@@ -70,13 +80,31 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
 
 
 def build_loop(
-    weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity
+    weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity, identity: bytes = b""
 ) -> EngineLoop:
-    """The engine's parts around given weights, wired together."""
-    shape = weights.shape
-    cache = CacheManager(geometry, capacity, shape.num_layers, prefix_cache=config.cache.prefix_cache)
-    runner = Runner(weights, config, Pools(shape, geometry, capacity))
-    return EngineLoop(shape, cache, Scheduler(cache, config, shape.max_position), runner)
+    """The engine's parts around given weights, wired together. `identity` names the weights on disk."""
+    shape, wanted = weights.shape, config.cache
+    places = snapshot_policy_named(wanted.policy)
+    space = namespace(identity, geometry, config, exact=places.exact)
+    stores = open_stores(wanted, space)
+    host_frames = wanted.host_memory // geometry.page_bytes
+    below = Below(host_frames, stores)
+    policies = Policies(
+        places, retention_named(wanted.retention), quota=wanted.tenant_quota, prefix_cache=wanted.prefix_cache
+    )
+    cache = CacheManager(
+        geometry,
+        capacity,
+        shape.num_layers,
+        policies=policies,
+        below=below,
+        namespace=space,
+    )
+    pools = Pools(shape, geometry, capacity)
+    runner = Runner(weights, config, pools)
+    mover = Mover(pools, geometry, host_frames, stores)
+    canary = Canary(wanted.canary, _TOLERANCE[wanted.kv_format]) if wanted.canary else None
+    return EngineLoop(shape, cache, Scheduler(cache, config, shape.max_position), runner, mover, canary)
 
 
 def _find(model: str | Path) -> tuple[str, Path]:

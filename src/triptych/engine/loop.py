@@ -5,11 +5,16 @@ Single-threaded and free of any clock or queue: `Engine` drives it in the caller
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
+from triptych.engine.canary import PREFIX, Canary
+from triptych.engine.mover import Mover
 from triptych.engine.runner import Runner
 from triptych.engine.sampler import SamplerState, sample
 from triptych.model.transformer import Transformer
@@ -24,6 +29,9 @@ from triptych.words import (
     TokenLogprob,
     Usage,
 )
+
+_IDLE_WAIT = 0.05  # seconds to wait for a copy when no rows can run
+_TELLING_ROWS = 64  # rows of a prefill that say how fast it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +53,18 @@ class TokenEvent:
 class EngineLoop:
     """Owns the scheduler, the cache manager, the runner and one sampler state per live request."""
 
-    def __init__(self, shape: ModelShape, cache: CacheManager, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        cache: CacheManager,
+        scheduler: Scheduler,
+        runner: Runner,
+        mover: Mover,
+        canary: Canary | None = None,
+    ) -> None:
         self.cache = cache
+        self._mover = mover
+        self._canary = canary
         self.scheduler = scheduler
         self._shape = shape
         self._runner = runner
@@ -59,8 +77,8 @@ class EngineLoop:
 
     @property
     def busy(self) -> bool:
-        """True while any request waits or runs."""
-        return self.scheduler.busy
+        """True while there is anything to do: requests, copies between tiers, or a check of the canary."""
+        return self.scheduler.busy or self.cache.tiers.busy or (self._canary is not None and self._canary.waiting)
 
     def add(self, request: Request, sample_index: int = 0) -> None:
         """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait."""
@@ -78,16 +96,56 @@ class EngineLoop:
         """End a request now, whatever it is doing; what it computed stays cached. None if it is not known."""
         if self._samplers.pop(request_id, None) is None:
             return None
+        if request_id.startswith(PREFIX):
+            reason = FinishReason.ERROR  # nobody shares the pages of a check: they are dropped
+        elif self._canary is not None:
+            self._canary.ended(request_id)
         return self.scheduler.finish(request_id, reason)
 
     def step(self) -> list[TokenEvent]:
         """Run one step. Returns what happened, in plan order; empty if there was nothing to do."""
+        self._take_in()
+        self._watch_over()
         plan = self.scheduler.plan()
+        self._mover.run(self.cache.due())  # before the step, which writes into frames that are demoted here
         if plan is None:
+            self._runner.save(self.scheduler.take_saves())
+            self._take_in(_IDLE_WAIT)
             return []
         result = self._run(plan)
         live = self.scheduler.apply(plan, result)
         return self._collect(live, result.failed)
+
+    def settle(self, timeout: float) -> bool:
+        """Finish the copies to lower tiers while nothing else runs. False if `timeout` seconds did not suffice."""
+        deadline = time.monotonic() + timeout
+        self._mover.run(self.cache.due())
+        self._runner.save(self.scheduler.take_saves())
+        while self.cache.tiers.busy and time.monotonic() < deadline:
+            self._mover.run(self.cache.due())
+            self._take_in(_IDLE_WAIT)
+        return not self.cache.tiers.busy
+
+    def close(self) -> None:
+        """Let go of threads and stores; copies that were not finished are lost."""
+        self._mover.close()
+
+    def _take_in(self, timeout: float = 0.0) -> None:
+        """Copies that have ended; waits for the first of those under way."""
+        for done in self._mover.poll(timeout):
+            self.cache.end(done)
+
+    def _watch_over(self) -> None:
+        """Start a check of the canary when nothing else is to be done, and end it as soon as something is."""
+        canary = self._canary
+        if canary is None:
+            return
+        if canary.running is not None:
+            if len(self._samplers) > 1:
+                self.finish(canary.running, FinishReason.ERROR)  # whose pages are dropped: nobody shares them
+                canary.give_up()
+        elif canary.waiting and not self._samplers:
+            self.add(canary.next())
 
     def end_all(self, reason: FinishReason, sentence: str) -> list[TokenEvent]:
         """End every request. After a step that broke, with ERROR: the next plan then starts from an empty cache."""
@@ -101,6 +159,8 @@ class EngineLoop:
         """Requests and tokens as of now."""
         s = self.scheduler.stats()
         cache = {**asdict(self.cache.stats()), "preemptions": s.preemptions, "rerun_tokens": s.rerun_tokens}
+        if self._canary is not None:
+            cache |= {"canary_checked": self._canary.checked, "canary_failed": self._canary.failed}
         return EngineStats(
             running=s.running,
             waiting=s.waiting,
@@ -113,7 +173,11 @@ class EngineLoop:
         )
 
     def _run(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
         logits = self._runner.logits(plan)
+        self._learn(plan, time.perf_counter() - started)
+        if self._canary is not None:
+            self._show(self._canary, plan, logits)
         sampled = [chunk.request_id for chunk in plan.chunks if chunk.samples]
         drawn = sample(logits, [self._samplers[request_id] for request_id in sampled])
         tokens = tuple(one for one in drawn if isinstance(one, SampledToken))
@@ -121,6 +185,24 @@ class EngineLoop:
             request_id: one for request_id, one in zip(sampled, drawn, strict=True) if not isinstance(one, SampledToken)
         }
         return StepResult(plan.step, tokens, failed)
+
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        """How fast prefill is, from steps that are one chunk long enough to say."""
+        if len(plan.chunks) == 1 and plan.chunks[0].rows >= _TELLING_ROWS and not plan.chunks[0].replay_to:
+            self.cache.rates.observe_prefill(plan.chunks[0].start, plan.chunks[0].end, seconds)
+
+    def _show(self, canary: Canary, plan: StepPlan, logits: Tensor) -> None:
+        """Let the canary see what resumed requests sample from, and judge its own check."""
+        for chunk, row in zip((chunk for chunk in plan.chunks if chunk.samples), logits, strict=True):
+            if chunk.request_id == canary.running:
+                wrong = canary.judge(row)
+                if wrong is not None:
+                    self.cache.distrust(wrong.tokens[: wrong.resumed], wrong.salt)
+                continue
+            sequence = self.scheduler.sequence(chunk.request_id)
+            if sequence.plan is not None and sequence.plan.write_from:
+                resumed = sequence.plan.write_from
+                canary.saw(chunk.request_id, sequence.request.salt, sequence.tokens[: chunk.end], resumed, row)
 
     def _collect(self, tokens: tuple[SampledToken, ...], failed: Mapping[str, str]) -> list[TokenEvent]:
         """Stop rules: end of sequence, stop tokens, max_tokens, a full context; a failed row ends its request."""
@@ -133,6 +215,8 @@ class EngineLoop:
             state.accept(token.token_id)
             reason, hidden = self._stop_rule(state, token)
             usage = self.finish(token.request_id, reason) if reason is not None else None
+            if token.request_id.startswith(PREFIX):
+                continue
             events.append(TokenEvent(token.request_id, token.token_id, token.logprob, hidden, reason, usage))
         return events
 

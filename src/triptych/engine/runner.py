@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from triptych.engine.pools import Pools
 from triptych.kernels.registry import select
 from triptych.model.transformer import Transformer
 from triptych.model.weights import ModelWeights
-from triptych.words import StepPlan
+from triptych.words import SlotSave, StepPlan
 
 
 class Runner:
@@ -31,10 +33,14 @@ class Runner:
         """Logits [R, V] of every row of the plan, for tests."""
         return self._forward(plan, all_logits=True)
 
+    def save(self, saves: Sequence[SlotSave]) -> None:
+        """Copy window rows out of slots."""
+        for save in saves:
+            self.pools.save(save.slot, save.position, save.frames)
+
     def _forward(self, plan: StepPlan, *, all_logits: bool) -> Tensor:
         with torch.inference_mode():
-            for save in plan.saves:
-                self.pools.save(save.slot, save.position, save.snapshot)
+            self.save(plan.saves)
             for chunk in plan.chunks:
                 if chunk.restore is not None:
                     self.pools.restore(chunk.slot, chunk.start + LOOKBACK, chunk.restore)

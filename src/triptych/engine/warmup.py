@@ -44,7 +44,8 @@ def warm_up(config: EngineConfig) -> None:
     for name, (size, dtype) in store.sizes().items():
         store.place(name, torch.zeros(size, dtype=dtype))
     geometry = CacheGeometry.of(_MINIATURE, config.cache.kv_format)
-    runner = Runner(store.weights, config, Pools(_MINIATURE, geometry, CacheCapacity(pages=16, slots=3, snapshots=1)))
+    capacity = CacheCapacity(frames=16 + geometry.snapshot_frames, slots=3)
+    runner = Runner(store.weights, config, Pools(_MINIATURE, geometry, capacity))
     pages = np.arange(16, dtype=np.int32)
 
     def chunk(slot: int, start: int, end: int, snapshots: tuple[SnapshotWrite, ...] = ()) -> Chunk:
@@ -53,5 +54,5 @@ def warm_up(config: EngineConfig) -> None:
         return Chunk(f"r{slot}", slot, start, end, tokens, table, start, snapshots=snapshots, samples=True)
 
     # many rows take other kernels than few rows: a long chunk, then decode rows beside a short one
-    runner.logits(StepPlan(1, (chunk(0, 0, 600, (SnapshotWrite(256, 0),)),)))
+    runner.logits(StepPlan(1, (chunk(0, 0, 600, (SnapshotWrite(256, tuple(range(16, capacity.frames))),)),)))
     runner.logits(StepPlan(2, (chunk(0, 600, 601), chunk(1, 0, 3))))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
 from triptych.kernels.index.ref import PagedEntries
@@ -22,6 +23,7 @@ from triptych.kernels.window.ref import WindowPlan
 D, HEADS, DIM, ROPE, LORA = 48, 3, 40, 8, 24  # sizes that are no power of two
 EXPERTS, HIDDEN, VOCAB = 7, 20, 31
 SEQUENCES, PAGES = 3, 11
+SNAPSHOT_FRAMES = 6  # two layers of 128 rows, 50 in each frame
 
 
 WRITES = {"keep_window": (1, 2), "compress": (2,)}
@@ -87,7 +89,9 @@ def _window_plan(rows: int, g: Generator) -> WindowPlan:
         keep_src=torch.randperm(rows, generator=g)[: rows // 2 + 1],
         keep_dst=places[: rows // 2 + 1],
         snap_src=torch.arange(past),
-        snap_dst=torch.arange(past).flip(0),
+        snap_row=torch.randperm(WINDOW, generator=g)[:past],
+        snap_of=torch.arange(past) % 2,
+        snap_table=torch.randperm(2 * SNAPSHOT_FRAMES, generator=g).view(2, SNAPSHOT_FRAMES),
     )
 
 
@@ -96,7 +100,9 @@ def _window_rows(rows: int, g: Generator) -> tuple[Any, ...]:
 
 
 def _keep_window(rows: int, g: Generator) -> tuple[Any, ...]:
-    return _randn(g, rows + 5, DIM), _randn(g, 2 * rows + 5, DIM), _randn(g, 9, DIM), _window_plan(rows, g)
+    """Layer 1 of a model whose snapshots take several frames of 50 rows."""
+    frames = _randn(g, 2 * SNAPSHOT_FRAMES, 50 * DIM + 3)[:, : 50 * DIM].unflatten(1, (50, DIM))
+    return _randn(g, rows + 5, DIM), _randn(g, 2 * rows + 5, DIM), frames, 1, _window_plan(rows, g)
 
 
 def _compress(rows: int, g: Generator) -> tuple[Any, ...]:

@@ -55,7 +55,7 @@ class AttentionBlock:
         rows = k.window_rows(kv, cache.window, batch.window)
         window = WindowRows(rows, batch.window.first, batch.window.count)
         out = n.activation(k.attend(q, window, entries, selected, weights.core))
-        k.keep_window(rows, cache.window, cache.snapshots, batch.window)
+        k.keep_window(rows, cache.window, cache.frames, cache.layer, batch.window)
         out = n.activation(k.derotate(out, angles[0]))
         grouped = n.activation(k.grouped_linear(out.view(out.shape[0], shape.o_groups, -1), weights.o_a))
         return n.activation(k.linear(n.linear_input(grouped), weights.o_b))

@@ -5,7 +5,8 @@ The engine builds it once a step; every layer reads it. The model knows nothing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,7 +29,10 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """R rows of B sequences. token_ids, positions, seq [R] int64; page_table [B, P] int64; sampled [S] row indices."""
+    """R rows of B sequences. token_ids, positions, seq [R] int64; page_table [B, P] int64; sampled [S] row indices.
+
+    `narrow`: for layers that run fewer rows than the layer before, which ones go on; see Narrowing.
+    """
 
     token_ids: Tensor
     positions: Tensor
@@ -38,19 +42,34 @@ class Batch:
     csa: EntryPlan
     hca: EntryPlan
     sampled: Tensor
+    narrow: Mapping[int, Narrowing] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step."""
+        return len(self.positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """From one layer on only the rows `keep` [R'] of those before go on, as `batch`; it has no `narrow` of its own."""
+
+    keep: Tensor
+    batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's views of the pools.
+    """The views of the pools that layer number `layer` has.
 
-    window [slots * ring, c] and snapshots [n * 128, c] flat rows; entries [pages, 32 or 1, c]; index_keys
-    [pages, 32, Di]; state, index_state [slots * ring, width] compressor rows, float32. None where the layer kind has
-    no such cache.
+    window [slots * ring, c] flat rows; frames [n, rows, c] all frames as rows of snapshots; entries [n, 32 or 1, c];
+    index_keys [n, 32, Di]; state, index_state [slots * ring, width] compressor rows, float32. None where the layer
+    kind has no such cache.
     """
 
+    layer: int
     window: Tensor
-    snapshots: Tensor
+    frames: Tensor
     entries: Tensor | None = None
     index_keys: Tensor | None = None
     state: Tensor | None = None

@@ -18,13 +18,17 @@ from triptych.model.weights import LayerWeights, ModelWeights
 
 
 class Transformer:
-    """A backbone ready to run. Holds weights, kernels and rounding rules; all request state is in the caches."""
+    """A backbone ready to run. Holds weights, kernels and rounding rules; all request state is in the caches.
+
+    `layer_rows` counts rows times layers that have run.
+    """
 
     def __init__(self, weights: ModelWeights, kernels: KernelSet, numerics: Numerics = "exact") -> None:
         self.shape = weights.shape
         self._weights = weights
         self._n: NumericsRules = Exact() if numerics == "exact" else Native()
         self._rope = RopeTables(weights.shape)
+        self.layer_rows = 0
         self.use_kernels(kernels)
 
     def use_kernels(self, kernels: KernelSet) -> None:
@@ -34,10 +38,20 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
-        """Run all rows through all layers, writing the caches. Returns logits [S, V] of the sampled rows, float32."""
+        """Run all rows through all layers, writing the caches. Returns logits [S, V] of the sampled rows, float32.
+
+        Where the batch narrows, rows that only deeper windows would have needed do not go on.
+        """
         streams = self._embed(batch.token_ids)
         angles = self._angles(batch)
+        narrow = batch.narrow
         for layer, cache in zip(self._weights.layers, caches, strict=True):
+            if cache.layer in narrow:
+                keep, batch = narrow[cache.layer].keep, narrow[cache.layer].batch
+                streams, angles = streams[keep], self._angles(batch)
+            if not batch.rows:
+                break
+            self.layer_rows += batch.rows
             streams = self._layer(streams, layer, batch, cache, angles[layer.ratio])
         return self._head(streams[batch.sampled])
 

@@ -57,6 +57,10 @@ class Scheduler:
         """What a live request has cost so far."""
         return self._live[request_id].usage()
 
+    def sequence(self, request_id: str) -> Sequence:
+        """A live request as it stands."""
+        return self._live[request_id]
+
     def stats(self) -> ScheduleStats:
         """Requests now and totals since start."""
         return ScheduleStats(running=len(self._running), waiting=len(self._waiting), **vars(self._counters))
@@ -103,6 +107,7 @@ class Scheduler:
             self._leave(sequence, forget=reason is FinishReason.ERROR)
         else:
             self._waiting.remove(sequence)
+            self._cache.withdraw(request_id)
         sequence.ended = True
         return sequence.usage()
 
@@ -117,8 +122,7 @@ class Scheduler:
         # while its rows are being run, or after they failed, the ring is not what `processed` says
         write = None if in_flight or forget else self._cache.boundary_snapshot(request_id)
         if write is not None:
-            self._saves = [save for save in self._saves if save.snapshot != write.snapshot]
-            self._saves.append(SlotSave(self._cache.slot(request_id), write.position, write.snapshot))
+            self._saves.append(SlotSave(self._cache.slot(request_id), write.position, write.frames))
             self._cache.publish_snapshot(request_id, write)
         self._cache.release(request_id, forget=forget)
 
@@ -137,9 +141,15 @@ class Scheduler:
             return None
         chunks.sort(key=lambda chunk: not self._live[chunk.request_id].prefilled)
         self._counters.steps += 1
-        self._flight = StepPlan(self._counters.steps, tuple(chunks), tuple(self._saves))
-        self._saves = []
+        # a snapshot may have been given up again while this step was planned: its frames are others' now
+        self._flight = StepPlan(self._counters.steps, tuple(chunks), self.take_saves())
         return self._flight
+
+    def take_saves(self) -> tuple[SlotSave, ...]:
+        """What to copy out of slots although no rows run: when `plan` gave None."""
+        saves = tuple(save for save in self._saves if self._cache.is_published(save))
+        self._saves = []
+        return saves
 
     def _abandon(self) -> None:
         """The last plan never came back: its requests must have been ended, and nothing cached is trusted."""
@@ -156,13 +166,18 @@ class Scheduler:
         before = self._counters.preemptions
         for sequence in tuple(self._running):
             if sequence.running and sequence.prefilled and not sequence.idle:
-                self._grow(sequence, sequence.length)
+                sequence.starved = not self._grow(sequence, sequence.length)
         return before == self._counters.preemptions
 
     def _grow(self, sequence: Sequence, upto: int) -> bool:
-        """Pages for [0, upto), preempting the newest requests; False if that was this one itself."""
+        """Pages for [0, upto), preempting the newest requests; False if that was this one itself, or it has to wait.
+
+        The only running request waits for copies between tiers, which hold what it needs.
+        """
         while not self._cache.grow(sequence.request_id, upto):
             newest = self._running[-1]
+            if len(self._running) == 1 and self._cache.copying:
+                return False
             self._preempt(newest)
             if newest is sequence:
                 return False
@@ -178,14 +193,21 @@ class Scheduler:
         self._counters.preemptions += 1
 
     def _admit(self) -> None:
-        """Admit waiting requests in order until one does not fit; forks of a prompt being prefilled stand aside."""
+        """Admit waiting requests in order until one does not fit.
+
+        Forks of a prompt being prefilled stand aside, and so do requests whose pages are being fetched.
+        """
         aside: list[Sequence] = []
         while self._waiting:
             sequence = self._waiting[0]
             if sequence.parent is not None and sequence.parent.holds_up_forks:
                 aside.append(self._waiting.popleft())
                 continue
-            plan = self._cache.admit(sequence.request_id, sequence.tokens, sequence.request.salt, sequence.limit)
+            if not self._cache.ready(sequence.request_id, sequence.tokens, sequence.request.salt):
+                aside.append(self._waiting.popleft())
+                continue
+            request = sequence.request
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, request.hints)
             if plan is None:
                 break
             self._waiting.popleft()
@@ -203,7 +225,7 @@ class Scheduler:
 
     def _share_rows(self) -> dict[Sequence, int]:
         """Rows of each running request in this step: one per decode, fair shares of the rest for prefills."""
-        rows = {s: s.pending for s in self._running if s.prefilled and not s.idle}
+        rows = {s: s.pending for s in self._running if s.prefilled and not s.idle and not s.starved}
         prefills = [s for s in self._running if not s.prefilled and not s.idle]
         budget = self._config.step_tokens - sum(rows.values())
         for sequence, share in zip(prefills, fair_shares(budget, [s.pending for s in prefills]), strict=True):
@@ -227,6 +249,7 @@ class Scheduler:
             restore=sequence.restore,
             snapshots=() if sequence.prefilled else self._cache.snapshot_writes(sequence.request_id, start, end),
             samples=end == sequence.length,
+            replay_to=plan.replay_to,
         )
 
     def apply(self, plan: StepPlan, result: StepResult) -> tuple[SampledToken, ...]:

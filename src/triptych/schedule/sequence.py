@@ -25,12 +25,12 @@ class Sequence:
         self.processed = 0
         self.prefilled = False
         self.plan: ResumePlan | None = None
-        self.restore: int | None = None
+        self.restore: tuple[int, ...] | None = None
         self.failed = False
+        self.starved = False
         self.ended = False
         self._reached = 0
-        self._cached = 0
-        self._recomputed = 0
+        self._first: ResumePlan | None = None
         self.admissions = 0
         self._buffer = np.empty(self.prompt + 64, np.int32)
         self._buffer[: self.prompt] = request.prompt_ids
@@ -76,10 +76,10 @@ class Sequence:
         """Start running by `plan`. Returns how many tokens will run again that had run before a preemption."""
         self.plan = plan
         self.processed = plan.start
-        self.restore = plan.snapshot
+        self.restore = plan.restore
         self.admissions += 1
         if self.admissions == 1:
-            self._cached, self._recomputed = plan.cached_tokens, plan.recomputed_tokens
+            self._first = plan
         return max(0, self._reached - plan.start)
 
     def advance(self, processed: int) -> None:
@@ -105,4 +105,15 @@ class Sequence:
 
     def usage(self) -> Usage:
         """Cost so far; the prompt's part is that of the first admission."""
-        return Usage(self.prompt, self._cached, self._recomputed, self.generated)
+        plan = self._first
+        if plan is None:
+            return Usage(self.prompt, completion_tokens=self.generated)
+        return Usage(
+            prompt_tokens=self.prompt,
+            cached_tokens=plan.cached_tokens,
+            recomputed_tokens=plan.recomputed_tokens,
+            completion_tokens=self.generated,
+            cached_by_tier=plan.by_tier,
+            resume=plan.kind,
+            approximate=plan.kind == "bounded",
+        )

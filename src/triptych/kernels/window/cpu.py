@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triptych.config import WINDOW
 from triptych.kernels.jit import kernel
 from triptych.kernels.window import ref
 from triptych.kernels.window.ref import WindowPlan
@@ -21,14 +22,16 @@ def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
     return rows
 
 
-def keep_window(rows: Tensor, ring: Tensor, snapshots: Tensor, plan: WindowPlan) -> None:
+def keep_window(rows: Tensor, ring: Tensor, frames: Tensor, layer: int, plan: WindowPlan) -> None:
     """See ref.keep_window."""
     if ring.dtype != torch.float32:
-        ref.keep_window(rows, ring, snapshots, plan)
+        ref.keep_window(rows, ring, frames, layer, plan)
         return
     _keep(rows.numpy(), plan.step_dst.numpy(), plan.keep_src.numpy(), plan.keep_dst.numpy(), ring.numpy())
     if len(plan.snap_src):
-        _copy(rows.numpy(), plan.snap_src.numpy(), plan.snap_dst.numpy(), snapshots.numpy())
+        row = layer * WINDOW + plan.snap_row
+        frame = plan.snap_table[plan.snap_of, row // frames.shape[1]]
+        _store(rows.numpy(), plan.snap_src.numpy(), frame.numpy(), (row % frames.shape[1]).numpy(), frames.numpy())
 
 
 @kernel
@@ -51,3 +54,10 @@ def _keep(rows, step_dst, src, dst, ring):  # type: ignore[no-untyped-def]
         at = step_dst[src[n]]
         for i in range(rows.shape[1]):
             ring[dst[n], i] = rows[at, i]
+
+
+@kernel
+def _store(rows, src, frame, row, frames):  # type: ignore[no-untyped-def]
+    for n in range(src.shape[0]):
+        for i in range(rows.shape[1]):
+            frames[frame[n], row[n], i] = rows[src[n], i]

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from triptych.config import WINDOW
+
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
     """Row indices of one step, the same for every layer; all int64.
 
     total rows; past_src (flat ring row) -> past_dst; step_dst[r] is row r's place; first, count [R] each query's
-    stretch; keep_src (step rows) -> keep_dst (flat ring rows) after attention; snap_src (rows here) -> snap_dst (flat
-    snapshot rows).
+    stretch; keep_src (step rows) -> keep_dst (flat ring rows) after attention; snap_src (rows here) -> row snap_row
+    [0, 128) of this layer in the snapshot whose frames are the line snap_table[snap_of] of [N, k].
     """
 
     total: int
@@ -32,7 +34,9 @@ class WindowPlan:
     keep_src: Tensor
     keep_dst: Tensor
     snap_src: Tensor
-    snap_dst: Tensor
+    snap_row: Tensor
+    snap_of: Tensor
+    snap_table: Tensor
 
 
 def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
@@ -46,8 +50,13 @@ def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
     return rows
 
 
-def keep_window(rows: Tensor, ring: Tensor, snapshots: Tensor, plan: WindowPlan) -> None:
-    """After attention: the step's last rows go to the slots, the rows before a snapshot's boundary to the snapshot."""
+def keep_window(rows: Tensor, ring: Tensor, frames: Tensor, layer: int, plan: WindowPlan) -> None:
+    """After attention: the step's last rows go to the slots, the rows before a snapshot's boundary to its frames.
+
+    frames [n, rows_per_frame, c]; row r = 128 layer + i of a snapshot is in its frame number r // rows_per_frame.
+    """
     ring[plan.keep_dst] = rows[plan.step_dst[plan.keep_src]].to(ring.dtype)
     if len(plan.snap_src):
-        snapshots[plan.snap_dst] = rows[plan.snap_src].to(snapshots.dtype)
+        row = layer * WINDOW + plan.snap_row
+        frame = plan.snap_table[plan.snap_of, row // frames.shape[1]]
+        frames[frame, row % frames.shape[1]] = rows[plan.snap_src].to(frames.dtype)

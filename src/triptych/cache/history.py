@@ -1,0 +1,186 @@
+"""Who came back, after how long, and where it left what it shares: what retention and snapshot places learn from.
+
+Kept apart from the tree, because what was evicted comes back too, and that is what there is to learn:
+
+    request A   |=== shared ===|== own prompt ==|~~ output ~~|      remembered: keys of its last pages
+    request B   |=== shared ===|== own pr|  ...                     came back after `pause`, left `distance` pages
+                                         fork                       before the end of A's prompt
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from triptych.cache.geometry import LOOKBACK
+from triptych.config import PAGE
+
+REACH = 16
+"""Pages before the end of a prompt within which a fork counts as coming back to that prompt."""
+
+_MEMORY = 2000.0  # forks after which the weight of older ones halves
+
+
+@dataclass(slots=True)
+class Visit:
+    """The last pages of one request: those named `keys` from page `first` on; its prompt ended in page `prompt`.
+
+    `kind` is what it was like, for Chances.
+    """
+
+    time: float
+    first: int
+    prompt: int
+    keys: list[bytes]
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """A request continued one that ended `pause` seconds ago. `distance` pages before the end of its prompt they
+    part, counted from its last full page; negative: within its output. `at_end`: it was continued whole."""
+
+    pause: float
+    distance: int
+    at_end: bool
+    kind: int
+
+
+class Visits:
+    """The last `limit` requests by the key of their first remembered page."""
+
+    def __init__(self, limit: int = 16384) -> None:
+        self._limit = limit
+        self._visits: OrderedDict[bytes, Visit] = OrderedDict()
+
+    def left(self, keys: Sequence[bytes], start: int, prompt: int, kind: int, now: float) -> None:
+        """A request ended whose sealed pages are `keys`; those from page `start` on are its own."""
+        first = max(start, prompt - REACH)
+        if first >= len(keys):
+            return
+        anchor = keys[first]
+        self._visits.pop(anchor, None)
+        self._visits[anchor] = Visit(now, first, prompt, list(keys[first : prompt + REACH]), kind)
+        if len(self._visits) > self._limit:
+            self._visits.popitem(last=False)
+
+    def came(self, keys: Sequence[bytes], now: float) -> Return | None:
+        """A request with these page keys came: which one does it continue?"""
+        visits = self._visits
+        for at in range(len(keys) - 1, -1, -1):
+            visit = visits.get(keys[at])
+            if visit is None or visit.first != at:
+                continue
+            shared = 0
+            for mine, theirs in zip(keys[at:], visit.keys, strict=False):
+                if mine != theirs:
+                    break
+                shared += 1
+            fork = at + shared
+            return Return(now - visit.time, visit.prompt - fork, shared == len(visit.keys), visit.kind)
+        return None
+
+
+class Chances:
+    """How likely requests of a kind are continued soon: decayed counts, those that come back late counting less.
+
+    A kind is the turn (0, 1, later), the power of two of the new pages, and whether the output was short or long.
+    """
+
+    KINDS = 3 * 3 * 16
+
+    def __init__(self) -> None:
+        self._left = [0.0] * self.KINDS
+        self._back = [0.0] * self.KINDS
+        self._all_left, self._all_back = 10.0, 3.0
+
+    @staticmethod
+    def kind(turn: int, pages: int, output: int) -> int:
+        """The kind of a request that added `pages` pages and `output` tokens as turn number `turn` of its session."""
+        answer = (output >= 32) + (output >= 512)
+        return (min(turn, 2) * 3 + answer) * 16 + min(pages.bit_length(), 15)
+
+    @property
+    def mean(self) -> float:
+        """The share of all that were continued."""
+        return self._all_back / self._all_left
+
+    def left(self, kind: int) -> None:
+        """One of a kind ended."""
+        self._left[kind] += 1.0
+        self._all_left += 1.0
+        if self._left[kind] > _MEMORY / 4:
+            self._left[kind] /= 2
+            self._back[kind] /= 2
+        if self._all_left > _MEMORY:
+            self._all_left /= 2
+            self._all_back /= 2
+
+    def back(self, kind: int, weight: float) -> None:
+        """One of a kind was continued."""
+        self._back[kind] += weight
+        self._all_back += weight
+
+    def of(self, kind: int) -> float:
+        """The share that was continued, held near the mean until enough is seen."""
+        return (self._back[kind] + 10.0 * self.mean) / (self._left[kind] + 10.0)
+
+
+class Forks:
+    """Where requests leave the prompt they continue: decayed counts, from which places for snapshots follow."""
+
+    def __init__(self) -> None:
+        # before anything is seen: the next turn continues the output, or changes a little before the prompt's end
+        self._before = [1.0, 0.5, 0.5] + [0.1] * (REACH - 1)
+        self._after = 2.0
+
+    @property
+    def total(self) -> float:
+        """Weight of all that was seen."""
+        return sum(self._before) + self._after
+
+    def add(self, back: Return) -> None:
+        """One more."""
+        if back.distance < 0:
+            self._after += 1.0
+        elif back.distance <= REACH:
+            self._before[back.distance] += 1.0
+        if self.total > _MEMORY:
+            self._before = [count / 2 for count in self._before]
+            self._after /= 2
+
+    def rungs(self, cost: float, most: int = 4) -> dict[int, float]:
+        """Distances in pages before the prompt's end, each with the tokens that a snapshot there saves on average.
+
+        `cost` = tokens to run where no snapshot is usable. Greedy: each rung is the one that saves most beside
+        those already chosen; a fork uses the nearest rung at or before it.
+        """
+        chosen: dict[int, float] = {}
+        now = [cost] * len(self._before)
+        total = self.total
+        for _ in range(most):
+            best, saved, after = -1, 16.0, now
+            for rung in range(len(now)):
+                if rung in chosen:
+                    continue
+                then = [min(c, (rung - d) * PAGE + LOOKBACK) if rung >= d else c for d, c in enumerate(now)]
+                gain = sum(n * (c - t) for n, c, t in zip(self._before, now, then, strict=True)) / total
+                # those who continue the output resume here too if its end has no snapshot
+                gain += 0.5 * self._after / total * (cost if not chosen else 0.0)
+                if gain > saved:
+                    best, saved, after = rung, gain, then
+            if best < 0:
+                break
+            chosen[best] = saved
+            now = after
+        return chosen
+
+    @property
+    def into_output(self) -> float:
+        """Share of those who come back that continue the output too."""
+        return self._after / self.total
+
+    def end_worth(self, cost: float, output: int) -> float:
+        """Tokens that a snapshot at the end of `output` tokens saves on average."""
+        return self._after / self.total * min(cost, output)

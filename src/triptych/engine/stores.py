@@ -1,0 +1,34 @@
+"""The tiers that an engine's configuration asks for, and the fingerprint that keeps what must not mix apart."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from triptych.cache.geometry import CacheGeometry
+from triptych.cache.store import RemoteStore, SegmentStore
+from triptych.cache.store.protocol import Store
+from triptych.config import CacheConfig, EngineConfig
+
+LAYOUT = 1
+"""Version of what the bytes of pages and snapshots mean; raise it when geometry or order of segments change."""
+
+
+def namespace(weights: bytes, geometry: CacheGeometry, config: EngineConfig, *, exact: bool) -> bytes:
+    """All that decides the bytes of a cached object besides its tokens and tenant: 32 bytes.
+
+    Kernels belong to it: two backends agree within rounding only, and an exact resume promises the same bits.
+    """
+    kinds = f"{geometry.kv_format} {geometry.index_format} {config.numerics} {config.weight_dtype}"
+    kernels = f"{config.kernel_backend} {config.deterministic} {exact}"
+    return hashlib.sha256(f"{LAYOUT} {geometry} {kinds} {kernels} ".encode() + weights).digest()
+
+
+def open_stores(config: CacheConfig, fingerprint: bytes) -> tuple[Store, ...]:
+    """The stores below device and host, fastest first. ConfigError if one cannot be used."""
+    stores: list[Store] = []
+    if config.disk is not None:
+        stores.append(SegmentStore(Path(config.disk).expanduser(), fingerprint, config.disk_memory))
+    if config.remote is not None:
+        stores.append(RemoteStore(config.remote, fingerprint))
+    return tuple(stores)
