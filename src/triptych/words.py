@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -181,6 +181,22 @@ class Usage:
     def computed_tokens(self) -> int:
         """Prompt tokens that were in no cache."""
         return self.prompt_tokens - self.cached_tokens - self.recomputed_tokens
+
+    def plus(self, other: Usage, *, same_prompt: bool = False) -> Usage:
+        """Both together; with `same_prompt` the other's prompt is one that is counted already."""
+        completion = self.completion_tokens + other.completion_tokens
+        if same_prompt:
+            return replace(self, completion_tokens=completion, approximate=self.approximate or other.approximate)
+        tiers = {*self.cached_by_tier, *other.cached_by_tier}
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.recomputed_tokens + other.recomputed_tokens,
+            completion,
+            {tier: self.cached_by_tier.get(tier, 0) + other.cached_by_tier.get(tier, 0) for tier in sorted(tiers)},
+            other.resume,
+            self.approximate or other.approximate,
+        )
 
     @property
     def total_tokens(self) -> int:

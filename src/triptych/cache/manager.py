@@ -13,6 +13,7 @@ runs) advance; at its end boundary_snapshot, publish_snapshot, release. Nothing 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -35,6 +36,8 @@ from triptych.cache.stats import CacheStats, Counters, collect
 from triptych.cache.tiers import Tiers
 from triptych.config import PAGE
 from triptych.words import NO_HINTS, CacheHints, SlotSave, SnapshotWrite, TokenIds
+
+logger = logging.getLogger(__name__)
 
 NOTHING_BELOW = Below()
 
@@ -161,6 +164,8 @@ class CacheManager:
         )
         self._prefetcher.forget(request_id)
         self.counters.admitted(plan)
+        if plan.write_from:
+            logger.debug("%s resumes: %s", request_id, plan)
         return plan
 
     def root(self, salt: str) -> bytes:

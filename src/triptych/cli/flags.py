@@ -15,6 +15,8 @@ import typer
 
 from triptych.cli.sizes import parse_size
 
+_SIZES = {"kv_memory", "host_memory", "disk_memory"}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFlags:
@@ -23,6 +25,29 @@ class EngineFlags:
     kv_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM."),
+    ] = None
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which boundaries stay resumable: adaptive, full, periodic:P, none; bounded is approximate.",
+        ),
+    ] = None
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory for what the cache gives up. Default: none.")
+    ] = None
+    disk: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Directory that keeps sessions across pauses and restarts.")
+    ] = None
+    disk_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes that --disk may take. Default: 64GiB.")
+    ] = None
+    remote: Annotated[
+        str | None, typer.Option(metavar="URL", help="A Valkey or Redis server below the disk, redis://host:port.")
+    ] = None
+    canary: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Compute this share of resumed requests again in idle time and compare."),
     ] = None
     max_running: Annotated[
         int | None, typer.Option(metavar="N", help="Requests that run at once; each owns a window slot.")
@@ -51,8 +76,8 @@ class EngineFlags:
         """Keyword options for Engine.load; what was not given is left to the engine's default."""
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        if self.kv_memory is not None:
-            given["kv_memory"] = parse_size(self.kv_memory, "--kv-memory")
+        for name in _SIZES & given.keys():
+            given[name] = parse_size(given[name], "--" + name.replace("_", "-"))
         return given
 
     def arguments(self) -> list[str]:

@@ -22,7 +22,7 @@ COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue prompts from arguments, files or standard input.",
-    "replay": "Run a request trace through the cache: hit rate and work left, by policy and memory.",
+    "replay": "Replay a trace through the cache: hit rate, work left, bytes.",
     "demo": "Ask about a long document twice and see what the cache saves.",
     "eval": "Measure whether a model finds facts in a long context.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",

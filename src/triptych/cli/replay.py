@@ -52,16 +52,12 @@ def replay(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Hit rate over memory as PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several runs.")] = False,
 ) -> None:
-    """Replay a trace through the real cache manager, without a model: hit rate, work left, bytes, by policy.
+    """Replay a trace through the cache: hit rate, work left, bytes.
 
-    TRACE may be Mooncake's format (timestamp, input_length, output_length, hash_ids) or the session format of
-    triptych, which `--policy` and memory sizes are compared on.
+    It is the cache manager that serves, without a model. TRACE is in the format of Mooncake (timestamp,
+    input_length, output_length, hash_ids) or in our session format.
     """
-    for name, value in (("--in-flight", in_flight), ("--chunk", chunk), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot {plot} must end in .png or .svg.")
+    _check(in_flight, chunk, limit, plot)
     from triptych.workload.replay import POLICIES, ReplaySettings
     from triptych.workload.replay import replay as run
 
@@ -69,24 +65,36 @@ def replay(
     _check_policies(names)
     below = [parse_size(size, flag) if size else 0 for size, flag in ((host_memory, "--host-memory"), (disk, "--disk"))]
     geometry = _geometry(model, kv_format)
-    settings = [
-        ReplaySettings(geometry, parse_size(size.strip(), "--memory"), name, below[0], below[1], in_flight, chunk)
-        for size in memory.split(",")
-        for name in names
-    ]
     requests = _trace(trace, tokens, limit, seed)
-    results = [(one, _with_progress(run, requests, one)) for one in settings]
+    results = []
+    for size in memory.split(","):
+        for name in names:
+            one = ReplaySettings(
+                geometry, parse_size(size.strip(), "--memory"), name, below[0], below[1], in_flight, chunk
+            )
+            results.append((one, _with_progress(run, requests, one)))
     if plot is not None:
-        from triptych.workload.replay_plot import draw
-
-        title = f"{requests.name}, {len(requests):,} requests, {model}, {tokens}"
-        draw(plot, title, [(one.memory / 2**30, result.to_dict()) for one, result in results])
-        print(f"Plot in {plot}.", file=sys.stderr)
+        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {tokens}", results)
     if as_json:
         rows = [_row(one, result, model, requests.name, tokens) for one, result in results]
         typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
     else:
         typer.echo(_table(results))
+
+
+def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> None:
+    for name, value in (("--in-flight", in_flight), ("--chunk", chunk), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}.")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {plot} must end in .png or .svg.")
+
+
+def _draw(path: Path, title: str, results: list[tuple[ReplaySettings, ReplayResult]]) -> None:
+    from triptych.workload.replay_plot import draw
+
+    draw(path, title, [(one.memory / 2**30, result.to_dict()) for one, result in results])
+    print(f"Plot in {path}.", file=sys.stderr)
 
 
 def _check_policies(names: tuple[str, ...]) -> None:

@@ -16,6 +16,10 @@ def usage_line(usage: Usage, to_first: float | None = None, after_first: float |
         f"recomputed {usage.recomputed_tokens:,}",
         f"generated {usage.completion_tokens:,}",
     ]
+    if usage.cached_by_tier:
+        parts[1] += f" ({', '.join(f'{tokens:,} from {tier}' for tier, tokens in usage.cached_by_tier.items())})"
+    if usage.approximate:
+        parts.append("approximate")
     if to_first is not None:
         parts.append(f"first token {to_first:.2f} s")
     if after_first and usage.completion_tokens > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = ("tiny",)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8": 0.5}
@@ -85,6 +88,8 @@ def build_loop(
     """The engine's parts around given weights, wired together. `identity` names the weights on disk."""
     shape, wanted = weights.shape, config.cache
     places = snapshot_policy_named(wanted.policy)
+    if not places.exact:
+        logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
     space = namespace(identity, geometry, config, exact=places.exact)
     stores = open_stores(wanted, space)
     host_frames = wanted.host_memory // geometry.page_bytes

@@ -159,6 +159,12 @@ class EngineLoop:
         """Requests and tokens as of now."""
         s = self.scheduler.stats()
         cache = {**asdict(self.cache.stats()), "preemptions": s.preemptions, "rerun_tokens": s.rerun_tokens}
+        for tier, size in self.cache.tiers.moved.bytes_in.items():
+            cache[f"{tier}_bytes_in"] = size
+        for tier, size in self.cache.tiers.moved.bytes_out.items():
+            cache[f"{tier}_bytes_out"] = size
+        for name, store in self.cache.tiers.stores.items():
+            cache |= {f"{name}_{key}": value for key, value in store.stats()._asdict().items()}
         if self._canary is not None:
             cache |= {"canary_checked": self._canary.checked, "canary_failed": self._canary.failed}
         return EngineStats(

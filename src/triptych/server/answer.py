@@ -20,19 +20,15 @@ class _Bill:
         self._n = ask.params.n
         self._record = record
         record.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts))
-        self._prompt = self._cached = self._recomputed = self._completion = 0
+        self._sum = Usage()
 
     def add(self, choice: int, usage: Usage) -> None:
-        self._completion += usage.completion_tokens
-        if choice % self._n == 0:
-            self._prompt += usage.prompt_tokens
-            self._cached += usage.cached_tokens
-            self._recomputed += usage.recomputed_tokens
-        self._record.usage = self.total
+        self._sum = self._sum.plus(usage, same_prompt=choice % self._n != 0)
+        self._record.usage = self._sum
 
     @property
     def total(self) -> Usage:
-        return Usage(self._prompt, self._cached, self._recomputed, self._completion)
+        return self._sum
 
 
 async def _good_deltas(

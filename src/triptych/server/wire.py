@@ -22,10 +22,16 @@ COMMENT = b": still working\n\n"  # keeps proxies and clients from giving up dur
 
 
 class PromptDetails(Struct):
-    """Where prompt tokens came from. `recomputed_tokens` is ours: cached, but run again to rebuild window state."""
+    """Where prompt tokens came from. All but `cached_tokens` is ours.
+
+    `recomputed_tokens`: cached, but run again to rebuild window state. `cached_by_tier`: how many of the cached ones
+    were fetched from below the device, by tier. `approximate`: windows were rebuilt inexactly, as the operator allowed.
+    """
 
     cached_tokens: int
     recomputed_tokens: int
+    cached_by_tier: dict[str, int] | UnsetType = UNSET
+    approximate: bool | UnsetType = UNSET
 
 
 class WireUsage(Struct):
@@ -39,7 +45,12 @@ class WireUsage(Struct):
     @classmethod
     def of(cls, usage: Usage) -> WireUsage:
         """The wire form of the engine's count."""
-        details = PromptDetails(usage.cached_tokens, usage.recomputed_tokens)
+        details = PromptDetails(
+            usage.cached_tokens,
+            usage.recomputed_tokens,
+            dict(usage.cached_by_tier) or UNSET,
+            usage.approximate or UNSET,
+        )
         return cls(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details)
 
 
