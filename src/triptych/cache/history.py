@@ -134,6 +134,8 @@ class Forks:
         # before anything is seen: the next turn continues the output, or changes a little before the prompt's end
         self._before = [1.0, 0.5, 0.5] + [0.1] * (REACH - 1)
         self._after = 2.0
+        self._fresh = 0
+        self._known: dict[int, dict[int, float]] = {}
 
     @property
     def total(self) -> float:
@@ -146,11 +148,22 @@ class Forks:
             self._after += 1.0
         elif back.distance <= REACH:
             self._before[back.distance] += 1.0
+        self._fresh += 1
+        if self._fresh >= 16:  # the answer changes slowly, and working it out takes longer than a lookup
+            self._fresh = 0
+            self._known.clear()
         if self.total > _MEMORY:
             self._before = [count / 2 for count in self._before]
             self._after /= 2
 
-    def rungs(self, cost: float, most: int = 4) -> dict[int, float]:
+    def rungs(self, cost: float) -> dict[int, float]:
+        """As `_rungs`, remembered for a while; `cost` is rounded up to pages."""
+        step = -(-int(cost) // PAGE)
+        if step not in self._known:
+            self._known[step] = self._rungs(float(step * PAGE))
+        return self._known[step]
+
+    def _rungs(self, cost: float, most: int = 4) -> dict[int, float]:
         """Distances in pages before the prompt's end, each with the tokens that a snapshot there saves on average.
 
         `cost` = tokens to run where no snapshot is usable. Greedy: each rung is the one that saves most beside
