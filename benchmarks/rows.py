@@ -59,7 +59,7 @@ def append(name: str, values: Mapping[str, Any], *, kv_bytes: Mapping[str, int],
     row = {
         "benchmark": name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + " ".join([name, *sys.argv[2:]]),
+        "command": "python -m benchmarks " + " ".join([name, *map(_without_machine, sys.argv[2:])]),
         **_commit(),
         "machine": _machine(),
         "versions": _versions(("torch", "transformers", "numba", "numpy")),
@@ -72,6 +72,11 @@ def append(name: str, values: Mapping[str, Any], *, kv_bytes: Mapping[str, int],
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return path
+
+
+def _without_machine(argument: str) -> str:
+    """The argument, but of an absolute path only its name: where it lies on this machine helps nobody."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def load_average() -> list[float]:
