@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from triptych.cache.eviction import EvictionQueue
+from triptych.cache.history import Return
 from triptych.cache.memory import Memory
 from triptych.cache.prefix import Branch, Node, PrefixTree, Tenant, page_keys, root_key
 from triptych.cache.retention import Lru, Value
@@ -158,19 +159,34 @@ def test_a_tenant_beyond_its_quota_loses_its_own_first() -> None:
     assert store.tenants["a"].frames <= 16 and store.tenants["b"].frames == 4
 
 
-def test_what_comes_back_after_a_pause_is_waited_for() -> None:
-    """With room for half of what comes within that pause, the older half stays whole and the newest goes."""
+def test_kinds_that_come_back_outlive_kinds_that_do_not() -> None:
+    """Both were used last at the same second; only what was learned tells them apart."""
     policy = Value()
-    for _ in range(64):
-        policy.observe(100.0)
-    assert 75 < policy.patience(0.0) < 135
-    store = Store(frames=10, policy=policy)
-    old = store.grow(*range(10, 15), at=1000)
-    newer = store.grow(*range(20, 25), at=1010)
-    store.grow(*range(30, 35), at=1020)
-    assert store.memory.tree.nodes.get(old.key) is old and store.memory.tree.nodes.get(newer.key) is None
-    store.grow(*range(40, 45), at=1300)
-    assert store.memory.tree.nodes.get(old.key) is None, "nobody waits for ever"
+    for _ in range(200):
+        branch = Branch(Tenant(""), 0, 0.0, 0, 0)
+        policy.ended(branch, 1)
+        policy.ended(branch, 2)
+        policy.came_back(Return(pause=60.0, distance=0, at_end=True, kind=2, turn=0))
+    store = Store(policy=policy)
+    lost, kept = store.grow(1, at=1), store.grow(2, at=1)
+    for tip, kind in ((lost, 1), (kept, 2)):
+        policy.ended(tip.branch, kind)
+        store.memory.refresh(tip)
+    assert kept.branch.chance > 3 * lost.branch.chance
+    assert store.evict(1) == [lost.page]
+
+
+def test_a_late_page_of_a_likely_kind_goes_before_a_new_one_of_an_unlikely_kind() -> None:
+    """Worth fades with age: no chance keeps a page for ever."""
+    policy = Value()
+    store = Store(policy=policy)
+    likely = store.grow(1, at=1)
+    likely.branch.chance = 3.0
+    store.memory.refresh(likely)
+    unlikely = store.grow(2, at=10_000)
+    unlikely.branch.chance = 0.3
+    store.memory.refresh(unlikely)
+    assert store.evict(1) == [likely.page]
 
 
 def test_a_snapshot_that_saves_little_goes_before_one_that_saves_much() -> None:

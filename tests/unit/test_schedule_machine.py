@@ -410,6 +410,6 @@ class HypothesisLife(RuleBasedStateMachine):
 
 
 HypothesisLife.TestCase.settings = settings(
-    max_examples=10, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestHypothesisLife = HypothesisLife.TestCase

@@ -26,7 +26,7 @@ _MEMORY = 2000.0  # forks after which the weight of older ones halves
 class Visit:
     """The last pages of one request: those named `keys` from page `first` on; its prompt ended in page `prompt`.
 
-    `kind` is what it was like, for Chances.
+    `kind` is what it was like, for Chances; it was turn number `turn` of its session.
     """
 
     time: float
@@ -34,17 +34,20 @@ class Visit:
     prompt: int
     keys: list[bytes]
     kind: int
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
 class Return:
     """A request continued one that ended `pause` seconds ago. `distance` pages before the end of its prompt they
-    part, counted from its last full page; negative: within its output. `at_end`: it was continued whole."""
+    part, counted from its last full page; negative: within its output. `at_end`: it was continued whole. `kind` and
+    `turn` are those of the request that is continued."""
 
     pause: float
     distance: int
     at_end: bool
     kind: int
+    turn: int
 
 
 class Visits:
@@ -54,14 +57,14 @@ class Visits:
         self._limit = limit
         self._visits: OrderedDict[bytes, Visit] = OrderedDict()
 
-    def left(self, keys: Sequence[bytes], start: int, prompt: int, kind: int, now: float) -> None:
+    def left(self, keys: Sequence[bytes], start: int, prompt: int, kind: int, turn: int, now: float) -> None:
         """A request ended whose sealed pages are `keys`; those from page `start` on are its own."""
         first = max(start, prompt - REACH)
         if first >= len(keys):
             return
         anchor = keys[first]
         self._visits.pop(anchor, None)
-        self._visits[anchor] = Visit(now, first, prompt, list(keys[first : prompt + REACH]), kind)
+        self._visits[anchor] = Visit(now, first, prompt, list(keys[first : prompt + REACH]), kind, turn)
         if len(self._visits) > self._limit:
             self._visits.popitem(last=False)
 
@@ -78,28 +81,36 @@ class Visits:
                     break
                 shared += 1
             fork = at + shared
-            return Return(now - visit.time, visit.prompt - fork, shared == len(visit.keys), visit.kind)
+            return Return(now - visit.time, visit.prompt - fork, shared == len(visit.keys), visit.kind, visit.turn)
         return None
+
+
+KINDS = 6 * 3 * 16
+
+_BY_TURN, _BY_TURN_MEAN = (0.30, 0.42, 0.51, 0.60, 0.71, 0.82), 0.38
+"""Shares continued after turns 0, 1, 2-3, 4-7, 8-15 and later, and in all: counted in Mooncake's conversation trace."""
+
+
+def kind_of(turn: int, pages: int, output: int) -> int:
+    """The kind of a request of `pages` pages and `output` tokens that was turn number `turn` of its session.
+
+    The turn in powers of two, whether the output was short or long, and of first turns the pages in powers of two.
+    """
+    answer = (output >= 32) + (output >= 512)
+    return (min(turn.bit_length(), 5) * 3 + answer) * 16 + (0 if turn else min(pages.bit_length(), 15))
 
 
 class Chances:
     """How likely requests of a kind are continued soon: decayed counts, those that come back late counting less.
 
-    A kind is the turn (0, 1, later), the power of two of the new pages, and whether the output was short or long.
+    A request that continues another as turn n + 1 of a session says that turn n came back. Kinds are told apart because
+    they differ much: in chat traffic a third of first turns is continued, and four fifths of tenth ones.
     """
 
-    KINDS = 3 * 3 * 16
-
     def __init__(self) -> None:
-        self._left = [0.0] * self.KINDS
-        self._back = [0.0] * self.KINDS
+        self._left = [0.0] * KINDS
+        self._back = [0.0] * KINDS
         self._all_left, self._all_back = 10.0, 3.0
-
-    @staticmethod
-    def kind(turn: int, pages: int, output: int) -> int:
-        """The kind of a request that added `pages` pages and `output` tokens as turn number `turn` of its session."""
-        answer = (output >= 32) + (output >= 512)
-        return (min(turn, 2) * 3 + answer) * 16 + min(pages.bit_length(), 15)
 
     @property
     def mean(self) -> float:
@@ -123,17 +134,18 @@ class Chances:
         self._all_back += weight
 
     def of(self, kind: int) -> float:
-        """The share that was continued, held near the mean until enough is seen."""
-        return (self._back[kind] + 10.0 * self.mean) / (self._left[kind] + 10.0)
+        """The share that was continued, held near what is usual for the turn until enough is seen."""
+        usual = _BY_TURN[kind // 48] / _BY_TURN_MEAN * self.mean
+        return (self._back[kind] + 10.0 * usual) / (self._left[kind] + 10.0)
 
 
 class Forks:
     """Where requests leave the prompt they continue: decayed counts, from which places for snapshots follow."""
 
     def __init__(self) -> None:
-        # before anything is seen: the next turn continues the output, or changes a little before the prompt's end
+        # before anything is seen: most clients send the output back, some change a little before the prompt's end
         self._before = [1.0, 0.5, 0.5] + [0.1] * (REACH - 1)
-        self._after = 2.0
+        self._after = 6.0
         self._fresh = 0
         self._known: dict[int, dict[int, float]] = {}
 

@@ -21,7 +21,7 @@ from itertools import islice
 import numpy as np
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
-from triptych.cache.history import REACH, Chances, Forks, Visits
+from triptych.cache.history import REACH, Forks, Visits, kind_of
 from triptych.cache.holding import Holding, PageTable, pages_for
 from triptych.cache.integrity import check
 from triptych.cache.jobs import Done, Jobs
@@ -84,7 +84,6 @@ class CacheManager:
         self.counters = Counters()
         self.visits = Visits()
         self.forks = Forks()
-        self.chances = Chances()
         self._namespace = namespace
         self._tenants: dict[str, Tenant] = {}
         self.epoch = 0
@@ -208,7 +207,7 @@ class CacheManager:
         back = self.visits.came(keys, now)
         if back is not None:
             self.forks.add(back)
-            self.chances.back(back.kind, self.retention.observe(back.pause))
+            self.retention.came_back(back)
             for node in chain[-REACH:]:  # the session has moved on
                 if node.snapshot is not None and node.snapshot.uses < 2:
                     node.snapshot.worth *= OUTLIVED
@@ -218,7 +217,7 @@ class CacheManager:
             found.expired = False
         return Branch(
             tenant=self.tenant(salt),
-            turn=found.turn + 1 if found else 0,
+            turn=back.turn + 1 if back else 0,
             created=now,
             start=len(chain) * PAGE,
             prompt=len(keys) * PAGE,
@@ -426,14 +425,14 @@ class CacheManager:
             self.memory.remove_all(reversed(holding.chain))
 
     def _remember(self, holding: Holding, now: float) -> None:
-        """A request ends: what is to be learned from whether it is continued, and how likely that is."""
-        branch, start = holding.branch, holding.branch.start // PAGE
-        output = holding.processed - holding.plan.length
-        kind = self.chances.kind(branch.turn, len(holding.chain) - start, output)
-        self.visits.left(holding.keys, start, holding.plan.length // PAGE, kind, now)
-        self.chances.left(kind)
-        branch.chance = self.chances.of(kind) / self.chances.mean
+        """A request ends: remember it by its kind, so that there is something to learn from when it is continued."""
+        branch = holding.branch
+        kind = kind_of(branch.turn, len(holding.chain), holding.processed - holding.plan.length)
+        self.visits.left(holding.keys, branch.start // PAGE, holding.plan.length // PAGE, kind, branch.turn, now)
+        self.retention.ended(branch, kind)
         branch.output_chance = branch.chance * self.forks.into_output
+        for older in {node.branch for node in holding.chain}:  # they will be used when this one is
+            older.chance = branch.chance
 
     def reset(self) -> None:
         """Drop the whole prefix cache. Pages of running requests go when these end; nobody finds them any more."""

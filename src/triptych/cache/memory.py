@@ -5,12 +5,7 @@ Pages and snapshots draw on one arena of equal frames, so that neither side stra
     frames  | page | page | snap | page | snap | free | ...      a page is 1 frame, a snapshot k of them, anywhere
 
 Everything that may go stands in one queue by the rank that the retention policy gave it when it lost its last user;
-ranks are times. The lowest goes first, if it is older than the policy's patience. If not, the newest goes: what is
-reused comes back after a pause, so when there is no room for everything that long, half of the sessions whole are
-worth more than all of them cut off just before they return.
-
-    rank    now - patience                  now
-    --x--x--|-----------x----x---x---x---x--|      go: from the left up to the bar, then from the right
+the lowest goes first.
 """
 
 from __future__ import annotations
@@ -50,8 +45,6 @@ class Memory:
         self._clock = clock
         self._quota = quota * frames if quota < 1.0 else None
         self._queue: EvictionQueue[Item] = EvictionQueue()
-        self._newest: EvictionQueue[Item] = EvictionQueue()
-        self._victim: Node | None = None
         self._own: dict[Tenant, EvictionQueue[Item]] = {}
 
     # ---- room
@@ -71,23 +64,12 @@ class Memory:
             while len(self.free) < count and tenant.frames + count > self._quota and tenant in self._own:
                 self.evict(self._own[tenant].peek()[1])
         while len(self.free) < count:
-            self.evict(self._next())
+            self.evict(self._queue.peek()[1])
         keep = len(self.free) - count
         taken = self.free[keep:]
         del self.free[keep:]
         self.peak = max(self.peak, self.frames - len(self.free))
         return taken
-
-    def _next(self) -> Item:
-        """What goes next; see the drawing above."""
-        rank, item = self._queue.peek()
-        now = self._clock()
-        if rank <= now - self._policy.patience(now) or not self._newest:
-            return item
-        # a branch that lost its end goes on losing: one whole and one gone beats two halves
-        if self._victim is not None and self._victim in self._newest:
-            return self._victim
-        return self._newest.peek()[1]
 
     def evict(self, item: Item) -> None:
         """Give up one item; a page takes its snapshot with it."""
@@ -97,7 +79,6 @@ class Memory:
                 self.evict(item.snapshot)
             self.on_evict(item)
             self.drop_page(item)
-            self._victim = item.parent
         else:
             self.snapshots_evicted += 1
             self.on_evict(item)
@@ -197,15 +178,12 @@ class Memory:
     def _offer(self, item: Item) -> None:
         rank = self.rank(item)
         self._queue.put(item, rank)
-        if isinstance(item, Node):  # its snapshot goes with it
-            self._newest.put(item, -item.used)
         if self._quota is not None:
             branch = item.branch if isinstance(item, Node) else item.node.branch
             self._own.setdefault(branch.tenant, EvictionQueue()).put(item, rank)
 
     def _withdraw(self, item: Item) -> None:
         self._queue.discard(item)
-        self._newest.discard(item)
         if self._quota is not None:
             branch = item.branch if isinstance(item, Node) else item.node.branch
             own = self._own.get(branch.tenant)

@@ -1,7 +1,7 @@
 """What to give up first, behind a Protocol of three methods; where snapshots are put is in places.py.
 
-Ranks are asked when an object loses its last user; memory.py shows how they are used. A rank is a time and must not
-depend on when it is asked: an exponentially decaying value v * exp(-(t - t0) / T) fits as t0 + T log v.
+Ranks are asked when an object loses its last user, and must order objects that were ranked at different times: an
+exponentially decaying value v * exp(-(t - t0) / T) has the rank t0 + T log v, a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from triptych.cache.prefix import Node, Snapshot
+from triptych.cache.history import Chances, Return
+from triptych.cache.prefix import Branch, Node, Snapshot
 from triptych.config import PAGE
 from triptych.errors import ConfigError, nearest
 
@@ -17,33 +18,28 @@ from triptych.errors import ConfigError, nearest
 class RetentionPolicy(Protocol):
     """In which order pages and snapshots are given up; both kinds stand in one queue."""
 
-    def observe(self, pause: float) -> float:
-        """A request came that continues one that ended `pause` seconds ago, whether or not that is still cached.
+    def ended(self, branch: Branch, kind: int) -> None:
+        """The request that made `branch` has ended; it was of this kind (history.py). May set the branch's chance."""
 
-        Returns from 0 to 1 how much of it a cache could have served: long pauses count little.
-        """
+    def came_back(self, back: Return) -> None:
+        """A request continues one that ended, whether or not that is still cached."""
 
     def rank(self, item: Node | Snapshot, now: float) -> float:
-        """Rank, a time, of a leaf without pins or of a snapshot that nobody restores; asked at `now`."""
-
-    def patience(self, now: float) -> float:
-        """While the lowest rank is less than this many seconds ago, the newest goes instead of it."""
+        """Rank of a leaf without pins or of a snapshot that nobody restores, asked at `now`. The lowest goes first."""
 
 
 class Lru:
     """Least recently used first, whatever it is."""
 
-    def observe(self, pause: float) -> float:
+    def ended(self, branch: Branch, kind: int) -> None:
         """Nothing to learn."""
-        return 1.0
+
+    def came_back(self, back: Return) -> None:
+        """Nothing to learn."""
 
     def rank(self, item: Node | Snapshot, now: float) -> float:
         """The time of the last use; a snapshot is used with its page."""
         return item.used if isinstance(item, Node) else max(item.used, item.node.used)
-
-    def patience(self, now: float) -> float:
-        """None: always the oldest."""
-        return 0.0
 
 
 class Value:
@@ -52,20 +48,23 @@ class Value:
     P(reuse) falls with the time since the last use, as exp(-age / decay), so the order of values is that of
     used + decay * log(chance * saved per frame). `chance` is that of the kind of request relative to the mean
     (history.py), for the prompt's pages and the output's apart. A page saves its 128 tokens; a snapshot of k frames
-    saves `worth`.
-    What is restored again and again, like a system prompt, has a chance of its own: decay over the mean gap.
-
-    Patience. The pauses after which branches were used again are counted; F(T) is the share within T. An object kept
-    for T earns F(T) and costs T, so the best T maximises F(T) / T: where the line from the origin touches F.
+    saves `worth`. What is restored again and again, like a system prompt, has a chance of its own: decay over the mean
+    gap. The logarithm goes in steps: what differs by less than is known of it goes in the order of use.
     """
 
     def __init__(self) -> None:
         self._pauses = Pauses()
+        self._chances = Chances()
 
-    def observe(self, pause: float) -> float:
-        """Count the pause."""
-        self._pauses.add(pause)
-        return math.exp(-pause / self._pauses.decay)
+    def ended(self, branch: Branch, kind: int) -> None:
+        """Its chance is that of its kind."""
+        self._chances.left(kind)
+        branch.chance = self._chances.of(kind) / self._chances.mean
+
+    def came_back(self, back: Return) -> None:
+        """Its kind came back; late comers count less, because keeping anything that long is dear."""
+        self._pauses.add(back.pause)
+        self._chances.back(back.kind, math.exp(-back.pause / self._pauses.decay))
 
     def rank(self, item: Node | Snapshot, now: float) -> float:
         """The last use, moved by the value of a byte."""
@@ -76,13 +75,16 @@ class Value:
             chance = max(chance, decay / (snapshot.gap + 1.0))
         if isinstance(item, Node):
             # not more for its snapshot's sake: a branch is used whole, so its pieces should go together
-            return item.used + decay * math.log(max(chance, 1e-9))
-        per_frame = chance * item.worth / (len(item.frames) * PAGE)
-        return max(item.used, node.used) + decay * math.log(max(per_frame, 1e-9))
+            return item.used + decay * _in_steps(chance)
+        return max(item.used, node.used) + decay * _in_steps(chance * item.worth / (len(item.frames) * PAGE))
 
-    def patience(self, now: float) -> float:
-        """The pause worth waiting for."""
-        return self._pauses.best
+
+_STEP = 0.4
+
+
+def _in_steps(value: float) -> float:
+    """The logarithm of `value`, to the nearest of some steps."""
+    return _STEP * round(math.log(max(value, 1e-9)) / _STEP)
 
 
 class Pauses:
@@ -93,7 +95,6 @@ class Pauses:
         self._counts = [0.0] * steps
         self._total = 0.0
         self._fresh = 0
-        self.best = 0.0
         self.decay = 300.0
 
     def add(self, pause: float) -> None:
@@ -110,18 +111,15 @@ class Pauses:
             self._learn()
 
     def _learn(self) -> None:
-        """Patience maximises F(T) / T. The decay is the mean of what is left after the median pause."""
-        seen, best, score, late, late_sum, median = 0.0, 0.0, 0.0, 0.0, 0.0, None
+        """The decay is the mean of what is left after the median pause."""
+        seen, late, late_sum, median = 0.0, 0.0, 0.0, None
         for step, count in enumerate(self._counts):
             end = self._lowest * 1.25**step
             seen += count
-            if seen / end > score and seen > self._total / 10:
-                best, score = end, seen / end
             if median is not None:
                 late, late_sum = late + count, late_sum + count * (end - median)
             elif seen >= self._total / 2:
                 median = end
-        self.best = best if self._total >= 32 else 0.0
         if late >= 16:
             self.decay = max(1.0, late_sum / late)
 
@@ -139,18 +137,16 @@ class Belady:
     def __init__(self, future: NextUse) -> None:
         self._future = future
 
-    def observe(self, pause: float) -> float:
+    def ended(self, branch: Branch, kind: int) -> None:
         """Nothing to learn: all is known."""
-        return 1.0
+
+    def came_back(self, back: Return) -> None:
+        """Nothing to learn."""
 
     def rank(self, item: Node | Snapshot, now: float) -> float:
         """Sooner is higher; a snapshot counts like its page."""
         node = item if isinstance(item, Node) else item.node
         return -self._future.next_use(node.key, now)
-
-    def patience(self, now: float) -> float:
-        """None: ranks are no ages."""
-        return -math.inf
 
 
 NAMES = ("lru", "value", "belady")

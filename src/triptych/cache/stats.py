@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -111,5 +111,5 @@ def collect(manager: CacheManager) -> CacheStats:
         snapshots_evicted=memory.snapshots_evicted,
         pins_refused=manager.leases.refused,
         pins_broken=manager.leases.broken,
-        **asdict(manager.counters),
+        **vars(manager.counters),
     )
