@@ -120,3 +120,17 @@ def test_fast_mode_gives_the_same_tokens() -> None:
         longer = (*text(1, length), *text(2, 5))
         engine.ask(text(1, length), 1)
         agree(engine.ask(longer, CONTINUED), bitwise=False)
+
+
+@pytest.mark.parametrize("step_tokens", [64, 1000])
+def test_a_trapezoid_runs_the_rows_it_says(step_tokens: int) -> None:
+    """Rows times layers, counted in the model: what `equivalents` promises, in one chunk or in many."""
+    layers, boundary, tail = SHAPE.num_layers, 1024, 5
+    engine = SmallEngine(policy="none", step_tokens=step_tokens)
+    engine.ask(text(1, boundary), 1)
+    before = engine.loop.model.layer_rows
+    engine.ask((*text(1, boundary), *text(2, tail)), 1)
+    counted = engine.loop.model.layer_rows - before
+    starts = [trapezoid_start(boundary, layers, layer) for layer in range(layers)]
+    assert counted == sum(boundary - start for start in starts) + tail * layers
+    assert counted < 0.7 * (boundary - starts[0]) * layers, "a rectangle ran"
