@@ -65,29 +65,45 @@ def replay(
     _check_policies(names)
     below = [parse_size(size, flag) if size else 0 for size, flag in ((host_memory, "--host-memory"), (disk, "--disk"))]
     geometry = _geometry(model, kv_format)
+    memories = [_memory(size, geometry, in_flight) for size in memory.split(",")]
     requests = _trace(trace, tokens, limit, seed)
     results = []
-    for size in memory.split(","):
+    for size in memories:
         for name in names:
-            one = ReplaySettings(
-                geometry, parse_size(size.strip(), "--memory"), name, below[0], below[1], in_flight, chunk
-            )
+            one = ReplaySettings(geometry, size, name, below[0], below[1], in_flight, chunk)
             results.append((one, _with_progress(run, requests, one)))
-    if plot is not None:
-        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {tokens}", results)
     if as_json:
         rows = [_row(one, result, model, requests.name, tokens) for one, result in results]
         typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
     else:
         typer.echo(_table(results))
+    if plot is not None:  # last, so that a plot that fails takes no numbers with it
+        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {tokens}", results)
 
 
 def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> None:
     for name, value in (("--in-flight", in_flight), ("--chunk", chunk), ("--limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot {plot} must end in .png or .svg.")
+    if plot is not None:
+        if plot.suffix not in (".png", ".svg"):
+            raise ConfigError(f"--plot {plot} must end in .png or .svg.")
+        if not plot.parent.is_dir():
+            raise ConfigError(f"--plot {plot} cannot be written: there is no directory {plot.parent}.")
+
+
+def _memory(text: str, geometry: CacheGeometry, in_flight: int) -> int:
+    """Bytes of one size of --memory. ConfigError if they hold too little for `in_flight` requests."""
+    from triptych.cache.geometry import plan_capacity
+
+    size = parse_size(text, "--memory")
+    try:
+        plan_capacity(geometry, size, in_flight)
+    except ConfigError as error:
+        # it speaks in the server's flags
+        remedy = error.remedy.replace("--kv-memory", "--memory").replace("--max-running", "--in-flight")
+        raise ConfigError(error.message, remedy) from None
+    return size
 
 
 def _draw(path: Path, title: str, results: list[tuple[ReplaySettings, ReplayResult]]) -> None:
@@ -153,7 +169,7 @@ def _row(settings: ReplaySettings, result: ReplayResult, model: str, trace: str,
 
 def _table(results: list[tuple[ReplaySettings, ReplayResult]]) -> str:
     """At most 100 columns."""
-    head = f"{'memory':>9} {'policy':<14} {'hit %':>6} {'pages %':>8} {'work left %':>12} {'evicted':>9}"
+    head = f"{'memory':>9} {'policy':<14} {'hit %':>6} {'pages %':>8} {'work left %':>11} {'evicted':>9}"
     lines = [f"{head} {'snap/trap/cold':>16} {'manager s':>10} {'match us':>9}"]
     for settings, result in results:
         kinds = result.resumes
@@ -162,7 +178,7 @@ def _table(results: list[tuple[ReplaySettings, ReplayResult]]) -> str:
         )
         lines.append(
             f"{format_size(settings.memory):>9} {result.policy:<14} {100 * result.hit_rate:6.2f} "
-            f"{100 * result.page_hit_rate:8.2f} {100 * result.computed_share:12.2f} {result.evictions:9,} "
+            f"{100 * result.page_hit_rate:8.2f} {100 * result.computed_share:11.2f} {result.evictions:9,} "
             f"{resumes:>16} {result.manager_seconds:10.2f} {result.match_us_p50:9.0f}"
         )
     first = results[0][1]
@@ -172,11 +188,20 @@ def _table(results: list[tuple[ReplaySettings, ReplayResult]]) -> str:
         "hit: tokens not run at all. pages: found, though some ran again to rebuild windows.\n"
         "work left: tokens to run, those of a trapezoid by the share of layers that run them."
     )
-    if first.unservable:
-        lines.append(f"{first.unservable:,} requests are longer than this memory holds.")
-    tiers = [f"{tier} {tokens:,}" for tier, tokens in first.cached_by_tier.items()]
-    if tiers:
-        lines.append(f"Cached tokens that came from lower tiers: {', '.join(tiers)}.")
-    if first.write_amplification is not None:
-        lines.append(f"Written to disk per byte of new pages: {first.write_amplification:.2f}.")
+    for settings, result in results:
+        which = f"{format_size(settings.memory)}, {result.policy}: " if len(results) > 1 else ""
+        lines += [which + sentence for sentence in _remarks(result)]
     return "\n".join(lines)
+
+
+def _remarks(result: ReplayResult) -> list[str]:
+    """What the columns do not say."""
+    remarks = []
+    if result.unservable:
+        remarks.append(f"{result.unservable:,} requests are longer than this memory holds.")
+    tiers = [f"{tier} {tokens:,}" for tier, tokens in result.cached_by_tier.items()]
+    if tiers:
+        remarks.append(f"Cached tokens that came from lower tiers: {', '.join(tiers)}.")
+    if result.write_amplification is not None:
+        remarks.append(f"Written to disk per byte of new pages: {result.write_amplification:.2f}.")
+    return remarks

@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from triptych.workload.sessions import Part, SessionRequest, SessionTrace
 
@@ -27,7 +28,8 @@ class AgentTraffic:
     systems: int = 5
     system: tuple[int, int] = (3_000, 4_000)
     append_median: float = 1_900.0
-    append_sigma: float = 1.573  # lognormal: the mean is 6.55K
+    append_sigma: float = 1.738  # lognormal, cut at append_most: the mean is 6.55K
+    append_most: int = 60_000
     output: float = 523.0
     step_pause: float = 6.0
     human_median: float = 180.0
@@ -42,12 +44,7 @@ def agent_trace(requests: int, seed: int = 0, traffic: AgentTraffic | None = Non
     rng = random.Random(seed)
     users = [_user(traffic, number, random.Random(rng.random())) for number in range(traffic.users)]
     merged = heapq.merge(*users, key=lambda request: request.time)
-    out = []
-    for request in merged:
-        out.append(request)
-        if len(out) == requests:
-            break
-    return SessionTrace(f"agents-{seed}", out)
+    return SessionTrace(f"agents-{seed}", list(islice(merged, requests)))
 
 
 def _user(traffic: AgentTraffic, number: int, rng: random.Random) -> Iterator[SessionRequest]:
@@ -78,7 +75,8 @@ def _session(traffic: AgentTraffic, name: str, rng: random.Random, time: float) 
         kind = "user"
         for _ in range(_geometric(rng, traffic.steps)):
             serial += 1
-            append = min(60_000, max(16, round(rng.lognormvariate(0, traffic.append_sigma) * traffic.append_median)))
+            append = round(rng.lognormvariate(0, traffic.append_sigma) * traffic.append_median)
+            append = min(traffic.append_most, max(16, append))
             if sum(part.tokens for part in context) + append > traffic.context:
                 context = [*begin, Part(f"{name}c{serial}", 4_000, "user")]
             context.append(Part(f"{name}i{serial}", append, kind))

@@ -1,13 +1,13 @@
 """The engine's own cache manager driven by a trace, without a model: what would be found in the cache, and what not.
 
 Requests are admitted in the order of arrival; up to `in_flight` are held at once, and the oldest ends when one more is
-wanted or when memory does not suffice. A prompt is run in chunks, its output appended in one go. The manager's clock is
-the trace's. There is no timing model: what overlaps in reality is only as true as `in_flight`.
+wanted or when memory does not suffice. What a session asked before has ended when it asks again. A prompt is run in
+chunks, its output appended in one go. The manager's clock is the trace's. There is no timing model: what overlaps in
+reality is only as true as `in_flight`, and copies between tiers take no time.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -50,7 +50,8 @@ class ReplayResult:
     """What came out. cached + recomputed + computed = prompt tokens.
 
     hit_rate: tokens that were not run at all over prompt tokens. page_hit_rate also counts those whose pages were
-    found but that ran again, in some layers at least, to rebuild windows. computed_share: the work that was left,
+    found but that ran again, in some layers at least, to rebuild windows. unservable: requests longer than the memory,
+    whose prompts count as computed. computed_share: the work that was left,
     (computed + recomputed token equivalents) / prompt tokens. ideal_hit_rate: an infinite cache, whole pages.
     """
 
@@ -96,14 +97,15 @@ class SimulatedDisk:
         self._used = self._written = 0
 
     def put(self, key: ObjectKey, payload: object) -> bool:
-        """Take note of `key`."""
+        """Take note of `key`. False if it is larger than the whole disk."""
         size = self._size(key)
-        while self._used + size > self._limit and self._objects:
-            self._used -= self._objects.popitem(last=False)[1]
-        self._objects[key] = size
-        self._used += size
-        self._written += size
-        return True
+        if key not in self._objects and size <= self._limit:
+            while self._used + size > self._limit:
+                self._used -= self._objects.popitem(last=False)[1]
+            self._objects[key] = size
+            self._used += size
+            self._written += size
+        return self.get(key, payload)
 
     def get(self, key: ObjectKey, into: object) -> bool:
         """Whether it is there."""
@@ -178,6 +180,7 @@ class Replay:
             result.computed_tokens += len(prompt)
             return
         began = time.thread_time()
+        self._end_turns_before(request)
         while len(self._running) >= self._settings.in_flight:
             self._end(self._running.popleft())
         plan = self._admit(name, request, total)
@@ -188,14 +191,13 @@ class Replay:
             manager.advance(name, np.concatenate([prompt, request.output]), total)
         self._seen.update(manager.holdings[name].keys)
         self._running.append(name)
-        self._move()
         result.manager_seconds += time.thread_time() - began
 
     def _admit(self, name: str, request: TraceRequest, total: int) -> ResumePlan:
         hints = CacheHints(marks=request.marks, session=request.session)
-        while not self.manager.ready(name, request.prompt, request.tenant):
-            self._move()
         while True:
+            while not self.manager.ready(name, request.prompt, request.tenant):
+                self._move()
             began = time.thread_time()
             plan = self.manager.admit(name, request.prompt, request.tenant, total, hints)
             if plan is not None:
@@ -214,24 +216,33 @@ class Replay:
 
     def _grow(self, name: str, upto: int) -> None:
         while not self.manager.grow(name, upto):
-            if self._running:
-                self._end(self._running.popleft())
-            self._move()
+            self._end(self._running.popleft())
+
+    def _end_turns_before(self, request: TraceRequest) -> None:
+        """A prompt repeats the output of the turn before, so that one has ended whatever is in flight."""
+        holdings = self.manager.holdings
+        for name in tuple(self._running) if request.session else ():
+            before = holdings[name]
+            if (before.hints.session, before.branch.tenant.salt) == (request.session, request.tenant):
+                self._running.remove(name)
+                self._end(name)
 
     def _end(self, name: str) -> None:
         write = self.manager.boundary_snapshot(name)
         if write is not None:
             self.manager.publish_snapshot(name, write)
         self.manager.release(name)
+        self._move()
 
     def _move(self) -> None:
         """Carry out all copies that are due; they take no time."""
-        if not self.manager.tiers.enabled:
-            return
-        for _ in range(2):  # what a snapshot needs to be saved is written between one look and the next
-            jobs = self.manager.due()
-            for done in self._carry_out(jobs):
+        tiers = self.manager.tiers
+        while tiers.enabled:
+            for done in self._carry_out(self.manager.due()):
                 self.manager.end(done)
+            # one look starts so many saves, and no snapshot that was written just now
+            if not tiers.busy:
+                return
 
     def _carry_out(self, jobs: Jobs) -> Iterator[Done]:
         for fetch in jobs.fetches:
@@ -276,7 +287,7 @@ class Replay:
             tier: {"in": moved.bytes_in[tier], "out": moved.bytes_out[tier]} for tier in tiers
         }
         result.write_amplification = self._amplification(stats.pages_sealed)
-        lookups = sorted(self._lookups) or [math.nan]
+        lookups = sorted(self._lookups) or [0.0]  # JSON knows no NaN
         result.match_us_p50 = 1e6 * lookups[len(lookups) // 2]
         result.match_us_p99 = 1e6 * lookups[min(len(lookups) - 1, len(lookups) * 99 // 100)]
         return result

@@ -20,7 +20,7 @@ def draw(path: Path, title: str, points: Sequence[tuple[float, dict[str, Any]]])
         raise ConfigError("Plots need matplotlib.", "Install it with: pip install 'triptych[bench]'.") from None
     figure, (hits, work) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for policy in dict.fromkeys(result["policy"] for _, result in points):
-        mine = sorted((memory, result) for memory, result in points if result["policy"] == policy)
+        mine = sorted((point for point in points if point[1]["policy"] == policy), key=lambda point: point[0])
         memories = [memory for memory, _ in mine]
         style = "--" if policy == "belady" else "-"
         hits.plot(memories, [100 * r["hit_rate"] for _, r in mine], style, marker="o", label=policy)

@@ -26,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.errors import ConfigError, nearest
-from triptych.workload.traces import TraceRequest, synthetic_tokens
+from triptych.workload.traces import MAX_TOKENS, TraceRequest, synthetic_tokens
 
 FORMAT = "triptych-sessions"
 KINDS = ("system", "tools", "user", "tool", "output")
-_MAX_PART = 1 << 22
+_KEYS = ("time", "session", "tenant", "prompt", "output")
+_MAX_TIME = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class SessionRequest:
 
 @lru_cache(maxsize=4096)
 def _tokens_of(name: str, length: int) -> npt.NDArray[np.int32]:
-    seed = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+    seed = int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
     return synthetic_tokens(seed, length)
 
 
@@ -91,17 +92,21 @@ class SessionTrace:
         return (request.to_trace() for request in self.requests)
 
     @classmethod
-    def from_rows(cls, path: Path, rows: list[dict[str, Any]], limit: int | None = None) -> SessionTrace:
-        """The parsed lines of a file, the first of which names the format. ConfigError naming line and key."""
-        head = rows[0]
+    def from_lines(cls, path: Path, head: dict[str, Any], lines: Iterable[tuple[int, dict[str, Any]]]) -> SessionTrace:
+        """A file of this format: its first object, which names the format, then (line number, object) by request.
+
+        ConfigError naming line and key.
+        """
         if head.get("format") != FORMAT:
             raise ConfigError(
                 f"{path} is no trace: its first line has neither hash_ids (Mooncake) nor format {FORMAT!r}."
             )
         if head.get("version") != 1:
             raise ConfigError(f"{path} has version {head.get('version')!r} of {FORMAT}; version 1 is read here.")
-        wanted = rows[1:] if limit is None else rows[1 : limit + 1]
-        return cls(path.name, [_request(row, f"{path}, line {number}") for number, row in enumerate(wanted, start=2)])
+        requests = [_request(row, f"{path}, line {number}") for number, row in lines]
+        if not requests:
+            raise ConfigError(f"{path} holds no requests.")
+        return cls(path.name, requests)
 
     def write(self, path: Path) -> None:
         """Store it as JSON Lines."""
@@ -119,15 +124,14 @@ def write_sessions(path: Path, requests: Iterable[SessionRequest]) -> None:
 
 
 def _request(row: dict[str, Any], where: str) -> SessionRequest:
-    unknown = set(row) - {"time", "session", "tenant", "prompt", "output"}
-    if unknown:
-        key = sorted(unknown)[0]
-        raise ConfigError(
-            f"{where}: unknown key {key!r}.", nearest(key, ("time", "session", "tenant", "prompt", "output"))
-        )
+    for key in sorted(set(row) - set(_KEYS)):
+        raise ConfigError(f"{where}: unknown key {key!r}.", nearest(key, _KEYS))
     time, output = row.get("time"), row.get("output")
-    if isinstance(time, bool) or not isinstance(time, int | float) or time < 0:
+    if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time <= _MAX_TIME:
         raise ConfigError(f"{where}: time must be seconds from the start, not {time!r}.")
+    for key in ("session", "tenant"):
+        if not isinstance(row.get(key, ""), str):
+            raise ConfigError(f"{where}: {key} must be a string, not {row[key]!r}.")
     prompt = row.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise ConfigError(f"{where}: prompt must be a list of parts [id, tokens, kind].")
@@ -136,8 +140,8 @@ def _request(row: dict[str, Any], where: str) -> SessionRequest:
         raise ConfigError(f"{where}: output must be [id, tokens].")
     return SessionRequest(
         float(time),
-        str(row.get("session", "")),
-        str(row.get("tenant", "")),
+        row.get("session", ""),
+        row.get("tenant", ""),
         parts,
         _part([*output, "output"], where, least=0),
     )
@@ -147,9 +151,9 @@ def _part(value: Any, where: str, least: int = 1) -> Part:
     if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], str):
         raise ConfigError(f"{where}: a part is [id, tokens, kind], not {value!r}.")
     name, tokens, kind = value
-    if type(tokens) is not int or not least <= tokens <= _MAX_PART:
+    if type(tokens) is not int or not least <= tokens <= MAX_TOKENS:
         raise ConfigError(
-            f"{where}: part {name!r} has {tokens!r} tokens; write an integer from {least} to {_MAX_PART}."
+            f"{where}: part {name!r} has {tokens!r} tokens; write an integer from {least} to {MAX_TOKENS}."
         )
     if kind not in KINDS:
         raise ConfigError(f"{where}: part {name!r} is of unknown kind {kind!r}.", nearest(str(kind), KINDS))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,10 @@ BLOCK = 512
 TokenMode = Literal["literal", "session"]
 _VOCAB = 120_000
 _MOST_CHILDREN = 4  # a block with more different successors is a shared prefix and no conversation
-_OUTPUT, _PADDING = 1 << 40, 1 << 41  # seeds of outputs and of lines with too few ids, apart from all hash ids
+_OUTPUT = 1 << 40  # seeds of outputs, apart from all hash ids
+MAX_TOKENS = 1 << 22
+"""The longest stretch of tokens that a line may ask for: four times the model's context."""
+_MAX_MS = 1e15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +89,10 @@ class MooncakeTrace:
                 self._carry_on(index, seen, carried)
             if self.mode == "session":
                 seen.update(ids)
-            prompt = synthetic_tokens(ids, BLOCK) if ids else np.empty(0, np.int32)
+            prompt = synthetic_tokens(ids, BLOCK)
             for at, block in enumerate(ids):
                 if block in carried:
                     prompt[at * BLOCK : (at + 1) * BLOCK] = carried[block]
-            if len(prompt) < length:
-                prompt = np.concatenate([prompt, synthetic_tokens(_PADDING + index, length - len(prompt))])
             yield TraceRequest(row["timestamp"] / 1000, prompt[:length], self._output(index))
 
     def _output(self, index: int) -> npt.NDArray[np.int32]:
@@ -155,45 +157,64 @@ def _previous_turn(
 
 
 def read_trace(path: Path, mode: TokenMode = "literal", limit: int | None = None) -> Trace:
-    """The trace in a file of either format. Raises ConfigError naming file, line and key."""
-    rows = list(_json_lines(path, None))
-    if not rows:
+    """The first `limit` requests of the trace in a file of either format. ConfigError naming file, line and key."""
+    lines = _json_lines(path)
+    first = next(lines, None)
+    if first is None:
         raise ConfigError(f"{path} holds no requests.")
-    if "hash_ids" in rows[0]:
-        rows = rows[:limit]
-        for number, row in enumerate(rows, start=1):
+    if "hash_ids" in first[1]:
+        rows = []
+        for number, row in islice(chain([first], lines), limit):
             _check_mooncake(row, f"{path}, line {number}")
+            rows.append(row)
         return MooncakeTrace(path.name, rows, mode)
     from triptych.workload.sessions import SessionTrace
 
-    return SessionTrace.from_rows(path, rows, limit)
+    return SessionTrace.from_lines(path, first[1], islice(lines, limit))
 
 
-def _json_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank."""
+    number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if limit is not None and number > limit:
-                    return
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ConfigError(f"{path}, line {number} holds no JSON object.")
-                yield row
+                yield number, row
     except OSError as error:
-        raise ConfigError(f"Trace {path} cannot be read: {error.strerror}.", "Name a JSONL file.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is no JSON Lines file: {error}.") from None
+        remedy = "Name a JSON Lines file, or agents for generated traffic."
+        raise ConfigError(f"Trace {path} cannot be read: {error.strerror}.", remedy) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}, line {number} is no UTF-8 text.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number} is no JSON: {error.msg} at character {error.colno}.") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}, line {number} is no JSON that can be read.") from None
 
 
 def _check_mooncake(row: dict[str, Any], where: str) -> None:
-    for key, low in (("timestamp", 0), ("input_length", 1), ("output_length", 0)):
-        value = row.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
-            raise ConfigError(f"{where}: {key} must be a number of at least {low}, not {value!r}.")
-    for key in ("input_length", "output_length"):
-        row[key] = int(row[key])
+    row["timestamp"] = _number(row, "timestamp", 0, _MAX_MS, where)
+    for key, low in (("input_length", 1), ("output_length", 0)):
+        value = _number(row, key, low, MAX_TOKENS, where)
+        if value != int(value):
+            raise ConfigError(f"{where}: {key} must be a whole number, not {value!r}.")
+        row[key] = int(value)
     ids = row.get("hash_ids")
     if not isinstance(ids, list) or any(type(block) is not int or not 0 <= block < _OUTPUT for block in ids):
         raise ConfigError(f"{where}: hash_ids must be a list of block numbers.")
+    needed = -(-row["input_length"] // BLOCK)
+    if len(ids) < needed:
+        raise ConfigError(
+            f"{where}: {len(ids)} hash_ids for {row['input_length']} tokens; there must be {needed}, one per {BLOCK}."
+        )
+
+
+def _number(row: dict[str, Any], key: str, low: float, high: float, where: str) -> float:
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{where}: {key} must be a number from {low:.0f} to {high:.0f}, not {value!r}.")
+    return value
