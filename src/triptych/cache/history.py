@@ -87,6 +87,7 @@ class Visits:
 
 KINDS = 6 * 3 * 16
 
+_DOUBT = 40.0  # requests of a kind that count as much as what is usual
 _BY_TURN, _BY_TURN_MEAN = (0.30, 0.42, 0.51, 0.60, 0.71, 0.82), 0.38
 """Shares continued after turns 0, 1, 2-3, 4-7, 8-15 and later, and in all: counted in Mooncake's conversation trace."""
 
@@ -136,7 +137,7 @@ class Chances:
     def of(self, kind: int) -> float:
         """The share that was continued, held near what is usual for the turn until enough is seen."""
         usual = _BY_TURN[kind // 48] / _BY_TURN_MEAN * self.mean
-        return (self._back[kind] + 10.0 * usual) / (self._left[kind] + 10.0)
+        return (self._back[kind] + _DOUBT * usual) / (self._left[kind] + _DOUBT)
 
 
 class Forks:

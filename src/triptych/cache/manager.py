@@ -417,6 +417,9 @@ class CacheManager:
                 self._remember(holding, now)
                 self.tiers.save(holding.chain[holding.plan.write_from // PAGE :])
             self.memory.tree.unpin(holding.chain[-1], now)
+            for node in holding.chain:  # a snapshot may have waited in the queue while its page was in use
+                if node.snapshot is not None:
+                    self.memory.refresh(node)
         self.memory.free.extend(holding.table[len(holding.chain) : holding.count].tolist())
         self.free_slots.append(holding.slot)
         if forget:

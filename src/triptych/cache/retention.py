@@ -76,10 +76,11 @@ class Value:
         if isinstance(item, Node):
             # not more for its snapshot's sake: a branch is used whole, so its pieces should go together
             return item.used + decay * _in_steps(chance)
-        return max(item.used, node.used) + decay * _in_steps(chance * item.worth / (len(item.frames) * PAGE))
+        # its own use, not its page's: that others went past it does not make it worth more
+        return item.used + decay * _in_steps(chance * item.worth / (len(item.frames) * PAGE))
 
 
-_STEP = 0.4
+_STEP = 0.5
 
 
 def _in_steps(value: float) -> float:

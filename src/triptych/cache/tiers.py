@@ -84,6 +84,7 @@ class Tiers:
         self.moved = Moved()
         self.fetching: dict[int, Fetching] = {}
         self.saving: dict[int, Saving] = {}
+        self._on_the_way: set[tuple[ObjectKey, str]] = set()
         self.loading: set[bytes] = set()
         self._memory = memory
         self._geometry = geometry
@@ -167,7 +168,7 @@ class Tiers:
                 later.append((key, item))
                 continue
             for tier, store in self.stores.items():
-                if key in store or key.name in self._distrusted:
+                if key in store or key.name in self._distrusted or (key, tier) in self._on_the_way:
                     continue
                 save = self._start_save(key, item, tier)
                 if save is None:
@@ -184,19 +185,24 @@ class Tiers:
         memory, size = self._memory, self.size(key)
         if isinstance(item, Node) and memory.tree.nodes.get(item.key) is item:
             memory.tree.pin(item)
-            self.saving[self._jobs] = Saving(key, tier, item, None, size)
+            self._begin_save(Saving(key, tier, item, None, size))
             return Save(self._jobs, key, tier, DEVICE, (item.page,))
         if isinstance(item, Snapshot) and memory.snapshots.get(item.frames) is item:
             memory.hold(item)
             memory.tree.pin(item.node)
-            self.saving[self._jobs] = Saving(key, tier, item.node, item, size)
+            self._begin_save(Saving(key, tier, item.node, item, size))
             return Save(self._jobs, key, tier, DEVICE, item.frames)
         if self.host is not None and key in self.host:
-            self.saving[self._jobs] = Saving(key, tier, None, None, size)
+            self._begin_save(Saving(key, tier, None, None, size))
             return Save(self._jobs, key, tier, HOST, self.host.use(key))
         return None
 
+    def _begin_save(self, saving: Saving) -> None:
+        self.saving[self._jobs] = saving
+        self._on_the_way.add((saving.key, saving.tier))
+
     def _end_save(self, saving: Saving, ok: bool) -> None:
+        self._on_the_way.discard((saving.key, saving.tier))
         if saving.snapshot is not None:
             self._memory.unhold(saving.snapshot)
         if saving.node is not None:

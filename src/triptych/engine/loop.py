@@ -159,10 +159,11 @@ class EngineLoop:
         """Requests and tokens as of now."""
         s = self.scheduler.stats()
         cache = {**asdict(self.cache.stats()), "preemptions": s.preemptions, "rerun_tokens": s.rerun_tokens}
-        for tier, size in self.cache.tiers.moved.bytes_in.items():
-            cache[f"{tier}_bytes_in"] = size
-        for tier, size in self.cache.tiers.moved.bytes_out.items():
-            cache[f"{tier}_bytes_out"] = size
+        moved = self.cache.tiers.moved
+        cache |= {f"{tier}_bytes_in": size for tier, size in moved.bytes_in.items()}
+        cache |= {f"{tier}_bytes_out": size for tier, size in moved.bytes_out.items()}
+        cache |= {"saves_missed": moved.missed_saves, "saves_failed": moved.failed_saves}
+        cache["fetches_failed"] = moved.failed_fetches
         for name, store in self.cache.tiers.stores.items():
             cache |= {f"{name}_{key}": value for key, value in store.stats()._asdict().items()}
         if self._canary is not None:

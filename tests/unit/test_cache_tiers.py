@@ -1,0 +1,147 @@
+"""What goes down and comes up, in ids: each object once, what is wanted first, nothing that is not whole."""
+
+from __future__ import annotations
+
+import numpy as np
+from fake_mover import FakeStore
+
+from triptych.cache import CacheCapacity, CacheGeometry, CacheManager
+from triptych.cache.jobs import Done, Jobs
+from triptych.cache.places import snapshot_policy_named
+from triptych.cache.policies import Below, Policies
+from triptych.cache.prefix import page_keys
+from triptych.cache.retention import retention_named
+from triptych.cache.store.protocol import ObjectKey
+from triptych.words import TokenIds
+
+GEOMETRY = CacheGeometry(2, (0,), (1,), 8, 4, 4, "float32", "float32")
+
+
+def manager(frames: int = 40, host: int = 0, stores: tuple[FakeStore, ...] = ()) -> CacheManager:
+    policies = Policies(snapshot_policy_named("adaptive"), retention_named("lru"))
+    return CacheManager(GEOMETRY, CacheCapacity(frames, 4), 2, policies=policies, below=Below(host, stores))
+
+
+def text(length: int, seed: int = 0) -> TokenIds:
+    return np.random.default_rng(seed).integers(0, 100, length).astype(np.int32)
+
+
+def start(cache: CacheManager, name: str, tokens: TokenIds) -> None:
+    plan = cache.admit(name, tokens, "", len(tokens) + 128)
+    assert plan is not None
+    assert cache.grow(name, len(tokens))
+    cache.snapshot_writes(name, plan.start, len(tokens))
+    cache.advance(name, tokens, len(tokens))
+
+
+def end(cache: CacheManager, name: str) -> None:
+    write = cache.boundary_snapshot(name)
+    if write is not None:
+        cache.publish_snapshot(name, write)
+    cache.release(name)
+    cache.check_integrity()
+
+
+def carry_out(cache: CacheManager, jobs: Jobs, ok: bool = True) -> None:
+    """Copies that take no time."""
+    for save in jobs.saves:
+        done = ok and cache.tiers.stores[save.tier].put(save.key, "bytes")
+        cache.end(Done(save.job, (done,)))
+    for fetch in jobs.fetches:
+        cache.end(Done(fetch.job, (ok,) * len(fetch.parts)))
+    cache.check_integrity()
+
+
+def settle(cache: CacheManager, ok: bool = True) -> list[Jobs]:
+    """Until nothing is left to be moved."""
+    out = []
+    while cache.tiers.busy:
+        out.append(cache.due())
+        carry_out(cache, out[-1], ok)
+    return out
+
+
+def test_an_object_is_saved_once_although_two_requests_end_with_it() -> None:
+    cache = manager(stores=(FakeStore("disk"),))
+    for name in "ab":
+        start(cache, name, text(512))
+    for name in "ab":
+        end(cache, name)
+    saved = [save.key for jobs in settle(cache) for save in jobs.saves]
+    assert len(saved) == len(set(saved)) >= 4
+    start(cache, "c", text(512))
+    end(cache, "c")
+    assert not [save for jobs in settle(cache) for save in jobs.saves if save.key in saved]
+
+
+def test_a_failed_save_is_counted_and_tried_again_with_the_next_use() -> None:
+    cache = manager(stores=(FakeStore("disk"),))
+    start(cache, "a", text(256))
+    end(cache, "a")
+    settle(cache, ok=False)
+    assert cache.tiers.moved.failed_saves >= 2 and not cache.tiers.moved.bytes_in["disk"]
+    assert cache.memory.evictable == 40 - len(cache.memory.free), "what could not be saved may be evicted"
+
+
+def test_what_was_evicted_comes_back_from_the_host_before_admission() -> None:
+    cache = manager(frames=12, host=40)
+    start(cache, "a", text(512))
+    end(cache, "a")
+    settle(cache)
+    start(cache, "b", text(1400, seed=9))
+    end(cache, "b")
+    settle(cache)
+    assert len(cache.memory.tree.match(list(_keys(cache, text(512))))) < 4
+    cache.rates.token = 1.0  # a machine on which anything is quicker than computing
+    assert not cache.ready("c", text(512), "")
+    settle(cache)
+    assert cache.ready("c", text(512), "")
+    plan = cache.admit("c", text(512), "", 640)
+    assert plan is not None and plan.write_from == 512 and 0 < plan.by_tier["host"] <= plan.cached_tokens
+
+
+def test_a_fetch_that_pays_less_than_computing_is_not_made() -> None:
+    cache = manager(frames=12, host=40)
+    start(cache, "a", text(512))
+    end(cache, "a")
+    start(cache, "b", text(1400, seed=9))
+    end(cache, "b")
+    settle(cache)
+    cache.rates.token = cache.rates.context = 1e-12
+    assert cache.ready("c", text(512), "")
+    assert not cache.due().fetches
+
+
+def test_a_prefix_that_is_not_trusted_is_served_from_nowhere() -> None:
+    store = FakeStore("disk")
+    cache = manager(stores=(store,), host=8)
+    start(cache, "a", text(512))
+    end(cache, "a")
+    settle(cache)
+    assert store.contents
+    cache.distrust(text(512), "")
+    assert not store.contents and not cache.memory.tree.nodes
+    assert cache.ready("b", text(512), "") and not cache.due().fetches
+    start(cache, "b", text(512))
+    end(cache, "b")
+    settle(cache)
+    assert not store.contents and not cache.memory.tree.match(list(_keys(cache, text(512))))
+
+
+def test_the_host_gives_up_the_lowest_rank_and_never_what_is_read() -> None:
+    cache = manager(host=2)
+    host = cache.tiers.host
+    assert host is not None
+    old, new, newest = (ObjectKey("page", name) for name in (b"old", b"new", b"newest"))
+    assert host.put(old, 1, rank=1.0) is not None and host.put(new, 1, rank=2.0) is not None
+    assert host.put(newest, 1, rank=0.5) is None, "it ranks lowest itself"
+    host.use(old)
+    assert host.put(newest, 1, rank=3.0) is not None
+    assert old in host and new not in host and newest in host
+    host.end_use(old, moved=True)
+    assert old not in host
+    host.check()
+
+
+def _keys(cache: CacheManager, tokens: TokenIds) -> list[bytes]:
+    return list(page_keys(cache.root(""), tokens))
