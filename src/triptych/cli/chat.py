@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from contextlib import aclosing, suppress
@@ -124,7 +125,7 @@ class Conversation:
     def _attach(self, path: str) -> None:
         if not path:
             raise ConfigError("/file needs a path.", "For instance: /file notes.txt")
-        text = read_text(Path(path).expanduser())
+        text = read_text(Path(os.path.expanduser(path)))
         self._attached.append(text)
         print(f"({len(text):,} characters of {path} go with the next message)")
 

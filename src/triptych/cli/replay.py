@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -134,7 +135,7 @@ def _geometry(model: str, kv_format: Literal["fp8", "bfloat16", "float32"]) -> C
 
     if model in SHAPES:
         return CacheGeometry.of(SHAPES[model], kv_format)
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     if not directory.is_dir():
         raise ConfigError(f"--model {model!r} is neither flash nor pro nor a directory.", nearest(model, SHAPES))
     return CacheGeometry.of(ModelShape.from_file(directory / "config.json"), kv_format)
@@ -147,7 +148,7 @@ def _trace(name: str, tokens: Literal["literal", "session"], limit: int | None, 
         return agent_trace(limit or _AGENT_REQUESTS, seed)
     from triptych.workload.traces import read_trace
 
-    return read_trace(Path(name).expanduser(), tokens, limit)
+    return read_trace(Path(os.path.expanduser(name)), tokens, limit)
 
 
 def _with_progress(run: object, trace: Trace, settings: ReplaySettings) -> ReplayResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from triptych.cache.geometry import CacheGeometry
@@ -28,7 +29,7 @@ def open_stores(config: CacheConfig, fingerprint: bytes) -> tuple[Store, ...]:
     """The stores below device and host, fastest first. ConfigError if one cannot be used."""
     stores: list[Store] = []
     if config.disk is not None:
-        stores.append(SegmentStore(Path(config.disk).expanduser(), fingerprint, config.disk_memory))
+        stores.append(SegmentStore(Path(os.path.expanduser(config.disk)), fingerprint, config.disk_memory))
     if config.remote is not None:
         stores.append(RemoteStore(config.remote, fingerprint))
     return tuple(stores)
