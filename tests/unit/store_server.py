@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -89,9 +90,18 @@ class Server:
             [self._program, *base, *options], env=self._environment, stdout=subprocess.PIPE, stderr=sys.stderr
         )
         deadline = time.monotonic() + 30
-        while not self._socket.exists():
+        while not self._answers():
             assert self._process.poll() is None and time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        """Whether it takes connections: its socket is there a moment earlier."""
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(self._socket))
+            except OSError:
+                return False
+            return True
 
     def stop(self) -> None:
         """Kill it as a machine that goes away would."""

@@ -138,7 +138,7 @@ def test_the_host_gives_up_the_lowest_rank_and_never_what_is_read() -> None:
     host.use(old)
     assert host.put(newest, 1, rank=3.0) is not None
     assert old in host and new not in host and newest in host
-    host.end_use(old, moved=True)
+    host.end_use(old, gone=True)
     assert old not in host
     host.check()
 

@@ -35,6 +35,9 @@ class HostTier:
         if found is not None:
             self._rank(found, max(rank, found.rank))
             return None
+        if count > self.frames:
+            self.refused += 1
+            return None
         while len(self.free) < count:
             if not self._queue or self._queue.peek()[0] > rank:
                 self.refused += 1
@@ -54,12 +57,12 @@ class HostTier:
         self._queue.discard(item)
         return item.frames
 
-    def end_use(self, key: ObjectKey, *, moved: bool = False) -> None:
-        """Undo one `use`; the object goes if it has `moved` to the device and nobody else reads it."""
+    def end_use(self, key: ObjectKey, *, gone: bool = False) -> None:
+        """Undo one `use`; with `gone` the object goes, because it has moved up or is damaged, unless others read it."""
         item = self.objects[key]
         item.users -= 1
         if not item.users:
-            if moved:
+            if gone:
                 self._drop(item)
             else:
                 self._queue.put(item, item.rank)

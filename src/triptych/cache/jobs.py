@@ -54,14 +54,18 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """All that has become due, in the order in which it is carried out: demotions first."""
+    """All that has become due, in the order in which it is carried out: demotions first.
+
+    `touches` are objects that were used on the device: stores are told, or they would give them up as unused.
+    """
 
     demotions: tuple[Demotion, ...] = ()
     fetches: tuple[Fetch, ...] = ()
     saves: tuple[Save, ...] = ()
+    touches: tuple[ObjectKey, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.demotions or self.fetches or self.saves)
+        return bool(self.demotions or self.fetches or self.saves or self.touches)
 
 
 @dataclass(frozen=True, slots=True)

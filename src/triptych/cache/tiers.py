@@ -90,6 +90,7 @@ class Tiers:
         self._geometry = geometry
         self._rates = rates
         self._wanted: deque[tuple[ObjectKey, Item]] = deque()
+        self._touched: list[ObjectKey] = []
         self._demotions: list[Demotion] = []
         self._fetches: list[Fetch] = []
         self._unwritten: set[Snapshot] = set()
@@ -150,12 +151,21 @@ class Tiers:
             self.moved.bytes_in[HOST] += self.size(key)
 
     def save(self, nodes: Sequence[Node]) -> None:
-        """A request ended: its `nodes`, parents first, and the snapshot of the last are to reach the stores."""
+        """A request ended that used `nodes`, parents first: they and the snapshot of the last are to be in the stores.
+
+        All of them, not only the new ones: a store may have given up the first pages of a session that lives on the
+        device, and without these the others are worth nothing.
+        """
         if not self.stores or not nodes:
             return
-        self._wanted.extend((key_of(node), node) for node in nodes)
-        if nodes[-1].snapshot is not None:
-            self._wanted.append((key_of(nodes[-1].snapshot), nodes[-1].snapshot))
+        snapshot = nodes[-1].snapshot
+        items: list[Item] = [*nodes, snapshot] if snapshot is not None else list(nodes)
+        for item in items:
+            key = key_of(item)
+            if all(key in store for store in self.stores.values()):
+                self._touched.append(key)
+            else:
+                self._wanted.append((key, item))
 
     def _start_saves(self) -> list[Save]:
         """Jobs for what is to be saved, as far as the limit on protected bytes allows."""
@@ -211,6 +221,8 @@ class Tiers:
             self.host.end_use(saving.key)
         if ok:
             self.moved.bytes_in[saving.tier] += saving.size
+            if saving.key.name in self._distrusted:  # meanwhile
+                self.stores[saving.tier].discard(saving.key)
         else:
             self.moved.failed_saves += 1
 
@@ -258,11 +270,6 @@ class Tiers:
 
     def _end_fetch(self, fetching: Fetching, ok: tuple[bool, ...], stale: bool) -> Node | None:
         """Take in what arrived: pages up to the first that did not. Returns the new tip, pinned."""
-        for part, arrived in zip(fetching.parts, ok, strict=True):
-            if part.host_frames and self.host is not None:
-                self.host.end_use(part.key, moved=arrived)
-            if arrived:
-                self.moved.bytes_out[part.tier] += self.size(part.key)
         self.moved.failed_fetches += not all(ok)
         memory, chain = self._memory, list(fetching.chain)
         old_tip = chain[-1] if chain else None
@@ -278,20 +285,33 @@ class Tiers:
             memory.tree.pin(chain[-1])
         if old_tip is not None:
             memory.tree.unpin(old_tip, old_tip.used)
+        home = None
         if fetching.snapshot_frames:
-            home = next((n for n in reversed(chain) if n.key == fetching.snapshot_key), None)
-            if home is None or not ok[-1] or stale:
+            if ok[-1] and not stale:
+                home = next((n for n in reversed(chain) if n.key == fetching.snapshot_key), None)
+            if home is None:
                 memory.free.extend(fetching.snapshot_frames)
             else:
                 memory.publish(home, fetching.snapshot_frames, WORTH)
+        for index, (part, arrived) in enumerate(zip(fetching.parts, ok, strict=True)):
+            self._end_part(part, arrived, taken=stale or index < whole or (index == count and home is not None))
         return chain[-1] if chain else None
+
+    def _end_part(self, part: FetchPart, arrived: bool, taken: bool) -> None:
+        """Count what arrived. The host gives up what is on the device now, and what is damaged: it would fail again
+        each time, and hide a good copy further down."""
+        if arrived:
+            self.moved.bytes_out[part.tier] += self.size(part.key)
+        if part.host_frames and self.host is not None:
+            self.host.end_use(part.key, gone=taken or not arrived)
 
     # ---- both
 
     def due(self) -> Jobs:
         """What the mover has to carry out before the next step; asked once per step, after it was planned."""
-        jobs = Jobs(tuple(self._demotions), tuple(self._fetches), tuple(self._start_saves()))
-        self._demotions, self._fetches = [], []
+        saves = tuple(self._start_saves())
+        jobs = Jobs(tuple(self._demotions), tuple(self._fetches), saves, tuple(self._touched))
+        self._demotions, self._fetches, self._touched = [], [], []
         self._unwritten.clear()
         return jobs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +38,7 @@ class Canary:
     def __init__(self, share: float, tolerance: float) -> None:
         self.checked = 0
         self.failed = 0
+        self.tokens = 0  # prompt tokens of the checks that were started
         self._share = share
         self._tolerance = tolerance
         self._credit = 0.0
@@ -73,7 +74,10 @@ class Canary:
         return True
 
     def ended(self, request_id: str) -> None:
-        """A request is over: what was seen of it can be checked."""
+        """A request is over: what was seen of it can be checked. A check that ended unjudged is not tried again."""
+        if request_id == self.running:
+            self._running = None
+            return
         self._passed.discard(request_id)
         sighting = self._watched.pop(request_id, None)
         if sighting is not None:
@@ -84,10 +88,15 @@ class Canary:
         sighting = self._waiting.popleft()
         name = f"{PREFIX}{self.checked}"
         self._running = (name, sighting)
+        self.tokens += len(sighting.tokens)
         return Request(name, np.asarray(sighting.tokens, np.int32), _PARAMS, salt=f"\0{name}")
 
     def judge(self, logits: Tensor) -> Sighting | None:
-        """`logits` are those of the running check. Returns what it was about if they differ."""
+        """`logits` are those of the running check. If they differ, returns what must not be used any more.
+
+        That is all of its tokens, not only those it resumed from: the pages that it computed itself follow from
+        them, and would be found again, on a disk also after a restart, once the pages before them are good.
+        """
         assert self._running is not None
         _, sighting = self._running
         self._running = None
@@ -98,12 +107,12 @@ class Canary:
         self.failed += 1
         logger.error(
             "canary: %d tokens resumed at %d give logits that differ by %.3g from computing them again; "
-            "what they resumed from is not used any more",
+            "nothing that is cached of them is used any more",
             len(sighting.tokens),
             sighting.resumed,
             difference,
         )
-        return sighting
+        return replace(sighting, resumed=len(sighting.tokens))
 
     def give_up(self) -> None:
         """The running check was ended because work came."""

@@ -96,10 +96,10 @@ class EngineLoop:
         """End a request now, whatever it is doing; what it computed stays cached. None if it is not known."""
         if self._samplers.pop(request_id, None) is None:
             return None
+        if self._canary is not None:
+            self._canary.ended(request_id)
         if request_id.startswith(PREFIX):
             reason = FinishReason.ERROR  # nobody shares the pages of a check: they are dropped
-        elif self._canary is not None:
-            self._canary.ended(request_id)
         return self.scheduler.finish(request_id, reason)
 
     def step(self) -> list[TokenEvent]:
@@ -142,8 +142,9 @@ class EngineLoop:
             return
         if canary.running is not None:
             if len(self._samplers) > 1:
-                self.finish(canary.running, FinishReason.ERROR)  # whose pages are dropped: nobody shares them
+                name = canary.running
                 canary.give_up()
+                self.finish(name, FinishReason.ERROR)
         elif canary.waiting and not self._samplers:
             self.add(canary.next())
 
@@ -152,7 +153,8 @@ class EngineLoop:
         events = []
         for request_id in tuple(self._samplers):
             usage = self.finish(request_id, reason)
-            events.append(TokenEvent(request_id, reason=reason, usage=usage, error=sentence))
+            if not request_id.startswith(PREFIX):
+                events.append(TokenEvent(request_id, reason=reason, usage=usage, error=sentence))
         return events
 
     def stats(self) -> EngineStats:
@@ -168,14 +170,17 @@ class EngineLoop:
             cache |= {f"{name}_{key}": value for key, value in store.stats()._asdict().items()}
         if self._canary is not None:
             cache |= {"canary_checked": self._canary.checked, "canary_failed": self._canary.failed}
+        # a check is nobody's request
+        checked, tokens = (self._canary.checked, self._canary.tokens) if self._canary is not None else (0, 0)
+        checking = self._canary is not None and self._canary.running is not None
         return EngineStats(
-            running=s.running,
+            running=max(0, s.running - checking),  # a check may still be waiting
             waiting=s.waiting,
             steps=s.steps,
-            prompt_tokens=s.prompt_tokens,
+            prompt_tokens=s.prompt_tokens - tokens,
             cached_tokens=s.cached_tokens,
             recomputed_tokens=s.recomputed_tokens,
-            generated_tokens=s.generated_tokens,
+            generated_tokens=s.generated_tokens - checked,
             cache=cache,
         )
 
@@ -216,7 +221,8 @@ class EngineLoop:
         events = []
         for request_id, sentence in failed.items():
             usage = self.finish(request_id, FinishReason.ERROR)
-            events.append(TokenEvent(request_id, reason=FinishReason.ERROR, usage=usage, error=sentence))
+            if not request_id.startswith(PREFIX):
+                events.append(TokenEvent(request_id, reason=FinishReason.ERROR, usage=usage, error=sentence))
         for token in tokens:
             state = self._samplers[token.request_id]
             state.accept(token.token_id)
