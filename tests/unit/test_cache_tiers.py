@@ -91,7 +91,7 @@ def test_what_was_evicted_comes_back_from_the_host_before_admission() -> None:
     start(cache, "b", text(1400, seed=9))
     end(cache, "b")
     settle(cache)
-    assert len(cache.memory.tree.match(list(_keys(cache, text(512))))) < 4
+    assert len(cache.memory.tree.match(_keys(cache, text(512)))) < 4
     cache.rates.token = 1.0  # a machine on which anything is quicker than computing
     assert not cache.ready("c", text(512), "")
     settle(cache)
@@ -125,7 +125,7 @@ def test_a_prefix_that_is_not_trusted_is_served_from_nowhere() -> None:
     start(cache, "b", text(512))
     end(cache, "b")
     settle(cache)
-    assert not store.contents and not cache.memory.tree.match(list(_keys(cache, text(512))))
+    assert not store.contents and not cache.memory.tree.match(_keys(cache, text(512)))
 
 
 def test_the_host_gives_up_the_lowest_rank_and_never_what_is_read() -> None:
@@ -145,3 +145,21 @@ def test_the_host_gives_up_the_lowest_rank_and_never_what_is_read() -> None:
 
 def _keys(cache: CacheManager, tokens: TokenIds) -> list[bytes]:
     return list(page_keys(cache.root(""), tokens))
+
+
+def test_a_long_prompt_is_fetched_in_pieces_and_its_snapshot_with_the_last() -> None:
+    cache = manager(frames=30, host=60)
+    start(cache, "a", text(1280))
+    end(cache, "a")
+    start(cache, "b", text(3600, seed=9))
+    end(cache, "b")
+    settle(cache)
+    assert len(cache.memory.tree.match(_keys(cache, text(1280)))) <= 3
+    cache.rates.token, cache.prefetcher.piece = 1.0, 4
+    sizes = []
+    while not cache.ready("c", text(1280), ""):
+        for jobs in settle(cache):
+            sizes += [len(fetch.parts) for fetch in jobs.fetches]
+    assert len(sizes) >= 2 and max(sizes) <= 5 and set(sizes[:-1]) == {4}
+    plan = cache.admit("c", text(1280), "", 1408)
+    assert plan is not None and plan.write_from == 1280 and plan.kind == "snapshot"

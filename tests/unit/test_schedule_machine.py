@@ -65,6 +65,7 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "host": (0, 0, 3, 8, 40),
     "stores": (0, 0, 1, 1, 2),
     "limit": (3, 10**9, 10**9),
+    "piece": (1, 2, 512),
     "faults": ((False,), (False,) * 9 + (True,), (False, True)),
 }
 Choose = Callable[[Sequence[Any]], Any]
@@ -108,6 +109,7 @@ class Life:
             below=Below(picked["host"], self.stores),
             clock=lambda: self.now,
         )
+        self.cache.prefetcher.piece = picked["piece"]
         config = EngineConfig(max_running=slots, step_tokens=self.budget, max_waiting=10**6)
         self.scheduler = Scheduler(self.cache, config, 1 << 20)
         self.model = FakeModel(frames, slots, layers, exact=places.exact)

@@ -77,7 +77,7 @@ class CacheManager:
         self.planner = Planner(layers, self.rates, self.places.replay)
         self.leases = Leases(self.memory)
         self.tiers = Tiers(self.memory, geometry, self.rates, below)
-        self._prefetcher = Prefetcher(self)
+        self.prefetcher = Prefetcher(self)
         self.holdings: dict[str, Holding] = {}
         self.distrusted: set[bytes] = set()
         self.free_slots = list(range(capacity.slots - 1, -1, -1))
@@ -94,11 +94,11 @@ class CacheManager:
 
     def ready(self, request_id: str, tokens: TokenIds, salt: str) -> bool:
         """Bring up from lower tiers what a waiting request can use. False while that is under way."""
-        return not self.prefix_cache or self._prefetcher.ready(request_id, tokens, salt, self._changes)
+        return not self.prefix_cache or self.prefetcher.ready(request_id, tokens, salt, self._changes)
 
     def withdraw(self, request_id: str) -> None:
         """A waiting request will not be admitted."""
-        self._prefetcher.forget(request_id)
+        self.prefetcher.forget(request_id)
         self._changes += 1
 
     def due(self) -> Jobs:
@@ -107,7 +107,7 @@ class CacheManager:
 
     def end(self, done: Done) -> None:
         """A background copy has ended."""
-        self._prefetcher.end(done)
+        self.prefetcher.end(done)
         self._changes += 1
 
     # ---- admission
@@ -161,7 +161,7 @@ class CacheManager:
             processed=plan.start,
             restoring=source,
         )
-        self._prefetcher.forget(request_id)
+        self.prefetcher.forget(request_id)
         self.counters.admitted(plan)
         if plan.write_from:
             logger.debug("%s resumes: %s", request_id, plan)
@@ -233,7 +233,7 @@ class CacheManager:
         room by ending.
         """
         while (room := self.unpromised() - frames) < 0:
-            if not self._prefetcher.give_way() and (self.holdings or not self.leases.give_way()):
+            if not self.prefetcher.give_way() and (self.holdings or not self.leases.give_way()):
                 break
             self._changes += 1
         return room
@@ -265,7 +265,7 @@ class CacheManager:
         """Whether `frames` can be had, if need be from what is only kept for later: prefetched pages, then pins."""
         memory = self.memory
         while frames > len(memory.free) + memory.evictable:
-            if not self._prefetcher.give_way() and not self.leases.give_way():
+            if not self.prefetcher.give_way() and not self.leases.give_way():
                 return False
             self._changes += 1
         return True
@@ -466,7 +466,7 @@ class CacheManager:
         """Nodes that fetches, saves and waiting requests have pinned."""
         yield from (fetching.chain[-1] for fetching in self.tiers.fetching.values() if fetching.chain)
         yield from (saving.node for saving in self.tiers.saving.values() if saving.node is not None)
-        yield from self._prefetcher.tips
+        yield from self.prefetcher.tips
 
     def snapshots_in_flight(self) -> Iterator[Snapshot]:
         """Snapshots that are being saved."""

@@ -1,4 +1,9 @@
-"""Bringing a queued prompt's pages up before it is admitted, where that is quicker than computing them."""
+"""Bringing a queued prompt's pages up before it is admitted, where that is quicker than computing them.
+
+In pieces: what gives way to them goes to the host at once, between two steps, and nobody decodes meanwhile.
+
+    | on the device: chain | piece | piece | last piece, and the snapshot | computed |
+"""
 
 from __future__ import annotations
 
@@ -15,20 +20,30 @@ from triptych.words import TokenIds
 if TYPE_CHECKING:
     from triptych.cache.manager import CacheManager
 
+PIECE = 512
+"""Pages that one fetch brings at most, 250 MB of Flash: some 30 ms for as many to go to the host."""
+
 
 class Prefetcher:
-    """Which waiting requests have a fetch under way, and what was brought up for them and is pinned until then."""
+    """Which waiting requests have a fetch under way, and what was brought up for them and is pinned until then.
 
-    def __init__(self, manager: CacheManager) -> None:
+    `_begun`: the tip of the pieces that have arrived while more are to come. `_tips`: nothing more is to be fetched.
+    """
+
+    def __init__(self, manager: CacheManager, piece: int = PIECE) -> None:
+        self.piece = piece
         self._manager = manager
         self._jobs: dict[str, int] = {}
+        self._begun: dict[str, Node] = {}
         self._tips: dict[str, Node | None] = {}
         self._refused: dict[str, int] = {}
+        self._names: dict[str, tuple[bytes, list[bytes]]] = {}
 
     @property
     def tips(self) -> Iterator[Node]:
         """Nodes pinned for requests that are not admitted yet."""
-        return (tip for tip in self._tips.values() if tip is not None)
+        yield from (tip for tip in self._tips.values() if tip is not None)
+        yield from self._begun.values()
 
     def ready(self, request_id: str, tokens: TokenIds, salt: str, changes: int) -> bool:
         """Start a fetch for a waiting request if that pays. True when nothing is under way for it."""
@@ -37,25 +52,37 @@ class Prefetcher:
         if request_id in self._tips or not self._manager.tiers.enabled or self._refused.get(request_id) == changes:
             return True
         manager = self._manager
-        root = manager.root(salt)
-        names = list(page_keys(root, tokens))
+        names = self._names_of(request_id, tokens, salt)
         chain = manager.memory.tree.match(names)
         keys = self._below(names[len(chain) :])
         if keys and keys[0] in manager.tiers.loading:
             return False  # somebody else's fetch brings them
         snapshot = self._snapshot(chain, keys)
         if not self._pays(len(tokens), chain, keys, snapshot):
-            self._tips[request_id] = None
+            self._tips[request_id] = self._begun.pop(request_id, None)
             return True
         room = self._room_beside(chain) - len(keys)
         if room < manager.memory.snapshot_frames:
             snapshot = None
         if room < 0 or not (keys or snapshot):
+            if request_id in self._begun:
+                self._tips[request_id] = self._begun.pop(request_id)
             self._refused[request_id] = changes
             return True
+        if len(keys) > self.piece:
+            keys, snapshot = keys[: self.piece], None
         branch = self._branch(salt, chain, keys)
         self._jobs[request_id] = manager.tiers.fetch(chain, keys, snapshot, branch, manager.epoch)
+        self._unpin(self._begun.pop(request_id, None))  # the fetch has pinned what it follows
         return False
+
+    def _names_of(self, request_id: str, tokens: TokenIds, salt: str) -> list[bytes]:
+        """The keys of the prompt's pages, remembered while it waits."""
+        root = self._manager.root(salt)
+        known = self._names.get(request_id)
+        if known is None or known[0] != root:
+            known = self._names[request_id] = root, list(page_keys(root, tokens))
+        return known[1]
 
     def _room_beside(self, chain: list[Node]) -> int:
         """Unpromised frames while `chain` may not be evicted."""
@@ -122,16 +149,23 @@ class Prefetcher:
             self._unpin(tip)
             return
         del self._jobs[owner]
-        self._tips[owner] = tip
+        if tip is not None and all(done.ok):
+            self._begun[owner] = tip  # perhaps there is more
+        else:
+            self._tips[owner] = tip
 
     def forget(self, request_id: str) -> None:
         """The request is admitted or gone: what was brought up for it is like any other page now."""
         self._jobs.pop(request_id, None)
         self._refused.pop(request_id, None)
+        self._names.pop(request_id, None)
         self._unpin(self._tips.pop(request_id, None))
+        self._unpin(self._begun.pop(request_id, None))
 
     def give_way(self) -> bool:
         """Unpin all that was brought up, because a request cannot be admitted otherwise. False if nothing was."""
+        self._tips |= self._begun
+        self._begun.clear()
         pinned = [name for name, tip in self._tips.items() if tip is not None]
         for name in pinned:
             self._unpin(self._tips[name])
