@@ -7,7 +7,7 @@ import pytest
 
 from triptych.engine.api import Engine
 from triptych.errors import ConfigError, ContextTooLong, RequestError, TriptychError
-from triptych.words import FinishReason, SamplingParams
+from triptych.words import CacheHints, FinishReason, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 LONG = np.arange(1000, dtype=np.int32) % 900 + 50
@@ -37,6 +37,14 @@ def test_the_output_is_cached_too(engine: Engine) -> None:
     turn = [*LONG.tolist(), *first.token_ids]
     [second] = engine.generate([turn], GREEDY)
     assert second.usage.cached_tokens == (len(turn) - 1) // 128 * 128 - 4
+
+
+def test_a_marked_boundary_is_resumable_for_those_who_share_it(engine: Engine) -> None:
+    """A system prompt of 384 tokens: the next conversation begins with it and then goes its own way."""
+    engine.generate([LONG], GREEDY, hints=CacheHints(marks=(384, 900)))
+    [other] = engine.generate([np.concatenate([LONG[:384], LONG[500:700]])], GREEDY)
+    assert other.usage.resume == "snapshot"
+    assert other.usage.cached_tokens == 384 - 4
 
 
 def test_prompts_batched_together_equal_each_alone(engine: Engine) -> None:

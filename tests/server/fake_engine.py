@@ -15,7 +15,17 @@ from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
 from triptych.errors import ContextTooLong, QueueFull, Unavailable
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds, TokenLogprob, Usage
+from triptych.words import (
+    NO_HINTS,
+    CacheHints,
+    Delta,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    TokenIds,
+    TokenLogprob,
+    Usage,
+)
 
 PAGE = 128
 SHAPE = ModelShape(
@@ -83,7 +93,13 @@ class FakeEngine:
             yield from self._words[zlib.crc32(seed.encode()) % len(self._words)]
 
     async def stream(
-        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+        self,
+        prompt_ids: TokenIds,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        salt: str = "",
+        hints: CacheHints = NO_HINTS,
     ) -> AsyncGenerator[Delta, None]:
         if self.stopped:
             raise Unavailable("The engine is stopped.")

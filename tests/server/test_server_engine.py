@@ -118,6 +118,20 @@ def test_usage_tells_what_the_cache_saved(server: Server) -> None:
     assert warm.cached_tokens + warm.recomputed_tokens < usages[1].prompt_tokens  # type: ignore[union-attr]
 
 
+def test_conversations_resume_at_the_end_of_a_system_prompt_they_share(server: Server) -> None:
+    """The encoding knows where it ends, and the cache keeps that place resumable."""
+    system = {"role": "system", "content": "Only facts, and none that you do not know. " * 40}
+    with server.client() as client:
+        for question in ("What is amber? " * 60, "Where is the falcon? " * 60):
+            answer = client.chat.completions.create(
+                model="real",
+                messages=[system, {"role": "user", "content": question}],  # type: ignore[list-item]
+                max_tokens=2,
+            )
+    details = answer.usage.prompt_tokens_details
+    assert details.cached_tokens >= 256 - 4 and details.recomputed_tokens <= 128 + 4
+
+
 def test_logprobs_and_samples_agree_with_the_engine(server: Server, alone: Engine) -> None:
     prompt = [5, 6, 7, 8]
     params = SamplingParams(max_tokens=12, temperature=0.9, seed=11, n=3, logprobs=2, ignore_eos=True)

@@ -60,9 +60,11 @@ def adaptive(prompt: Prompt, forks: Forks) -> dict[int, float]:
     """
     last = prompt.length // PAGE * PAGE
     worth = {last - rung * PAGE: saved for rung, saved in forks.rungs(prompt.cost).items()}
-    for mark in prompt.marks:
+    for index, mark in enumerate(prompt.marks):
         at = mark // PAGE * PAGE
-        worth[at] = max(worth.get(at, 0.0), _MARK * min(prompt.cost, at))
+        # others share the system prompt and the tools, and an edit concerns the last turns, seldom those between
+        share = _MARK if index < 2 or index >= len(prompt.marks) - 2 else _MARK_BETWEEN
+        worth[at] = max(worth.get(at, 0.0), share * min(prompt.cost, at))
     saved = _JUNCTION * min(prompt.cost, prompt.matched - prompt.resumed)
     if saved >= 16.0:
         worth[prompt.matched] = max(worth.get(prompt.matched, 0.0), saved)
@@ -71,6 +73,7 @@ def adaptive(prompt: Prompt, forks: Forks) -> dict[int, float]:
 
 
 _MARK, _JUNCTION = 0.3, 0.3  # how likely others part at a mark, or where one has parted already
+_MARK_BETWEEN = 0.03
 
 
 def full(prompt: Prompt, forks: Forks) -> dict[int, float]:

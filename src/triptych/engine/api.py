@@ -20,7 +20,17 @@ from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
-from triptych.words import Delta, FinishReason, SamplingParams, TokenIds, TokenLogprob, Usage, token_ids
+from triptych.words import (
+    NO_HINTS,
+    CacheHints,
+    Delta,
+    FinishReason,
+    SamplingParams,
+    TokenIds,
+    TokenLogprob,
+    Usage,
+    token_ids,
+)
 
 __all__ = ["AsyncEngine", "Engine", "Output"]
 
@@ -70,11 +80,15 @@ class Engine:
         return self._loaded.banner
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        hints: CacheHints = NO_HINTS,
     ) -> list[Output]:
         """Continue all prompts together; n outputs per prompt, in order. Raises RequestError for a bad prompt.
 
-        `params` is one for all or one per prompt.
+        `params` is one for all or one per prompt; `hints`, what is known about reuse, is one for all.
         """
         if isinstance(prompts, str):
             raise RequestError("generate takes a list of prompts.", "Wrap the string in a list.", param="prompts")
@@ -82,16 +96,18 @@ class Engine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
         with self._lock:
-            samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one)]
+            samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
             for request_id, delta in self._run(samples):
                 parts[request_id].append(delta)
         return [_output(parts[s.request.request_id]) for s in samples]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, hints: CacheHints = NO_HINTS
+    ) -> Iterator[Delta]:
         """Continue one prompt, yielding text as it comes. Closing the iterator aborts."""
         with self._lock:
-            for _, delta in self._run(self._expand(prompt, params or SamplingParams())):
+            for _, delta in self._run(self._expand(prompt, params or SamplingParams(), hints)):
                 yield delta
 
     @contextmanager
@@ -113,9 +129,9 @@ class Engine:
         self._loop.settle(_FLUSH_SECONDS)
         self._loop.close()
 
-    def _expand(self, prompt: Prompt, params: SamplingParams) -> list[Sample]:
+    def _expand(self, prompt: Prompt, params: SamplingParams, hints: CacheHints) -> list[Sample]:
         ids = self._encode(prompt)
-        return expand(f"r{next(self._ids)}", ids, params, self.tokenizer)
+        return expand(f"r{next(self._ids)}", ids, params, self.tokenizer, hints=hints)
 
     def _encode(self, prompt: Prompt) -> TokenIds:
         if not isinstance(prompt, str):

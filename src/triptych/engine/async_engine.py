@@ -25,7 +25,7 @@ from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
-from triptych.words import Delta, EngineStats, FinishReason, SamplingParams, TokenIds
+from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, FinishReason, SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +113,22 @@ class AsyncEngine:
         return self._stats
 
     async def stream(
-        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+        self,
+        prompt_ids: TokenIds,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        salt: str = "",
+        hints: CacheHints = NO_HINTS,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of all n samples until each has finished. Closing the iterator aborts what is left.
 
+        `hints`: what the caller knows about reuse, as semantic boundaries, a time to live, a pin.
         Raises RequestError or Unavailable before the first delta.
         """
         if not self._accepting:
             raise Unavailable("The server is shutting down.", "Retry elsewhere or later.")
-        samples = expand(request_id, prompt_ids, params, self.tokenizer, salt)
+        samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
         queue: asyncio.Queue[Delta] = asyncio.Queue()
         for sample in samples:
             self._routes[sample.request.request_id] = _Route(sample.output, queue)

@@ -9,7 +9,7 @@ from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.errors import RequestError
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta, FinishReason, Request, SamplingParams, TokenIds, Usage
+from triptych.words import NO_HINTS, CacheHints, Delta, FinishReason, Request, SamplingParams, TokenIds, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,12 @@ class Sample:
 
 
 def expand(
-    request_id: str, prompt: TokenIds, params: SamplingParams, tokenizer: Tokenizer | None, salt: str = ""
+    request_id: str,
+    prompt: TokenIds,
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    salt: str = "",
+    hints: CacheHints = NO_HINTS,
 ) -> list[Sample]:
     """The n samples of a request. All but the first wait for the first one's prefill and find it cached."""
     if not len(prompt):
@@ -31,7 +36,7 @@ def expand(
     first = f"{request_id}.0"
     return [
         Sample(
-            Request(f"{request_id}.{i}", prompt, params, salt, fork_of=first if i else None),
+            Request(f"{request_id}.{i}", prompt, params, salt, fork_of=first if i else None, hints=hints),
             OutputText(i, params, tokenizer),
         )
         for i in range(params.n)

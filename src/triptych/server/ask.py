@@ -14,7 +14,7 @@ from triptych.server.fields import Fields
 from triptych.server.merge import merged
 from triptych.server.protocol import ServingEngine
 from triptych.server.wire import WireUsage
-from triptych.words import Delta, SamplingParams, TokenIds
+from triptych.words import NO_HINTS, CacheHints, Delta, SamplingParams, TokenIds
 
 STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
 # fields of OpenAI's API that change nothing about the answer's text here
@@ -49,6 +49,7 @@ class Ask:
     params: SamplingParams
     stream: bool = False
     include_usage: bool = False
+    hints: CacheHints = NO_HINTS
 
     @property
     def choices(self) -> int:
@@ -59,7 +60,9 @@ class Ask:
         """(choice, delta) of all prompts as they come. Closing aborts what still runs."""
         n = self.params.n
         streams = [
-            engine.stream(prompt, self.params, request_id=f"{self.head.id}-{i}" if i else self.head.id)
+            engine.stream(
+                prompt, self.params, request_id=f"{self.head.id}-{i}" if i else self.head.id, hints=self.hints
+            )
             for i, prompt in enumerate(self.prompts)
         ]
         async with aclosing(merged(streams)) as deltas:

@@ -22,7 +22,7 @@ from triptych.server.wire import (
 from triptych.text.chat import render
 from triptych.text.messages import parse_messages
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta
+from triptych.words import CacheHints, Delta
 
 FIELDS = FieldTable(
     read=SAMPLING_FIELDS | STREAM_FIELDS | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
@@ -56,7 +56,8 @@ def read_chat(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
     with blaming("messages"):
         prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
     check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
-    return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage)
+    hints = CacheHints(marks=prompt.boundaries)
+    return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage, hints)
 
 
 def _max_tokens(fields: Fields) -> int | None:

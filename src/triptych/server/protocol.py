@@ -7,7 +7,7 @@ from typing import Protocol
 
 from triptych.config import EngineConfig, ModelShape
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta, EngineStats, SamplingParams, TokenIds
+from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, SamplingParams, TokenIds
 
 
 class ServingEngine(Protocol):
@@ -29,6 +29,12 @@ class ServingEngine(Protocol):
         """Figures as of the last step."""
 
     def stream(
-        self, prompt_ids: TokenIds, params: SamplingParams, *, request_id: str, salt: str = ""
+        self,
+        prompt_ids: TokenIds,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        salt: str = "",
+        hints: CacheHints = NO_HINTS,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of all n samples; RequestError or Unavailable before the first. Closing aborts."""
