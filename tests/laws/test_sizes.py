@@ -70,8 +70,8 @@ def parameters(function: Function) -> int:
 def is_exempt(function: Function) -> bool:
     """Functions whose parameters are no interface between people.
 
-    The parameters of a subcommand are the options of the command line; a function that numba compiles takes
+    The parameters of a subcommand are the options of the command line; a function that numba or Triton compiles takes
     arrays, because an object would have to be unpacked at every call.
     """
     decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in function.decorator_list]
-    return any(name.endswith(".command") or name in ("kernel", "inline") for name in decorators)
+    return any(name.endswith(".command") or name in ("kernel", "inline", "triton.jit") for name in decorators)

@@ -7,6 +7,7 @@ is NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -202,6 +203,21 @@ def _linear(rows: int, g: Generator) -> tuple[Any, ...]:
 
 def _grouped_linear(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, 3, D), _randn(g, 3, HIDDEN, D)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor inside it on `device`, with its strides: pools are views into wider memory."""
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return moved.copy_(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: on_device(getattr(value, item.name), device) for item in fields(value)})
+    if isinstance(value, tuple):
+        parts = [on_device(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {

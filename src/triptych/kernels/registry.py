@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from triptych.errors import ConfigError
 
-Backend = Literal["auto", "ref", "cpu"]
+Backend = Literal["auto", "ref", "cpu", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +71,55 @@ class Choice:
     reason: str
 
 
-def table(backend: Backend = "auto", *, deterministic: bool = False) -> tuple[Choice, ...]:
+def table(
+    backend: Backend = "auto", *, deterministic: bool = False, device: Literal["cpu", "cuda"] = "cpu"
+) -> tuple[Choice, ...]:
     """What `select` would choose for each operation. Imports no kernel code and no torch."""
-    have_numba = importlib.util.find_spec("numba") is not None
-    if backend == "cpu" and not have_numba:
-        raise ConfigError("The cpu kernels need numba.", "Install it with: pip install 'triptych[cpu]'.")
-    if deterministic and (backend == "ref" or not have_numba):
-        raise ConfigError(
-            "Deterministic mode needs the cpu kernels.", "Install triptych[cpu] and drop --kernel-backend ref."
-        )
+    own: Literal["cpu", "triton"] = "triton" if device == "cuda" else "cpu"
+    have = importlib.util.find_spec(_LIBRARY[own]) is not None
+    _refuse(backend, own, have, deterministic)
     rows = []
     for op, folder in FOLDER.items():
-        fast = have_numba and backend != "ref" and op in _fast_ops(folder, deterministic)
+        fast = have and backend != "ref" and op in _fast_ops(own, folder, deterministic)
         if fast:
-            reason = "compiled by numba for this processor"
+            reason = _COMPILED[own]
         elif backend == "ref":
             reason = "the reference was asked for"
-        elif not have_numba:
-            reason = "numba is not installed"
+        elif not have:
+            reason = f"{_LIBRARY[own]} is not installed"
         else:
-            reason = "the reference is as fast as this operation needs"
-        rows.append(Choice(op, "cpu" if fast else "ref", reason))
+            reason = _NOT_NEEDED[own]
+        rows.append(Choice(op, own if fast else "ref", reason))
     return tuple(rows)
 
 
-def select(backend: Backend = "auto", *, deterministic: bool = False) -> KernelSet:
+def _refuse(backend: Backend, own: Literal["cpu", "triton"], have: bool, deterministic: bool) -> None:
+    """ConfigError if `backend` cannot serve a device whose kernels are `own`, or not deterministically."""
+    if backend in ("cpu", "triton") and backend != own:
+        where = {"cpu": "the processor", "triton": "an NVIDIA GPU"}[backend]
+        device = {"cpu": "cpu", "triton": "cuda"}[backend]
+        raise ConfigError(
+            f"The {backend} kernels run on {where}.", f"Give --device {device}, or drop --kernel-backend {backend}."
+        )
+    if backend == own and not have:
+        extra = {"cpu": "cpu", "triton": "gpu"}[own]
+        raise ConfigError(
+            f"The {own} kernels need {_LIBRARY[own]}.", f"Install it with: pip install 'triptych[{extra}]'."
+        )
+    if deterministic and own == "triton":
+        raise ConfigError("Deterministic mode does not run on a GPU yet.", "Add --device cpu or drop --deterministic.")
+    if deterministic and (backend == "ref" or not have):
+        raise ConfigError(
+            "Deterministic mode needs the cpu kernels.", "Install triptych[cpu] and drop --kernel-backend ref."
+        )
+
+
+def select(
+    backend: Backend = "auto", *, deterministic: bool = False, device: Literal["cpu", "cuda"] = "cpu"
+) -> KernelSet:
     """The KernelSet for a backend. `deterministic`: results of a row do not depend on its batch mates."""
     chosen: dict[str, Any] = {}
-    for row in table(backend, deterministic=deterministic):
+    for row in table(backend, deterministic=deterministic, device=device):
         module = importlib.import_module(f"triptych.kernels.{FOLDER[row.op]}.{row.backend}")
         name = row.op + "_deterministic" if deterministic and hasattr(module, row.op + "_deterministic") else row.op
         chosen[row.op] = getattr(module, name)
@@ -106,20 +127,35 @@ def select(backend: Backend = "auto", *, deterministic: bool = False) -> KernelS
     return KernelSet(**chosen)
 
 
-# operations with a cpu.py implementation, by folder; a law test holds this against the modules
-_FAST: dict[str, tuple[str, ...]] = {
-    "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
-    "norm": ("latent_rows", "query_rows", "index_query_rows", "derotate"),
-    "linear": ("linear", "grouped_linear"),
-    "window": ("window_rows", "keep_window"),
-    "compress": ("compress",),
-    "index": ("select_entries",),
-    "attend": ("attend",),
-    "moe": ("route", "experts", "shared_expert"),
+_LIBRARY = {"cpu": "numba", "triton": "triton"}
+_NOT_NEEDED = {"cpu": "the reference is as fast as this operation needs", "triton": "it is one product of the library"}
+_COMPILED = {"cpu": "compiled by numba for this processor", "triton": "compiled by Triton for this GPU"}
+
+# operations with a cpu.py or triton.py implementation, by folder; a law test holds this against the modules
+_FAST: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
+        "norm": ("latent_rows", "query_rows", "index_query_rows", "derotate"),
+        "linear": ("linear", "grouped_linear"),
+        "window": ("window_rows", "keep_window"),
+        "compress": ("compress",),
+        "index": ("select_entries",),
+        "attend": ("attend",),
+        "moe": ("route", "experts", "shared_expert"),
+    },
+    "triton": {
+        "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
+        "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
+        "window": ("window_rows", "keep_window"),
+        "compress": ("compress",),
+        "moe": ("route", "experts", "shared_expert"),
+        "index": ("select_entries",),
+        "attend": ("attend",),
+    },
 }
 # operations whose reference is fast enough, but whose rows then depend on their batch mates
 _DETERMINISTIC_ONLY = {"norm": ("rms_norm",)}
 
 
-def _fast_ops(folder: str, deterministic: bool) -> tuple[str, ...]:
-    return _FAST.get(folder, ()) + (_DETERMINISTIC_ONLY.get(folder, ()) if deterministic else ())
+def _fast_ops(own: str, folder: str, deterministic: bool) -> tuple[str, ...]:
+    return _FAST[own].get(folder, ()) + (_DETERMINISTIC_ONLY.get(folder, ()) if deterministic else ())

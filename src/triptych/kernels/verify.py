@@ -35,16 +35,26 @@ class Comparison:
         return self.error <= self.tolerance
 
 
-def verify(op: str, backend: str, rows: int, seed: int = 0, *, deterministic: bool = False) -> Comparison:
+def verify(
+    op: str,
+    backend: str,
+    rows: int,
+    seed: int = 0,
+    *,
+    deterministic: bool = False,
+    device: torch.device | str = "cpu",
+) -> Comparison:
     """Run `op` of `backend` and of the reference on the same inputs of `rows` rows and compare all they produce.
 
-    Results and everything an operation writes (rings, pools) count. Raises KeyError for an unknown op.
+    Results and everything an operation writes (rings, pools) count. The fast one runs on `device`, the reference on
+    the processor. Raises KeyError for an unknown op.
     """
     make: Callable[[int, torch.Generator], tuple[Any, ...]] = inputs.MAKERS[op]
     name = op + "_deterministic" if deterministic else op
     fast = getattr(importlib.import_module(f"triptych.kernels.{FOLDER[op]}.{backend}"), name)
     truth = getattr(importlib.import_module(f"triptych.kernels.{FOLDER[op]}.ref"), op)
-    got = _run(fast, op, make(rows, torch.Generator().manual_seed(seed)))
+    given = inputs.on_device(make(rows, torch.Generator().manual_seed(seed)), torch.device(device))
+    got = [tensor.cpu() for tensor in _run(fast, op, given)]
     want = _run(truth, op, make(rows, torch.Generator().manual_seed(seed)))
     assert len(got) == len(want), (op, len(got), len(want))
     error = max((_error(a, b) for a, b in zip(got, want, strict=True)), default=0.0)

@@ -42,7 +42,7 @@ def attend(
     None: all visible ones (HCA).
     """
     out = torch.empty_like(q)
-    for rows in torch.arange(q.shape[0]).split(128):  # bounds the gathered keys
+    for rows in torch.arange(q.shape[0], device=q.device).split(128):  # bounds the gathered keys
         keys, valid = _window_keys(window, rows)
         if entries is not None and int(entries.visible[rows].max()) > 0:
             more, more_valid = _entry_keys(entries, selected, rows)
@@ -59,7 +59,7 @@ def attend(
 
 def _window_keys(window: WindowRows, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [r, W, c] and their validity [r, W] for the window of the given rows."""
-    step = torch.arange(int(window.count[rows].max()))
+    step = torch.arange(int(window.count[rows].max()), device=rows.device)
     valid = step < window.count[rows].unsqueeze(1)
     index = window.first[rows].unsqueeze(1) + step
     return window.rows[torch.where(valid, index, 0)], valid
@@ -69,7 +69,7 @@ def _entry_keys(entries: PagedEntries, selected: Tensor | None, rows: Tensor) ->
     """Entries [r, K, c] and their validity [r, K] for the given rows."""
     part = entries._replace(seq=entries.seq[rows], visible=entries.visible[rows])
     if selected is None:
-        ids = torch.arange(int(part.visible.max())).expand(len(rows), -1)
+        ids = torch.arange(int(part.visible.max()), device=rows.device).expand(len(rows), -1)
         ids = torch.where(ids < part.visible.unsqueeze(1), ids, -1)
     else:
         ids = selected[rows]

@@ -15,13 +15,15 @@ class PagedEntries(NamedTuple):
     """Entries of one layer behind page tables.
 
     pool [n_pages, per_page, D] (a view, strided over pages); page_table [B, P] int64; seq [R] int64 maps a row
-    to its sequence; visible [R] int64 entries that the row may see, a prefix of its sequence.
+    to its sequence; visible [R] int64 entries that the row may see, a prefix of its sequence. `most` is the largest
+    of them where the host knows it: a GPU would have to be waited for to say.
     """
 
     pool: Tensor
     page_table: Tensor
     seq: Tensor
     visible: Tensor
+    most: int | None = None
 
 
 def gather_entries(entries: PagedEntries, ids: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: PagedEntries) -> Tensor:
     q [R, Hi, Di], weights [R, Hi] (already scaled). Returns [R, T].
     """
     total = int(keys.visible.max())
-    ids = torch.arange(total).expand(q.shape[0], total)
+    ids = torch.arange(total, device=q.device).expand(q.shape[0], total)
     k = gather_entries(keys, torch.where(ids < keys.visible.unsqueeze(1), ids, 0)).to(q.dtype)
     scores = torch.einsum("rhd,rtd->rht", q, k)
     scores = (torch.relu(scores) * weights.unsqueeze(-1)).sum(dim=1)

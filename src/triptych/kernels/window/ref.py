@@ -44,7 +44,7 @@ def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
 
     New rows are rounded to the ring's dtype, because later steps will read those same bits.
     """
-    rows = torch.empty(plan.total, kv.shape[1], dtype=kv.dtype)
+    rows = torch.empty(plan.total, kv.shape[1], dtype=kv.dtype, device=kv.device)
     rows[plan.past_dst] = ring[plan.past_src].to(kv.dtype)
     rows[plan.step_dst] = kv.to(ring.dtype).to(kv.dtype)
     return rows

@@ -1,0 +1,133 @@
+"""Hyper-connections for NVIDIA GPUs: one library product for the maps, then one program a row that reads it once.
+
+The norm's factor is a scalar of the row, so it multiplies the product instead of its input; the Sinkhorn iterations
+run on an n x n tile in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triptych.kernels.mhc.ref import MhcHead, MhcSite
+
+
+def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See ref.mhc_pre."""
+    rows, n, dim = streams.shape
+    streams = streams.contiguous()
+    maps = torch.nn.functional.linear(streams.flatten(1), site.fn)
+    x, post, comb = streams.new_empty(rows, dim), streams.new_empty(rows, n), streams.new_empty(rows, n, n)
+    width = triton.next_power_of_2(dim)
+    _pre[(rows,)](
+        *(streams, maps, site.base, site.scale, norm, x, post, comb, dim, site.eps, site.norm_eps),
+        ITERS=site.iters,
+        N=n,
+        DIM=width,
+        num_warps=_warps(n * width),
+    )
+    return x, post, comb
+
+
+def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """See ref.mhc_post."""
+    rows, n, dim = streams.shape
+    streams, y = streams.contiguous(), y.contiguous()
+    out = torch.empty_like(streams)
+    block = min(1024, triton.next_power_of_2(dim))
+    _post[(rows, triton.cdiv(dim, block))](y, streams, post.contiguous(), comb.contiguous(), out, dim, N=n, BLOCK=block)
+    return out
+
+
+def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
+    """See ref.mhc_head."""
+    rows, n, dim = streams.shape
+    streams = streams.contiguous()
+    maps = torch.nn.functional.linear(streams.flatten(1), head.fn)
+    out = streams.new_empty(rows, dim)
+    width = triton.next_power_of_2(dim)
+    _head[(rows,)](
+        *(streams, maps, head.base, head.scale, out, dim, head.eps, head.norm_eps),
+        N=n,
+        DIM=width,
+        num_warps=_warps(n * width),
+    )
+    return out
+
+
+def _warps(values: int) -> int:
+    """So many that a thread holds 64 values of its row at most."""
+    return min(16, max(4, values // (64 * 32)))
+
+
+@triton.jit
+def _tile(streams_ptr, r, dim, norm_eps, N: tl.constexpr, DIM: tl.constexpr):
+    """A row's streams [N, DIM] and 1 / rms over all of them."""
+    j = tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    x = tl.load(streams_ptr + (r * N + j[:, None]) * dim + d[None, :], mask=(d < dim)[None, :], other=0.0)
+    return x, tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (N * dim) + norm_eps)
+
+
+@triton.jit
+def _pre(
+    streams_ptr,
+    maps_ptr,
+    base_ptr,
+    scale_ptr,
+    norm_ptr,
+    x_ptr,
+    post_ptr,
+    comb_ptr,
+    dim,
+    eps,
+    norm_eps,
+    ITERS: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    j = tl.arange(0, N)
+    x, rms = _tile(streams_ptr, r, dim, norm_eps, N, DIM)
+    maps_ptr += r * (2 + N) * N
+    pre = tl.load(maps_ptr + j) * rms * tl.load(scale_ptr) + tl.load(base_ptr + j)
+    pre = tl.sigmoid(pre) + eps
+    post = tl.load(maps_ptr + N + j) * rms * tl.load(scale_ptr + 1) + tl.load(base_ptr + N + j)
+    tl.store(post_ptr + r * N + j, 2.0 * tl.sigmoid(post))
+    at = 2 * N + j[:, None] * N + j[None, :]
+    m = tl.load(maps_ptr + at) * rms * tl.load(scale_ptr + 2) + tl.load(base_ptr + at)
+    m = tl.exp(m - tl.max(m, 1)[:, None])
+    m = m / tl.sum(m, 1)[:, None] + eps
+    m = m / (tl.sum(m, 0) + eps)[None, :]
+    for _ in range(ITERS - 1):
+        m = m / (tl.sum(m, 1) + eps)[:, None]
+        m = m / (tl.sum(m, 0) + eps)[None, :]
+    tl.store(comb_ptr + (r * N + j[:, None]) * N + j[None, :], m)
+    y = tl.sum(x * pre[:, None], 0)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / dim + norm_eps) * tl.load(norm_ptr + d, mask=d < dim, other=0.0)
+    tl.store(x_ptr + r * dim + d, y, mask=d < dim)
+
+
+@triton.jit
+def _post(y_ptr, streams_ptr, post_ptr, comb_ptr, out_ptr, dim, N: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, N)
+    x = tl.load(streams_ptr + (r * N + j[:, None]) * dim + d[None, :], mask=(d < dim)[None, :], other=0.0)
+    y = tl.load(y_ptr + r * dim + d, mask=d < dim, other=0.0)
+    for k in tl.static_range(N):
+        mixed = tl.sum(x * tl.load(comb_ptr + (r * N + j) * N + k)[:, None], 0)
+        tl.store(out_ptr + (r * N + k) * dim + d, tl.load(post_ptr + r * N + k) * y + mixed, mask=d < dim)
+
+
+@triton.jit
+def _head(streams_ptr, maps_ptr, base_ptr, scale_ptr, out_ptr, dim, eps, norm_eps, N: tl.constexpr, DIM: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    j = tl.arange(0, N)
+    x, rms = _tile(streams_ptr, r, dim, norm_eps, N, DIM)
+    share = tl.sigmoid(tl.load(maps_ptr + r * N + j) * rms * tl.load(scale_ptr) + tl.load(base_ptr + j)) + eps
+    tl.store(out_ptr + r * dim + d, tl.sum(x * share[:, None], 0), mask=d < dim)

@@ -1,0 +1,57 @@
+"""The Triton kernels without a GPU: what the table promises is there, and the interpreter computes the right thing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import triptych.kernels
+from triptych.errors import ConfigError
+from triptych.kernels import registry
+
+HERE = Path(__file__).parent
+KERNELS = Path(triptych.kernels.__file__).parent
+
+
+def test_the_table_names_what_the_modules_have() -> None:
+    for own, folders in registry._FAST.items():
+        for folder, ops in folders.items():
+            tree = ast.parse((KERNELS / folder / f"{own}.py").read_text(encoding="utf-8"))
+            assert set(ops) <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (own, folder)
+
+
+def test_every_triton_kernel_equals_its_reference_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter makes loop bounds of arrays, which numpy 2.4 refuses")
+    path = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, HERE / "interpreted.py"], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) > 40
+    assert not [result for result in results if not result["ok"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"backend": "cpu", "device": "cuda"}, "cpu kernels run on the processor"),
+        ({"backend": "triton", "device": "cpu"}, "triton kernels run on an NVIDIA GPU"),
+        ({"deterministic": True, "device": "cuda"}, "Deterministic mode does not run on a GPU"),
+    ],
+)
+def test_a_backend_that_cannot_serve_the_device_is_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        registry.table(**options)
