@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from triptych.errors import ConfigError, nearest
 
@@ -406,17 +406,18 @@ SHAPES = {"flash": _FLASH, "pro": _PRO}
 
 KvFormat = Literal["float32", "bfloat16", "fp8"]
 Numerics = Literal["exact", "native"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """How much memory the caches get and how it is used. Sizes in bytes.
 
-    `kv_memory` None means a quarter of the free RAM. `policy` says which page boundaries get a snapshot (see
-    cache/places.py), `retention` what is given up first ("value" or "lru"). `host_memory` and `disk` (a directory of
-    at most `disk_memory`) hold what the device gave up; `remote` is a redis:// address. `tenant_quota`: the share of
-    the cache that one tenant may take while others want room. `canary`: the share of resumed requests that are
-    computed again in idle time and compared.
+    `kv_memory` None means a quarter of the free RAM, or most of what a GPU has left beside the weights. `policy` says
+    which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
+    `host_memory` and `disk` (a directory of at most `disk_memory`) hold what the device gave up; `remote` is a
+    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room.
+    `canary`: the share of resumed requests that are computed again in idle time and compared.
     """
 
     kv_memory: int | None = None
@@ -442,6 +443,8 @@ class CacheConfig:
             raise ConfigError(f"tenant_quota must be a share above 0 and at most 1, not {self.tenant_quota}.")
         if not 0.0 <= self.canary <= 1.0:
             raise ConfigError(f"canary must be a share from 0 to 1, not {self.canary}.")
+        if self.canary and self.policy == "bounded":
+            raise ConfigError("The canary would report what policy bounded allows.", "Choose one of the two.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,6 +454,7 @@ class EngineConfig:
     `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step;
     `max_context` tokens at most belong to one request (None: what the model allows);
     `deterministic` makes logits bitwise independent of batch mates, chunking and cache path.
+    `device` "auto" is the first NVIDIA GPU if there is one that can, else the processor.
     """
 
     max_running: int = 16
@@ -461,13 +465,16 @@ class EngineConfig:
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic: bool = False
     threads: int | None = None
-    kernel_backend: Literal["auto", "ref", "cpu"] = "auto"
+    kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto"
+    device: Device = "auto"
     cache: CacheConfig = CacheConfig()
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "step_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.device not in get_args(Device):
+            raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}.")
         if self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens {self.step_tokens} is below max_running {self.max_running}.",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.config import SHAPES, ModelShape, Yarn, read_config
+from triptych.config import SHAPES, CacheConfig, ModelShape, Yarn, read_config
 from triptych.errors import ConfigError
 
 FLASH, PRO = SHAPES["flash"], SHAPES["pro"]
@@ -243,3 +243,8 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
             read_config(path)
     path.write_text(json.dumps(FLASH_JSON), encoding="utf-8")
     assert ModelShape.from_file(path) == FLASH
+
+
+def test_a_canary_would_report_what_bounded_allows() -> None:
+    with pytest.raises(ConfigError, match="bounded"):
+        CacheConfig(policy="bounded", canary=0.1)

@@ -8,7 +8,7 @@ import os
 import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,7 @@ class Machine:
     python: str
     triptych: str
     gpus: tuple[str, ...]
+    gpu_problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +61,46 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that `doctor` says. `kernels` rows have op, backend and reason; `advice` are sentences."""
+    """All that `doctor` says. `kernels` rows have op, backend and reason; `advice` are sentences.
+
+    `device` is where the model would run, "cpu" or "cuda".
+    """
 
     machine: Machine
     packages: tuple[Package, ...]
     kernels: tuple[dict[str, str], ...]
     advice: tuple[str, ...]
+    device: str = "cpu"
 
 
 @app.command()
 def doctor(
     kernel_backend: Annotated[
-        Literal["auto", "ref", "cpu"], typer.Option(help="Show the choice for this backend setting.")
+        Literal["auto", "ref", "cpu", "triton"], typer.Option(help="Show the choice for this backend setting.")
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Show the choice for this device setting.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Show what this machine has and which kernels will run."""
-    report = examine(kernel_backend)
+    report = examine(kernel_backend, device)
     typer.echo(json.dumps(asdict(report), indent=2) if as_json else render(report))
 
 
-def examine(kernel_backend: Literal["auto", "ref", "cpu"] = "auto") -> Report:
-    """Look at this machine. ConfigError if `kernel_backend` cannot run here."""
+def examine(
+    kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto", device: Literal["auto", "cpu", "cuda"] = "auto"
+) -> Report:
+    """Look at this machine. ConfigError if `kernel_backend` or `device` cannot run here."""
+    from triptych.config import EngineConfig
+    from triptych.engine.device import device_for, kind_of
     from triptych.kernels.registry import table
 
-    kernels = tuple(asdict(row) for row in table(kernel_backend))
+    chosen = kind_of(device_for(EngineConfig(device=device)))
+    kernels = tuple(asdict(row) for row in table(kernel_backend, device=chosen))
     packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
     machine = _machine()
-    return Report(machine, packages, kernels, advise(machine, packages))
+    return Report(machine, packages, kernels, advise(machine, packages), chosen)
 
 
 def render(report: Report) -> str:
@@ -110,7 +123,7 @@ def render(report: Report) -> str:
         "Packages",
         *_columns([(p.name, p.version or "missing", p.gives, _remedy(p)) for p in report.packages]),
         "",
-        "Kernels",
+        f"Kernels on {'the GPU' if report.device == 'cuda' else 'the processor'}",
         *_columns([(row["op"], row["backend"], row["reason"]) for row in report.kernels]),
         "",
         "Advice",
@@ -139,9 +152,10 @@ def _version(distribution: str) -> str | None:
 def _machine() -> Machine:
     import torch
 
+    from triptych.engine.device import gpu
     from triptych.engine.memory import free_memory
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = gpu()
     return Machine(
         system=platform.platform(terse=True),
         cpu=_processor(),
@@ -152,8 +166,15 @@ def _machine() -> Machine:
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         python=platform.python_version(),
         triptych=__version__,
-        gpus=tuple(gpus),
+        gpus=tuple(_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())),
+        gpu_problem=facts.problem if facts else None,
     )
+
+
+def _gpu(properties: Any) -> str:
+    """Name, memory and compute capability of one GPU."""
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name} ({format_size(properties.total_memory)}, compute capability {capability})"
 
 
 def _processor() -> str:
@@ -169,12 +190,14 @@ def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
     """What makes this machine slower than it need be, one sentence each with the remedy."""
     missing = {package.name for package in packages if package.version is None}
     advice = []
-    if "numba" in missing:
+    if "numba" in missing and not machine.gpus:
         advice.append("The reference kernels will run, several times slower: pip install 'triptych[cpu]'.")
     if missing & {"starlette", "uvicorn"}:
         advice.append("`triptych serve` needs the server packages: pip install 'triptych[server]'.")
-    if machine.gpus:
-        advice.append("There is a GPU, but this version computes on the processor.")
+    if machine.gpu_problem:
+        advice.append(f"{machine.gpu_problem} The processor is used.")
+    elif machine.gpus and "triton" in missing:
+        advice.append("The reference kernels will run on the GPU, many times slower: pip install 'triptych[gpu]'.")
     if machine.load is not None and machine.load > machine.cores / 2:
         busy = f"{machine.load:.1f} of {machine.cores} cores"
         advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")

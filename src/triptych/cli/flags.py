@@ -24,7 +24,9 @@ class EngineFlags:
 
     kv_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM."),
+        typer.Option(
+            metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM; most of a GPU."
+        ),
     ] = None
     policy: Annotated[
         str | None,
@@ -65,8 +67,12 @@ class EngineFlags:
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Processor threads. Default: one per core; one for a small model.")
     ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        typer.Option(help="Where the model runs. Default: an NVIDIA GPU if there is one, else the processor."),
+    ] = None
     kernel_backend: Annotated[
-        Literal["auto", "ref", "cpu"] | None, typer.Option(help="Which kernels run; see `triptych doctor`.")
+        Literal["auto", "ref", "cpu", "triton"] | None, typer.Option(help="Which kernels run; see `triptych doctor`.")
     ] = None
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same bits whatever shares the batch. Slower.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
+from triptych.engine.device import device_for, free_device_memory, kind_of, refuse_tiers
 from triptych.engine.loop import EngineLoop
-from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
@@ -61,19 +62,16 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     reader = CheckpointReader(directory)
     shape = reader.shape
     geometry = CacheGeometry.of(shape, config.cache.kv_format)
-    free = free_memory()
-    memory = config.cache.kv_memory or free // 4
+    device = device_for(config)
+    refuse_tiers(config.cache, device)
+    memory = _cache_memory(reader, config, device)
     capacity = plan_capacity(geometry, memory, config.max_running)
-    needed = capacity.bytes(geometry) + config.cache.host_memory
-    if needed > free:
-        raise ConfigError(
-            f"The cache needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
-            "Lower --kv-memory or --host-memory.",
-        )
-    weights = _weights(reader, shape, _DTYPES[config.weight_dtype])
-    _set_threads(config)
-    with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
-        warm_up(config)
+    _refuse_too_much(capacity.bytes(geometry) + config.cache.host_memory, reader, config, device)
+    weights = _weights(reader, _DTYPES[config.weight_dtype], device)
+    _set_threads(config, device)
+    if kind_of(device) == "cpu":  # Triton compiles for the sizes of the model itself, so a miniature would not help
+        with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
+            warm_up(config)
     loop = build_loop(weights, config, geometry, capacity, fingerprint(directory))
     limit = config.max_context or shape.max_position
     max_context = min(limit, shape.max_position, capacity.tokens)
@@ -85,8 +83,9 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
 def build_loop(
     weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity, identity: bytes = b""
 ) -> EngineLoop:
-    """The engine's parts around given weights, wired together. `identity` names the weights on disk."""
+    """The engine's parts around given weights, on their device. `identity` names the weights on disk."""
     shape, wanted = weights.shape, config.cache
+    refuse_tiers(wanted, weights.embed.device)
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
@@ -105,7 +104,7 @@ def build_loop(
         below=below,
         namespace=space,
     )
-    pools = Pools(shape, geometry, capacity)
+    pools = Pools(shape, geometry, capacity, weights.embed.device)
     runner = Runner(weights, config, pools)
     mover = Mover(pools, geometry, host_frames, stores)
     canary = Canary(wanted.canary, _TOLERANCE[wanted.kv_format]) if wanted.canary else None
@@ -119,7 +118,7 @@ def _find(model: str | Path) -> tuple[str, Path]:
             return str(model), tiny.ensure_checkpoint()
         except OSError as error:
             raise ConfigError(f"The bundled checkpoint could not be written: {error}.") from None
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path.resolve().name, path
     if path.exists():
@@ -130,8 +129,39 @@ def _find(model: str | Path) -> tuple[str, Path]:
     raise ConfigError(f"There is no checkpoint directory {str(model)!r}.", hint)
 
 
-def _weights(reader: CheckpointReader, shape: ModelShape, dtype: torch.dtype) -> ModelWeights:
-    store = WeightStore(shape, dtype, mtp=reader.has_mtp)
+def _cache_memory(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
+    """Bytes for the caches: what was asked for, or a quarter of the RAM, or most of what weights leave of a GPU."""
+    if config.cache.kv_memory:
+        return config.cache.kv_memory
+    left = _left_for_caches(reader, config, device)
+    return left // 4 if kind_of(device) == "cpu" else max(left * 3 // 4, 1)
+
+
+def _left_for_caches(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
+    """Free bytes; of a GPU those that are left when the weights are there."""
+    free = free_device_memory(device)
+    if kind_of(device) == "cpu":
+        return free
+    weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
+    if weights > free:
+        raise ConfigError(
+            f"The weights need {weights / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of the GPU are free.",
+            "Use --device cpu, or a GPU with more memory.",
+        )
+    return free - weights
+
+
+def _refuse_too_much(needed: int, reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
+    free = _left_for_caches(reader, config, device)
+    if needed > free:
+        raise ConfigError(
+            f"The cache needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",
+            "Lower --kv-memory or --host-memory.",
+        )
+
+
+def _weights(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+    store = WeightStore(reader.shape, dtype, mtp=reader.has_mtp, device=device)
     for name, tensor in reader.tensors(dtype=torch.float32):
         store.place(name, tensor)
     missing = store.missing()
@@ -140,9 +170,9 @@ def _weights(reader: CheckpointReader, shape: ModelShape, dtype: torch.dtype) ->
     return store.weights
 
 
-def _set_threads(config: EngineConfig) -> None:
+def _set_threads(config: EngineConfig, device: torch.device) -> None:
     """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
-    if any(row.backend == "cpu" for row in table(config.kernel_backend)):
+    if any(row.backend == "cpu" for row in table(config.kernel_backend, device=kind_of(device))):
         parallel.set_threads(config.threads)
     elif config.threads is not None:
         torch.set_num_threads(config.threads)

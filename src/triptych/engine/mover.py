@@ -49,7 +49,9 @@ class Mover:
         stores: Sequence[Store] = (),
         threads: int = min(4, os.cpu_count() or 1),
     ) -> None:
-        self._device = pools.frames.view(torch.uint8).numpy()
+        # there are no tiers below a GPU yet, whose frames numpy cannot see
+        frames = pools.frames if pools.frames.device.type == "cpu" else pools.frames[:0].cpu()
+        self._device = frames.view(torch.uint8).numpy()
         self._host = _host_memory(host_frames, self._device.shape[1])
         # what lies in the frames that begin with this one; a fetch reads it while `HostTier.use` keeps them as they are
         self._sums: list[tuple[ObjectKey, bytes] | None] = [None] * host_frames

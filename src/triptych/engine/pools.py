@@ -38,7 +38,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Pools:
     """Allocated once at start-up; sizes come from the geometry and never change."""
 
-    def __init__(self, shape: ModelShape, geometry: CacheGeometry, capacity: CacheCapacity) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        geometry: CacheGeometry,
+        capacity: CacheCapacity,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  (a value, never changed)
+    ) -> None:
         if geometry.kv_format not in _DTYPES:
             raise ConfigError(
                 f"KV format {geometry.kv_format!r} has no kernels on this device.", "Use float32 or bfloat16."
@@ -47,16 +53,17 @@ class Pools:
         layers, c, di = shape.num_layers, shape.head_dim, shape.index_head_dim
         n_csa, n_hca = len(shape.csa_layers), len(shape.hca_layers)
         self.capacity = capacity
+        self.device = device
         self.window_stride = layers * SLOT_ROWS
         self.rows_per_frame = geometry.rows_per_frame
         self.csa_stride = n_csa * CSA_RING
         self.hca_stride = n_hca * HCA_RING
-        self.frames = torch.empty(capacity.frames, geometry.page_bytes // dtype.itemsize, dtype=dtype)
+        self.frames = torch.empty(capacity.frames, geometry.page_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._rows = self.frames[:, : self.rows_per_frame * c].unflatten(1, (self.rows_per_frame, c))
-        self.window = torch.empty(capacity.slots * self.window_stride, c, dtype=dtype)
-        self._csa = torch.empty(capacity.slots * self.csa_stride, 4 * c)
-        self._index = torch.empty(capacity.slots * self.csa_stride, 4 * di)
-        self._hca = torch.empty(capacity.slots * self.hca_stride, 2 * c)
+        self.window = torch.empty(capacity.slots * self.window_stride, c, dtype=dtype, device=device)
+        self._csa = torch.empty(capacity.slots * self.csa_stride, 4 * c, device=device)
+        self._index = torch.empty(capacity.slots * self.csa_stride, 4 * di, device=device)
+        self._hca = torch.empty(capacity.slots * self.hca_stride, 2 * c, device=device)
         self.layers = self._layer_views(shape, geometry)
         self._ring_shape = (capacity.slots, layers, SLOT_ROWS, c)
 
@@ -79,10 +86,11 @@ class Pools:
     def _window_of(self, slot: int, boundary: int, frames: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A slot's ring [L, SLOT_ROWS, c], the positions [n] that boundary needs, their frames and rows [L, n]."""
         ring = self.window.view(self._ring_shape)[slot]
-        positions = torch.arange(max(boundary - RESTORED, 0), boundary - LOOKBACK)
-        layers = torch.arange(ring.shape[0])[:, None]
+        positions = torch.arange(max(boundary - RESTORED, 0), boundary - LOOKBACK, device=self.device)
+        layers = torch.arange(ring.shape[0], device=self.device)[:, None]
         rows = layers * WINDOW + (positions - (boundary - RESTORED))
-        return ring, positions, torch.tensor(frames)[rows // self.rows_per_frame], rows % self.rows_per_frame
+        held = torch.tensor(frames, device=self.device)
+        return ring, positions, held[rows // self.rows_per_frame], rows % self.rows_per_frame
 
     def _layer_views(self, shape: ModelShape, geometry: CacheGeometry) -> tuple[LayerCache, ...]:
         segments = {(s.layer, s.kind): s for s in geometry.segments}

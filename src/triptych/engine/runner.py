@@ -10,6 +10,7 @@ from torch import Tensor
 from triptych.cache.geometry import LOOKBACK
 from triptych.config import EngineConfig
 from triptych.engine.batching import build_batch
+from triptych.engine.device import kind_of, on_device
 from triptych.engine.pools import Pools
 from triptych.kernels.registry import select
 from triptych.model.transformer import Transformer
@@ -21,7 +22,7 @@ class Runner:
     """One device's worth of model and caches. Holds no request state: plans carry all of it."""
 
     def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools) -> None:
-        kernels = select(config.kernel_backend, deterministic=config.deterministic)
+        kernels = select(config.kernel_backend, deterministic=config.deterministic, device=kind_of(pools.device))
         self.model = Transformer(weights, kernels, config.numerics)
         self.pools = pools
 
@@ -44,5 +45,5 @@ class Runner:
             for chunk in plan.chunks:
                 if chunk.restore is not None:
                     self.pools.restore(chunk.slot, chunk.start + LOOKBACK, chunk.restore)
-            batch = build_batch(plan.chunks, self.pools, all_logits=all_logits)
+            batch = on_device(build_batch(plan.chunks, self.pools, all_logits=all_logits), self.pools.device)
             return self.model.forward(batch, self.pools.layers)

@@ -33,6 +33,7 @@ _Ids = npt.NDArray[np.int64]
 # whole vocabulary is rare. Any cut is a complete prefix of the ranking, so the result does not depend on these numbers.
 _CUTS = (0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-5, 1e-8, 0.0)
 _LARGEST = float(np.finfo(np.float64).max)
+_NO_ROW = np.empty(0, np.float32)
 
 
 class TokenCounts:
@@ -110,6 +111,11 @@ class SamplerState:
         """True if the model's logits are used as they are: no bias, no penalty."""
         return self._bias is None and self._seen is None and self._output is None
 
+    @property
+    def takes_the_best(self) -> bool:
+        """True if the place of the highest logit is all that is asked of a row."""
+        return self.params.greedy and self.plain and self.params.logprobs is None
+
     def adjusted(self, logits: npt.NDArray[np.float32]) -> _Floats:
         """A float64 copy of `logits` [V] with bias and penalties applied, finite or -inf."""
         row = logits.astype(np.float64)
@@ -161,8 +167,10 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
     assert logits.shape[0] == len(states), (logits.shape, len(states))
     # One pass serves greedy rows and finds broken ones: NaN and +inf win a maximum, and only -inf loses all.
     peaks, best = (t.tolist() for t in logits.max(dim=1))
-    rows = logits.detach().cpu().numpy()
-    return [_sample_row(rows[i], peaks[i], best[i], state) for i, state in enumerate(states)]
+    # the host needs whole rows only of those that do more than take the highest logit: from a GPU they are megabytes
+    whole = [i for i, state in enumerate(states) if not state.takes_the_best]
+    rows = dict(zip(whole, logits[whole].detach().cpu().numpy(), strict=True)) if whole else {}
+    return [_sample_row(rows.get(i, _NO_ROW), peaks[i], best[i], state) for i, state in enumerate(states)]
 
 
 def _sample_row(logits: npt.NDArray[np.float32], peak: float, best: int, state: SamplerState) -> SampledToken | str:

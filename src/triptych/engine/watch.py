@@ -30,7 +30,7 @@ def watch_selections(model: Transformer) -> Iterator[list[list[Ids]]]:
         chosen: Tensor = right.select_entries(*arguments)
         if not steps or len(steps[-1]) == layers:
             steps.append([])
-        last = chosen[-1].numpy()
+        last = chosen[-1].cpu().numpy()
         steps[-1].append(last[last >= 0].copy())
         return chosen
 

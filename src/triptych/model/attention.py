@@ -83,7 +83,7 @@ class AttentionBlock:
             keys = self._k.compress(front, column, cache.index_state, steps, weights.index_compressor, angles)
             if len(keys):
                 cache.index_keys[steps.page, steps.offset] = self._n.index(keys).to(cache.index_keys.dtype)
-        return PagedEntries(cache.entries, batch.page_table, batch.seq, plan.visible)
+        return PagedEntries(cache.entries, batch.page_table, batch.seq, plan.visible, plan.max_visible)
 
     def _select(
         self,

@@ -27,7 +27,7 @@ class Transformer:
         self.shape = weights.shape
         self._weights = weights
         self._n: NumericsRules = Exact() if numerics == "exact" else Native()
-        self._rope = RopeTables(weights.shape)
+        self._rope = RopeTables(weights.shape, weights.embed.device)
         self.layer_rows = 0
         self.use_kernels(kernels)
 

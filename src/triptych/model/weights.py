@@ -101,15 +101,29 @@ class ModelWeights:
 class WeightStore:
     """Allocates all weights of `shape` and remembers where each official tensor name goes.
 
-    Matrices are `dtype`; norms, mHC, sinks, biases and ape are float32, as in the checkpoint.
+    Matrices are `dtype`; norms, mHC, sinks, biases and ape are float32, as in the checkpoint. All are on `device`;
+    on "meta" they take no memory, which tells `nbytes` beforehand.
     """
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype = torch.float32, *, mtp: bool = True) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        dtype: torch.dtype = torch.float32,
+        *,
+        mtp: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._shape = shape
         self._dtype = dtype
         self._targets: dict[str, Tensor] = {}
         self._placed: set[str] = set()
-        self.weights = self._model(mtp)
+        with torch.device(device):
+            self.weights = self._model(mtp)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights; tensors that share a matrix are counted by their own rows."""
+        return sum(target.nbytes for target in self._targets.values())
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Copy `tensor` to where `name` belongs. Raises CheckpointError for unknown names and wrong shapes."""

@@ -1,0 +1,136 @@
+"""Which device an engine runs on, what that device has free, and how a step's indices get there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triptych.config import CacheConfig, EngineConfig
+from triptych.engine.memory import free_memory
+from triptych.errors import ConfigError
+from triptych.model.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+_CAPABILITY = (8, 0)  # Ampere: bfloat16 in the tensor cores and asynchronous copies, which the kernels build on
+_ALIGN = 2  # int64 of 16 bytes: where each vector of a step begins in the one copy
+
+
+class GpuFacts(NamedTuple):
+    """What is known of the GPU that would be used; `problem` is why it cannot be, or None."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    problem: str | None
+
+
+def gpu() -> GpuFacts | None:
+    """The first NVIDIA GPU that torch sees, or None."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    capability = (properties.major, properties.minor)
+    problem = None
+    if capability < _CAPABILITY:
+        problem = (
+            f"{properties.name} has compute capability {capability[0]}.{capability[1]}; "
+            f"Triptych needs {_CAPABILITY[0]}.{_CAPABILITY[1]} or newer."
+        )
+    return GpuFacts(properties.name, capability, properties.total_memory, problem)
+
+
+def device_for(config: EngineConfig) -> torch.device:
+    """The device that `config` asks for. ConfigError if it is not there or cannot run the model."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    facts = gpu()
+    if facts is not None and facts.problem is None:
+        return torch.device("cuda", 0)
+    if config.device == "auto":
+        if facts is not None:
+            logger.warning("%s The processor is used.", facts.problem)
+        return torch.device("cpu")
+    if facts is not None:
+        raise ConfigError(str(facts.problem), "Use --device cpu.")
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"The installed torch {torch.__version__} has no CUDA.",
+            "Install a CUDA build of torch (make TORCH=...), or use --device cpu.",
+        )
+    raise ConfigError("torch finds no NVIDIA GPU.", "Check nvidia-smi and the driver, or use --device cpu.")
+
+
+def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
+    """The kind of device, as the kernel registry names it."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that new allocations on `device` can have; of a GPU those that no process holds."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+
+
+def refuse_tiers(cache: CacheConfig, device: torch.device) -> None:
+    """ConfigError for tiers below a GPU."""
+    if device.type == "cuda" and (cache.host_memory or cache.disk is not None or cache.remote is not None):
+        raise ConfigError(
+            "Tiers below the GPU come later.", "Drop --host-memory, --disk and --remote, or use --device cpu."
+        )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with all of its vectors on `device`, in one copy; itself if it is there already.
+
+    All of them are int64, so they travel as one pinned vector and are views of it on arrival.
+    """
+    if device.type == "cpu":
+        return batch
+    found = list(_tensors(batch))
+    starts, total = [], 0
+    for tensor in found:
+        assert tensor.dtype == torch.int64, tensor.dtype
+        starts.append(total)
+        total += -(-tensor.numel() // _ALIGN) * _ALIGN
+    staged = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=True)
+    for tensor, start in zip(found, starts, strict=True):
+        staged[start : start + tensor.numel()] = tensor.flatten()
+    there = staged.to(device, non_blocking=True)
+    views = [there[at : at + t.numel()].view(t.shape) for t, at in zip(found, starts, strict=True)]
+    moved: Batch = _rebuilt(batch, iter(views))
+    return moved
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside dataclasses, named tuples and mappings, in a fixed order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value).values():
+            yield from _tensors(part)
+
+
+def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with its tensors replaced, in the order of `_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    parts = {name: _rebuilt(part, tensors) for name, part in _parts(value).items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **parts)
+    if isinstance(value, dict):
+        return parts
+    return type(value)(**parts) if isinstance(value, tuple) else value
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What a dataclass, a named tuple or a mapping holds, by name; nothing for anything else."""
+    if is_dataclass(value):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, dict):
+        return value
+    return {name: getattr(value, name) for name in getattr(value, "_fields", ())}

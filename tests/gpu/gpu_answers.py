@@ -1,0 +1,71 @@
+"""The same prompts on the processor and on the GPU, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from triptych.cache.geometry import CacheGeometry, plan_capacity
+from triptych.checkpoint import random_tensors
+from triptych.config import EngineConfig, ModelShape
+from triptych.engine.api import Engine, Output
+from triptych.engine.device import device_for
+from triptych.engine.load import LoadedEngine, build_loop
+from triptych.model.weights import WeightStore
+from triptych.words import SamplingParams, TokenIds
+
+NEAR_TIE = 1e-3  # nats between the two likeliest tokens that float32 rounding in another order may turn over
+
+
+@dataclass
+class Total:
+    """What was compared in the whole session."""
+
+    tokens: int = 0
+    ties: int = 0
+    widest: float = 0.0
+
+
+TOTAL = Total()
+
+
+def random_engine(shape: ModelShape, **options: object) -> Engine:
+    """An engine with random weights of `shape`, no tokenizer, on the device that `options` say."""
+    config = EngineConfig.from_options(**options)
+    device = device_for(config)
+    store = WeightStore(shape, mtp=False, device=device)
+    for name, tensor in random_tensors(shape, seed=0):
+        if not name.startswith("mtp."):
+            store.place(name, tensor)
+    geometry = CacheGeometry.of(shape, config.cache.kv_format)
+    capacity = plan_capacity(geometry, config.cache.kv_memory or 1 << 30, config.max_running)
+    loop = build_loop(store.weights, config, geometry, capacity)
+    return Engine(LoadedEngine("random", shape, config, None, loop, min(shape.max_position, capacity.tokens), ""))
+
+
+def text(shape: ModelShape, seed: int, length: int) -> TokenIds:
+    """`length` random tokens."""
+    return np.random.default_rng(seed).integers(2, shape.vocab_size, length).astype(np.int32)
+
+
+def same(got: Sequence[Output], want: Sequence[Output], near: float = NEAR_TIE) -> None:
+    """Each answer has the processor's tokens up to a near-tie, after which it is another text. `want` has logprobs."""
+    for one, truth in zip(got, want, strict=True):
+        assert len(one.token_ids) == len(truth.token_ids)
+        for at, (token, right) in enumerate(zip(one.token_ids, truth.token_ids, strict=True)):
+            TOTAL.tokens += 1
+            if token == right:
+                continue
+            best, second = truth.logprobs[at].top[:2]
+            gap = best[1] - second[1]
+            assert token == second[0] and gap < near, f"token {at}: {token} instead of {right}, gap {gap:.3g} nats"
+            TOTAL.ties += 1
+            TOTAL.widest = max(TOTAL.widest, gap)
+            break
+
+
+def greedy(count: int, *, logprobs: int | None = None) -> SamplingParams:
+    """`count` tokens, always the likeliest."""
+    return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, logprobs=logprobs)
