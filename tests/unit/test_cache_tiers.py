@@ -83,6 +83,27 @@ def test_a_failed_save_is_counted_and_tried_again_with_the_next_use() -> None:
     assert cache.memory.evictable == 40 - len(cache.memory.free), "what could not be saved may be evicted"
 
 
+def test_a_store_that_lost_first_pages_gets_them_again_but_not_while_it_refuses() -> None:
+    store = FakeStore("disk")
+    cache = manager(stores=(store,))
+    start(cache, "a", text(512))
+    end(cache, "a")
+    settle(cache)
+    store.discard(ObjectKey("page", _keys(cache, text(512))[0]))
+    start(cache, "b", text(700))
+    end(cache, "b")
+    settle(cache, ok=False)
+    assert ObjectKey("page", _keys(cache, text(512))[0]) not in store
+    start(cache, "c", text(900))
+    end(cache, "c")
+    tried = {save.key.name for jobs in settle(cache) for save in jobs.saves}
+    assert tried and not tried & set(_keys(cache, text(512))), "only what is new, while it is not known to work"
+    start(cache, "d", text(1100))
+    end(cache, "d")
+    settle(cache)
+    assert all(ObjectKey("page", key) in store for key in _keys(cache, text(1100)))
+
+
 def test_what_was_evicted_comes_back_from_the_host_before_admission() -> None:
     cache = manager(frames=12, host=40)
     start(cache, "a", text(512))

@@ -415,7 +415,7 @@ class CacheManager:
             if not forget and not stale:
                 self.leases.grant(holding, now)
                 self._remember(holding, now)
-                self.tiers.save(holding.chain)
+                self.tiers.save(holding.chain, holding.plan.write_from // PAGE)
             self.memory.tree.unpin(holding.chain[-1], now)
             for node in holding.chain:  # a snapshot may have waited in the queue while its page was in use
                 if node.snapshot is not None:

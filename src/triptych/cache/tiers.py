@@ -91,6 +91,7 @@ class Tiers:
         self._rates = rates
         self._wanted: deque[tuple[ObjectKey, Item]] = deque()
         self._touched: list[ObjectKey] = []
+        self._refusing = False
         self._demotions: list[Demotion] = []
         self._fetches: list[Fetch] = []
         self._unwritten: set[Snapshot] = set()
@@ -150,15 +151,17 @@ class Tiers:
             self._demotions.append(Demotion(key, frames, host_frames))
             self.moved.bytes_in[HOST] += self.size(key)
 
-    def save(self, nodes: Sequence[Node]) -> None:
+    def save(self, nodes: Sequence[Node], fresh: int) -> None:
         """A request ended that used `nodes`, parents first: they and the snapshot of the last are to be in the stores.
 
-        All of them, not only the new ones: a store may have given up the first pages of a session that lives on the
-        device, and without these the others are worth nothing.
+        All of them, not only those from index `fresh` on, which are new: a store may have given up the first pages of a
+        session that lives on the device, and without these the others are worth nothing. While stores refuse, as a
+        full disk does, only the new ones are tried, or each turn of a long session would try all of it again.
         """
         if not self.stores or not nodes:
             return
         snapshot = nodes[-1].snapshot
+        nodes = nodes[fresh:] if self._refusing else nodes
         items: list[Item] = [*nodes, snapshot] if snapshot is not None else list(nodes)
         for item in items:
             key = key_of(item)
@@ -219,6 +222,7 @@ class Tiers:
             self._memory.tree.unpin(saving.node, saving.node.used)
         elif self.host is not None:
             self.host.end_use(saving.key)
+        self._refusing = not ok
         if ok:
             self.moved.bytes_in[saving.tier] += saving.size
             if saving.key.name in self._distrusted:  # meanwhile
