@@ -119,7 +119,7 @@ class Memory:
         self.snapshots[frames] = snapshot
         node.branch.tenant.frames += len(frames)
         self._offer(snapshot)
-        if node in self._queue:  # it is worth more with its snapshot
+        if node in self._queue:  # both by what is known now
             self._offer(node)
         return True
 

@@ -67,11 +67,6 @@ class Mover:
         self._saved: list[Done] = []
         self._saving = 0
 
-    @property
-    def idle(self) -> bool:
-        """True when no background copy is under way or waits to be reported."""
-        return not self._under_way
-
     def run(self, jobs: Jobs) -> None:
         """Demote now; start the rest."""
         self._demote_all(jobs.demotions)
