@@ -324,7 +324,8 @@ class CacheManager:
         if processed // PAGE > len(holding.chain) and self.prefix_cache and holding.epoch == self.epoch:
             self._seal(holding, tokens, processed // PAGE)
         for write in tuple(holding.reserved):
-            self._publish(holding, write)
+            if write.position <= processed:  # others are of a step that is still under way
+                self._publish(holding, write)
 
     def _seal(self, holding: Holding, tokens: TokenIds, upto: int) -> None:
         chain, sealed = holding.chain, len(holding.chain)

@@ -32,7 +32,8 @@ _Ids = npt.NDArray[np.int64]
 # Relative weights down to which candidates are looked at before all are: the likely ones are few, so that a sort of the
 # whole vocabulary is rare. Any cut is a complete prefix of the ranking, so the result does not depend on these numbers.
 _CUTS = (0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-5, 1e-8, 0.0)
-_LARGEST = float(np.finfo(np.float64).max)
+_BLOCK = 32  # random numbers made at once: a generator for each token would cost more than the rest of a row
+LARGEST = float(np.finfo(np.float64).max)
 _NO_ROW = np.empty(0, np.float32)
 
 
@@ -93,6 +94,7 @@ class SamplerState:
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.sample_index = sample_index
         self.generated = len(output_ids)
+        self._numbers, self._numbers_from = np.empty(0), -1
         self._bias = _bias_vectors(params, vocab_size)
         # Only what the parameters need is counted: a long prompt costs nothing unless repetition is penalised.
         self._seen = _seen(prompt_ids, output_ids) if params.repetition_penalty != 1.0 else None
@@ -132,13 +134,36 @@ class SamplerState:
             if self._output is not None:
                 row[self._output.ids] -= params.frequency_penalty * self._output.counts + params.presence_penalty
         # A penalty near zero may overflow; the order against everything smaller is kept.
-        return np.minimum(row, _LARGEST, out=row)
+        return np.minimum(row, LARGEST, out=row)
 
-    def uniform(self) -> float:
-        """The number in [0, 1) for the next token: a function of seed, sample index and tokens generated."""
-        key = np.array([self.seed % 2**64, self.sample_index], dtype=np.uint64)
-        bits = np.random.Philox(key=key, counter=self.generated).random_raw()
-        return float(int(bits) >> 11) * 2.0**-53
+    @property
+    def bias(self) -> tuple[_Ids, _Floats] | None:
+        """Token ids and what is added to their logits."""
+        return self._bias
+
+    @property
+    def counts_repetition(self) -> bool:
+        """True if all tokens so far are penalised."""
+        return self._seen is not None
+
+    @property
+    def counts_output(self) -> bool:
+        """True if tokens are penalised by how often they came out."""
+        return self._output is not None
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) for the next token: a function of seed, sample index and tokens generated.
+
+        `ahead` tokens more were generated that `accept` has not seen yet.
+        """
+        at = self.generated + ahead
+        first = at // _BLOCK * _BLOCK
+        if self._numbers_from != first:
+            key = np.array([self.seed % 2**64, self.sample_index], dtype=np.uint64)
+            # a counter gives four numbers, of which the first is used
+            bits = np.random.Philox(key=key, counter=first).random_raw(4 * _BLOCK)[::4]
+            self._numbers, self._numbers_from = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53, first
+        return float(self._numbers[at - first])
 
 
 def _bias_vectors(params: SamplingParams, vocab_size: int) -> tuple[_Ids, _Floats] | None:
