@@ -17,7 +17,7 @@ from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.window.ref import WindowPlan
 
@@ -53,7 +53,27 @@ def _mhc_post(rows: int, g: Generator) -> tuple[Any, ...]:
 
 
 def _mhc_head(rows: int, g: Generator) -> tuple[Any, ...]:
-    return _randn(g, rows, 4, D), MhcHead(_randn(g, 4, 4 * D), _randn(g, 4), _randn(g, 1), 1e-6, 1e-6)
+    return _randn(g, rows, 4, D), _mhc_head_weights(g)
+
+
+def _mhc_head_weights(g: Generator) -> MhcHead:
+    return MhcHead(_randn(g, 4, 4 * D), _randn(g, 4), _randn(g, 1), 1e-6, 1e-6)
+
+
+def _residual(rows: int, g: Generator) -> Residual:
+    return Residual(_randn(g, rows, 4, D), _randn(g, rows, 4), _randn(g, rows, 4, 4))
+
+
+def _mhc_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _residual(rows, g), _site(g), _randn(g, D)
+
+
+def _mhc_first(rows: int, g: Generator) -> tuple[Any, ...]:
+    return torch.randint(0, VOCAB, (rows,), generator=g), _randn(g, VOCAB, D), _site(g), _randn(g, D)
+
+
+def _mhc_last(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _residual(rows, g), _mhc_head_weights(g), _randn(g, D)
 
 
 def _rms_norm(rows: int, g: Generator) -> tuple[Any, ...]:
@@ -224,6 +244,9 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "mhc_pre": _mhc_pre,
     "mhc_post": _mhc_post,
     "mhc_head": _mhc_head,
+    "mhc_rows": _mhc_rows,
+    "mhc_first": _mhc_first,
+    "mhc_last": _mhc_last,
     "rms_norm": _rms_norm,
     "latent_rows": _latent_rows,
     "query_rows": _query_rows,

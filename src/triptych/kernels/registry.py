@@ -23,6 +23,9 @@ class KernelSet:
     mhc_pre: Any
     mhc_post: Any
     mhc_head: Any
+    mhc_rows: Any
+    mhc_first: Any
+    mhc_last: Any
     rms_norm: Any
     latent_rows: Any
     query_rows: Any
@@ -44,6 +47,9 @@ FOLDER = {
     "mhc_pre": "mhc",
     "mhc_post": "mhc",
     "mhc_head": "mhc",
+    "mhc_rows": "mhc",
+    "mhc_first": "mhc",
+    "mhc_last": "mhc",
     "rms_norm": "norm",
     "latent_rows": "norm",
     "query_rows": "norm",
@@ -144,7 +150,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "moe": ("route", "experts", "shared_expert"),
     },
     "triton": {
-        "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
+        "mhc": ("mhc_pre", "mhc_post", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
         "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
