@@ -405,13 +405,14 @@ SHAPES = {"flash": _FLASH, "pro": _PRO}
 """The released models, as their config.json describes them (reference section 1.1)."""
 
 KvFormat = Literal["float32", "bfloat16", "fp8"]
+IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
 Numerics = Literal["exact", "native"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """How much memory the caches get and how it is used. Sizes in bytes.
+    """How much memory the caches get and how it is used. Sizes in bytes. `index_format` None means as `kv_format`.
 
     `kv_memory` None means a quarter of the free RAM, or most of what a GPU has left beside the weights. `policy` says
     which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
@@ -422,6 +423,7 @@ class CacheConfig:
 
     kv_memory: int | None = None
     kv_format: KvFormat = "float32"
+    index_format: IndexFormat | None = None
     prefix_cache: bool = True
     policy: str = "adaptive"
     retention: Literal["value", "lru"] = "value"

@@ -28,6 +28,14 @@ class EngineFlags:
             metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM; most of a GPU."
         ),
     ] = None
+    kv_format: Annotated[
+        Literal["float32", "bfloat16", "fp8"] | None,
+        typer.Option(help="How cached entries and window rows are kept; fp8 is the released models' own rounding."),
+    ] = None
+    index_format: Annotated[
+        Literal["float32", "bfloat16", "fp8", "mxfp4"] | None,
+        typer.Option(help="How index keys are kept. Default: as --kv-format."),
+    ] = None
     policy: Annotated[
         str | None,
         typer.Option(

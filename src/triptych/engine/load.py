@@ -61,7 +61,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     name, directory = _find(model)
     reader = CheckpointReader(directory)
     shape = reader.shape
-    geometry = CacheGeometry.of(shape, config.cache.kv_format)
+    geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     device = device_for(config)
     refuse_tiers(config.cache, device)
     memory = _cache_memory(reader, config, device)

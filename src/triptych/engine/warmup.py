@@ -27,7 +27,7 @@ _MINIATURE = ModelShape(
     o_groups=2,
     o_lora_rank=2,
     index_heads=2,
-    index_head_dim=4,
+    index_head_dim=32,
     index_topk=4,
     num_experts=2,
     experts_per_token=1,
@@ -43,7 +43,7 @@ def warm_up(config: EngineConfig) -> None:
     store = WeightStore(_MINIATURE)
     for name, (size, dtype) in store.sizes().items():
         store.place(name, torch.zeros(size, dtype=dtype))
-    geometry = CacheGeometry.of(_MINIATURE, config.cache.kv_format)
+    geometry = CacheGeometry.of(_MINIATURE, config.cache.kv_format, config.cache.index_format)
     capacity = CacheCapacity(frames=16 + geometry.snapshot_frames, slots=3)
     runner = Runner(store.weights, config, Pools(_MINIATURE, geometry, capacity))
     pages = np.arange(16, dtype=np.int32)

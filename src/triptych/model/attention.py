@@ -12,6 +12,7 @@ from torch import Tensor
 from triptych.config import CSA_LAYER, SWA_LAYER, ModelShape
 from triptych.kernels.attend.ref import WindowRows
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import write_rows
 from triptych.kernels.registry import KernelSet
 from triptych.model.batch import Batch, EntryPlan, LayerCache
 from triptych.model.numerics import NumericsRules
@@ -76,13 +77,12 @@ class AttentionBlock:
         assert cache.entries is not None and cache.state is not None
         new = self._k.compress(front, layout.compress[0], cache.state, steps, weights.compressor, angles)
         if len(new):
-            latent = self._n.latent(new, self._shape.rope_dim)
-            cache.entries[steps.page, steps.offset] = latent.to(cache.entries.dtype)
+            write_rows(cache.entries, (steps.page, steps.offset), self._n.latent(new, self._shape.rope_dim))
         if cache.index_keys is not None:
             column = layout.index_compress[0]
             keys = self._k.compress(front, column, cache.index_state, steps, weights.index_compressor, angles)
             if len(keys):
-                cache.index_keys[steps.page, steps.offset] = self._n.index(keys).to(cache.index_keys.dtype)
+                write_rows(cache.index_keys, (steps.page, steps.offset), self._n.index(keys))
         return PagedEntries(cache.entries, batch.page_table, batch.seq, plan.visible, plan.max_visible)
 
     def _select(

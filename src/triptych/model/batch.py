@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from triptych.kernels.compress.ref import CompressPlan
+from triptych.kernels.quant.formats import Rows
 from triptych.kernels.window.ref import WindowPlan
 
 
@@ -64,13 +65,13 @@ class LayerCache:
 
     window [slots * ring, c] flat rows; frames [n, rows, c] all frames as rows of snapshots; entries [n, 32 or 1, c];
     index_keys [n, 32, Di]; state, index_state [slots * ring, width] compressor rows, float32. None where the layer
-    kind has no such cache.
+    kind has no such cache. Rows are packed in FP8 and MXFP4 caches (kernels/quant/formats.py).
     """
 
     layer: int
-    window: Tensor
-    frames: Tensor
-    entries: Tensor | None = None
-    index_keys: Tensor | None = None
+    window: Rows
+    frames: Rows
+    entries: Rows | None = None
+    index_keys: Rows | None = None
     state: Tensor | None = None
     index_state: Tensor | None = None

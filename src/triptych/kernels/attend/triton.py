@@ -90,7 +90,7 @@ def _entry_arguments(window: WindowRows, entries: PagedEntries | None, selected:
     if entries is None:
         rows = window.rows
         return (rows, 0, 0, window.first, 0, window.first, window.count, window.first, 0, 0)
-    pool, table = entries.pool, entries.page_table
+    pool, table = entries.dense, entries.page_table
     chosen = entries.visible if selected is None else selected
     stride, width = (0, 0) if selected is None else (selected.stride(0), selected.shape[1])
     return (

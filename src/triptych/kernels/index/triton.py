@@ -25,7 +25,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: PagedEntries) -> Tensor:
     total = keys.most if keys.most is not None else int(keys.visible.max())
     rows, heads, dim = q.shape
     scores = torch.empty(rows, total, device=q.device)
-    pool, table = keys.pool, keys.page_table
+    pool, table = keys.dense, keys.page_table
     narrow = pool.dtype == torch.bfloat16
     _scores[(rows, triton.cdiv(total, _TILE * _STRETCH))](
         *(q, *q.stride()[:2], weights, weights.stride(0), weights.stride(1)),
