@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from triptych.config import WINDOW
+from triptych.config import PAGE, WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
+from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 from triptych.kernels.moe.ref import Experts, Router
@@ -27,7 +28,7 @@ SEQUENCES, PAGES = 3, 11
 SNAPSHOT_FRAMES = 6  # two layers of 128 rows, 50 in each frame
 
 
-WRITES = {"keep_window": (1, 2), "compress": (2,)}
+WRITES = {"keep_window": (1, 2), "compress": (2,), "front_rows": (2,)}
 """Positions of the arguments that an operation is there to change."""
 
 
@@ -140,6 +141,35 @@ def _compress(rows: int, g: Generator) -> tuple[Any, ...]:
     weights = Compressor(_randn(g, 4, 2 * DIM), _randn(g, DIM), True, 1e-6)
     front = _randn(g, rows, 4 * DIM + 11)
     return front, 7, _randn(g, ring, 4 * DIM), plan._replace(src=src, phase=phase), weights, _angles(groups, g)
+
+
+def _front_rows(rows: int, g: Generator, native: bool = False) -> tuple[Any, ...]:
+    """A CSA layer, an HCA layer or one with neither, by the number of rows; every third row completes a group."""
+    ratio = (4, 128, 0)[rows % 3]
+    at, key = LORA + DIM, 32
+    main = None if not ratio else Compressor(_randn(g, ratio, DIM * (2 if ratio == 4 else 1)), _randn(g, DIM), ratio == 4, 1e-6)
+    index = Compressor(_randn(g, 4, 2 * key), _randn(g, key), True, 1e-6) if ratio == 4 else None
+    wide = {4: 4 * DIM, 128: 2 * DIM, 0: 0}[ratio]
+    front = _randn(g, rows, at + wide + 4 * key + HEADS)
+    weights = FrontWeights(
+        *(_randn(g, LORA), _randn(g, DIM), main, index, at, at + wide),
+        *((at + wide + 4 * key, at + wide + 4 * key + HEADS), 0.3, 1e-6, native),
+    )
+    slots, reach = rows + 2, {4: 8, 128: 128, 0: 0}[ratio]
+    state = _randn(g, 3 * slots * reach, wide)[reach:] if ratio else None
+    caches = FrontCaches(
+        *(_randn(g, 2 * slots * 130, DIM)[130:], 2 * 130, 130),
+        _randn(g, 6 * rows, PAGE // ratio, DIM) if ratio else None,
+        _randn(g, 6 * rows, PAGE // 4, key) if index else None,
+        state,
+        _randn(g, 3 * slots * reach, 4 * key)[reach:] if index else None,
+        3 * reach,
+    )
+    positions = torch.randint(0, 5 * PAGE, (rows,), generator=g)
+    positions[::3] = positions[::3] // max(ratio, 1) * ratio + max(ratio, 1) - 1
+    table = torch.randperm(6 * rows, generator=g).view(rows, 6)
+    where = DecodeRows(positions, torch.randperm(slots - 1, generator=g)[:rows], table)
+    return front, weights, caches, where, (_angles(rows, g), _angles(rows, g) if ratio else None)
 
 
 def _row_of_phase(phase: Tensor, src: Tensor, g: Generator) -> Tensor:
@@ -255,6 +285,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "window_rows": _window_rows,
     "keep_window": _keep_window,
     "compress": _compress,
+    "front_rows": _front_rows,
     "select_entries": _select_entries,
     "attend": _attend,
     "route": _route,

@@ -34,6 +34,7 @@ class KernelSet:
     window_rows: Any
     keep_window: Any
     compress: Any
+    front_rows: Any
     select_entries: Any
     attend: Any
     route: Any
@@ -58,6 +59,7 @@ FOLDER = {
     "window_rows": "window",
     "keep_window": "window",
     "compress": "compress",
+    "front_rows": "front",
     "select_entries": "index",
     "attend": "attend",
     "route": "moe",
@@ -154,6 +156,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
+        "front": ("front_rows",),
         "moe": ("route", "experts", "shared_expert"),
         "index": ("select_entries",),
         "attend": ("attend",),

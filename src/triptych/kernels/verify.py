@@ -6,8 +6,8 @@ Inputs are float32 with odd sizes; memory that a kernel must not read is NaN, so
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -64,14 +64,25 @@ def verify(
 def _run(function: Any, op: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     """What a call returns, and the arguments that the operation is there to write."""
     result = function(*arguments)
-    returned = list(result) if isinstance(result, tuple) else [] if result is None else [result]
-    return returned + [arguments[i] for i in inputs.WRITES.get(op, ())]
+    return [*_tensors(result), *(t for i in inputs.WRITES.get(op, ()) for t in _tensors(arguments[i]))]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from _tensors(getattr(value, item.name))
 
 
 def _error(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
-    if got.dtype == torch.int64:
+    if not got.dtype.is_floating_point:
         return float((got != want).sum())
     if not got.numel():
         return 0.0
