@@ -46,11 +46,15 @@ class Pools:
         geometry: CacheGeometry,
         capacity: CacheCapacity,
         device: torch.device = torch.device("cpu"),  # noqa: B008  (a value, never changed)
+        spare: int = 0,
     ) -> None:
+        """`spare`: one slot more than requests can own if 1, for the padding rows of decode batches."""
         layers, c, di = shape.num_layers, shape.head_dim, shape.index_head_dim
         n_csa, n_hca = len(shape.csa_layers), len(shape.hca_layers)
         self.capacity = capacity
         self.device = device
+        self.spare_slot = capacity.slots
+        slots = capacity.slots + spare
         self.window_stride = layers * SLOT_ROWS
         self.rows_per_frame = geometry.rows_per_frame
         self.csa_stride = n_csa * CSA_RING
@@ -59,12 +63,12 @@ class Pools:
         dtype = _DTYPES.get(geometry.kv_format, torch.uint8)
         self.frames = torch.empty(capacity.frames, geometry.page_bytes // dtype.itemsize, dtype=dtype, device=device)
         ring_bytes = SLOT_ROWS * geometry.window_row_bytes
-        self.window = torch.empty(capacity.slots, layers, ring_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.window = torch.empty(slots, layers, ring_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._dim = c
         self._rows = self._rows_in(self.frames.view(torch.uint8), 0, self.rows_per_frame)
-        self._csa = torch.empty(capacity.slots * self.csa_stride, 4 * c, device=device)
-        self._index = torch.empty(capacity.slots * self.csa_stride, 4 * di, device=device)
-        self._hca = torch.empty(capacity.slots * self.hca_stride, 2 * c, device=device)
+        self._csa = torch.empty(slots * self.csa_stride, 4 * c, device=device)
+        self._index = torch.empty(slots * self.csa_stride, 4 * di, device=device)
+        self._hca = torch.empty(slots * self.hca_stride, 2 * c, device=device)
         self.layers = self._layer_views(shape, geometry)
 
     @property
