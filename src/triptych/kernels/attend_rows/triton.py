@@ -187,6 +187,35 @@ def _query_part(here, h, heads, shrink, DIM: tl.constexpr, START: tl.constexpr, 
 
 
 @triton.jit
+def _e4m3_to_bf16(x):
+    """e4m3 bytes as bfloat16: sign, exponent and mantissa moved into place, then times 2^120, the biases' difference.
+
+    The hardware's own conversion goes through float16 and takes an instruction of a quarter of the rate for each value.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d, m;
+        mov.b32 m, 0x7b807b80;
+        prmt.b32 a, $2, 0, 0x1404;
+        prmt.b32 b, $2, 0, 0x3424;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        and.b32 c, c, 0x07f007f0;
+        and.b32 d, d, 0x07f007f0;
+        lop3.b32 a, a, 0x80008000, c, 0xea;
+        lop3.b32 b, b, 0x80008000, d, 0xea;
+        mul.rn.bf16x2 $0, a, m;
+        mul.rn.bf16x2 $1, b, m;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
 def _key_part(
     values, bits, valid, START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, PACKED: tl.constexpr, kind
 ):
@@ -204,7 +233,11 @@ def _key_part(
         GROUPS: tl.constexpr = WIDTH // GROUP
         g = (START // 64 + tl.arange(0, GROUPS)) * 8
         exponent = ((bits[:, None, None] >> g[None, :, None]) & 255).to(tl.int16) << 7
-        x = tl.reshape(x.to(tl.float8e4nv, bitcast=True).to(kind), [x.shape[0], GROUPS, GROUP])
+        if kind == tl.bfloat16:
+            x = _e4m3_to_bf16(x)
+        else:
+            x = x.to(tl.float8e4nv, bitcast=True).to(kind)
+        x = tl.reshape(x, [x.shape[0], GROUPS, GROUP])
         x = x * exponent.to(tl.bfloat16, bitcast=True).to(kind)
         x = tl.reshape(x, [x.shape[0], WIDTH])
     return x.to(kind)
