@@ -37,6 +37,7 @@ class KernelSet:
     front_rows: Any
     select_entries: Any
     attend: Any
+    attend_rows: Any
     route: Any
     experts: Any
     shared_expert: Any
@@ -62,6 +63,7 @@ FOLDER = {
     "front_rows": "front",
     "select_entries": "index",
     "attend": "attend",
+    "attend_rows": "attend_rows",
     "route": "moe",
     "experts": "moe",
     "shared_expert": "moe",
@@ -160,6 +162,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "moe": ("route", "experts", "shared_expert"),
         "index": ("select_entries",),
         "attend": ("attend",),
+        "attend_rows": ("attend_rows",),
     },
 }
 # operations whose reference is fast enough, but whose rows then depend on their batch mates

@@ -88,11 +88,13 @@ def front_rows(
         plan, done = _plan(rows, weights.compressor, caches.state_stride)
         late = (angles[1][0][done], angles[1][1][done])
         new = compress(front, weights.compress, caches.state, plan, weights.compressor, late)
-        write_rows(caches.entries, (plan.page, plan.offset), _latent(new, rope, weights.native))
+        if len(new):
+            write_rows(caches.entries, (plan.page, plan.offset), _latent(new, rope, weights.native))
         if weights.index_compressor is not None:
             assert caches.index_keys is not None and caches.index_state is not None
             keys = compress(front, weights.index, caches.index_state, plan, weights.index_compressor, late)
-            write_rows(caches.index_keys, (plan.page, plan.offset), _key(keys, weights.native))
+            if len(keys):
+                write_rows(caches.index_keys, (plan.page, plan.offset), _key(keys, weights.native))
     heads = narrow[:, slice(*weights.heads)] * weights.scale
     return qr.to(torch.bfloat16) if weights.native else qr, heads
 

@@ -42,8 +42,8 @@ def round_fp4(x):
     x = x * tl.where(code == 255, float("nan"), power_of_two(254 - code))[:, None]
     size = tl.abs(x)
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-    x = x / step
-    return (x + 12582912.0 - 12582912.0) * step, code  # adding 1.5 * 2^23 leaves no fraction: to the nearest even
+    size = (size / step + 12582912.0 - 12582912.0) * step  # adding 1.5 * 2^23 leaves no fraction: to the nearest even
+    return tl.where(x.to(tl.int32, bitcast=True) < 0, -size, size), code
 
 
 @triton.jit
