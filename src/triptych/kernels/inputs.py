@@ -15,11 +15,13 @@ from torch import Generator, Tensor
 
 from triptych.config import PAGE, WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 from triptych.kernels.moe.ref import Experts, Router
+from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.window.ref import WindowPlan
 
 D, HEADS, DIM, ROPE, LORA = 48, 3, 40, 8, 24  # sizes that are no power of two
@@ -215,6 +217,40 @@ def _attend(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, HEADS, DIM), window, entries, selected, Attention(_randn(g, HEADS), DIM**-0.5)
 
 
+def _attend_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Rows of CSA, HCA or SWA kind, by the number of rows; one of them is new and sees its own window row only."""
+    size, slots, heads = 130, rows + 1, HEADS
+    positions = torch.randint(0, PAGES * 16, (rows,), generator=g)
+    positions[0] = 0
+    lowest = (positions - torch.randint(0, 140, (rows,), generator=g)).clamp(min=0)
+    ring = _randn(g, 2 * slots * size, DIM)[size:]
+    window = RingRows(ring, 2 * size, size, positions, torch.randperm(slots, generator=g)[:rows], lowest)
+    queries = Queries(_randn(g, rows, heads * DIM + 7), heads, DIM, _angles(rows, g), 1e-6)
+    core = Attention(_randn(g, heads), DIM**-0.5)
+    if rows % 3 == 0:
+        return queries, window, None, None, core
+    entries = _row_entries(positions, g, DIM, per_page=4)
+    ids = torch.where(torch.arange(6) < entries.visible.unsqueeze(1), torch.arange(6), -1).to(torch.int32)
+    return queries, window, entries, ids if rows % 3 == 1 else None, core
+
+
+def _row_entries(positions: Tensor, g: Generator, dim: int, per_page: int) -> PagedEntries:
+    """Entries of decode rows: each row is its own sequence and sees one entry for each four positions."""
+    rows = len(positions)
+    pool, table = _randn(g, rows * PAGES, per_page, dim), torch.randperm(rows * PAGES, generator=g).view(rows, PAGES)
+    visible = ((positions + 1) // 4).clamp(max=PAGES * per_page)
+    return PagedEntries(pool, table.to(torch.int32), torch.arange(rows), visible, PAGES * per_page)
+
+
+def _select_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    heads, dim = 4, 32
+    queries = IndexQueries(
+        *(_randn(g, rows, heads * dim + 5), heads, dim, _angles(rows, g), _randn(g, rows, heads), False)
+    )
+    positions = torch.randint(0, PAGES * PAGE, (rows,), generator=g)
+    return queries, _row_entries(positions, g, dim, per_page=32), 24
+
+
 def _window_of(seq: Tensor, g: Generator) -> tuple[Tensor, Tensor, int]:
     """first, count and the number of window rows for rows of sequences that start at random positions."""
     first, count, base = torch.zeros_like(seq), torch.zeros_like(seq), 0
@@ -288,6 +324,8 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "front_rows": _front_rows,
     "select_entries": _select_entries,
     "attend": _attend,
+    "attend_rows": _attend_rows,
+    "select_rows": _select_rows,
     "route": _route,
     "experts": _experts,
     "shared_expert": _shared_expert,

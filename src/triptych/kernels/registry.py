@@ -36,6 +36,7 @@ class KernelSet:
     compress: Any
     front_rows: Any
     select_entries: Any
+    select_rows: Any
     attend: Any
     attend_rows: Any
     route: Any
@@ -62,6 +63,7 @@ FOLDER = {
     "compress": "compress",
     "front_rows": "front",
     "select_entries": "index",
+    "select_rows": "select_rows",
     "attend": "attend",
     "attend_rows": "attend_rows",
     "route": "moe",
@@ -161,6 +163,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "front": ("front_rows",),
         "moe": ("route", "experts", "shared_expert"),
         "index": ("select_entries",),
+        "select_rows": ("select_rows",),
         "attend": ("attend",),
         "attend_rows": ("attend_rows",),
     },

@@ -19,6 +19,7 @@ from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import Residual
 from triptych.kernels.registry import KernelSet
+from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import DecodeBatch, LayerCache
 from triptych.model.moe import moe
 from triptych.model.numerics import NumericsRules
@@ -118,9 +119,11 @@ class Decoder:
         """The entries that each row reads, where some rows may see more than they may read."""
         assert cache.index_keys is not None
         shape = self._shape
-        q = self._k.index_query_rows(heads.float(), shape.index_heads, shape.index_head_dim, angles)
+        queries = IndexQueries(
+            heads, shape.index_heads, shape.index_head_dim, angles, head_weights, rounds=self._n.native
+        )
         keys = entries._replace(pool=cache.index_keys)
-        return self._k.select_entries(self._n.index(q), head_weights, keys, shape.index_topk)  # type: ignore[no-any-return]
+        return self._k.select_rows(queries, keys, shape.index_topk)  # type: ignore[no-any-return]
 
     def _moe(self, x: Tensor, token_ids: Tensor, layer: LayerWeights) -> Tensor:
         return moe(x.float(), token_ids, layer.moe, self._k, self._n).to(x.dtype)
