@@ -37,6 +37,7 @@ class KernelSet:
     experts: Any
     shared_expert: Any
     linear: Any
+    front_linear: Any
     grouped_linear: Any
 
 
@@ -58,6 +59,7 @@ FOLDER = {
     "experts": "moe",
     "shared_expert": "moe",
     "linear": "linear",
+    "front_linear": "linear",
     "grouped_linear": "linear",
 }
 
