@@ -21,6 +21,7 @@ from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 from triptych.kernels.moe.ref import Experts, Router
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.window.ref import WindowPlan
 
@@ -291,6 +292,13 @@ def _grouped_linear(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, 3, D), _randn(g, 3, HIDDEN, D)
 
 
+def _front_linear(rows: int, g: Generator) -> tuple[Any, ...]:
+    # powers of two: their products with quantised inputs are the same in whatever order they are summed
+    values = 2.0 ** torch.randint(-2, 3, (2 * HIDDEN, D), generator=g)
+    latent = Fp8Matrix(values.to(torch.float8_e4m3fn), torch.full((1, 1), 0.5))
+    return _randn(g, rows, D), FrontMatrix(latent, _randn(g, HIDDEN, D).to(torch.bfloat16))
+
+
 def on_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside it on `device`, with its strides: pools are views into wider memory."""
     if isinstance(value, Tensor):
@@ -330,5 +338,6 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "experts": _experts,
     "shared_expert": _shared_expert,
     "linear": _linear,
+    "front_linear": _front_linear,
     "grouped_linear": _grouped_linear,
 }

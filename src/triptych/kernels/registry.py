@@ -43,6 +43,7 @@ class KernelSet:
     experts: Any
     shared_expert: Any
     linear: Any
+    front_linear: Any
     grouped_linear: Any
 
 
@@ -70,6 +71,7 @@ FOLDER = {
     "experts": "moe",
     "shared_expert": "moe",
     "linear": "linear",
+    "front_linear": "linear",
     "grouped_linear": "linear",
 }
 
