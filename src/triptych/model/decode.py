@@ -18,6 +18,7 @@ from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import Residual
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import DecodeBatch, LayerCache
@@ -99,15 +100,21 @@ class Decoder:
         queries = Queries(heads, shape.num_heads, shape.head_dim, angles, shape.norm_eps)
         out = k.attend_rows(queries, window, entries, ids, w.core)
         groups = out.view(len(x), shape.o_groups, -1)
-        return self._linear(k.grouped_linear(groups.to(w.o_a.dtype), w.o_a).to(x.dtype), w.o_b)
+        if isinstance(w.o_a, Tensor):
+            groups = groups.to(w.o_a.dtype)
+        return self._linear(k.grouped_linear(groups, w.o_a).to(x.dtype), w.o_b)
 
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """A linear whose input the released model quantises, in the dtype of x."""
+        if isinstance(weight, Fp8Matrix):
+            return self._k.linear(x, weight)  # type: ignore[no-any-return]
         return self._k.linear(self._n.linear_input(x).to(weight.dtype), weight).to(x.dtype)  # type: ignore[no-any-return]
 
     def _front_product(self, x: Tensor, w: AttentionWeights) -> Tensor:
         """The projections of x [B, total]: of quantised x for the latent columns, of x itself for the others."""
         n, cut = self._n, w.layout.latent
+        if isinstance(w.front, FrontMatrix):
+            return self._k.front_linear(x, w.front)  # type: ignore[no-any-return]
         if n.fused_front:
             return self._k.linear(x, w.front)  # type: ignore[no-any-return]
         latent = self._linear(x, w.front[:cut])
