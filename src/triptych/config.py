@@ -464,7 +464,7 @@ class EngineConfig:
     step_tokens: int = 512
     max_context: int | None = None
     numerics: Numerics = "exact"
-    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    weight_dtype: Literal["float32", "bfloat16", "released"] = "float32"
     deterministic: bool = False
     threads: int | None = None
     kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto"

@@ -30,7 +30,7 @@ from triptych.engine.warmup import warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.registry import table
-from triptych.model.weights import ModelWeights, WeightStore
+from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ BUNDLED = ("tiny",)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8": 0.5}
 """How far logits may lie apart because rows were batched otherwise; a wrong window moves them by more than 1."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, Storage] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "released": "released"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,11 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     memory = _cache_memory(reader, config, device)
     capacity = plan_capacity(geometry, memory, config.max_running)
     _refuse_too_much(capacity.bytes(geometry) + config.cache.host_memory, reader, config, device)
+    if config.weight_dtype == "released" and config.numerics != "native":
+        raise ConfigError(
+            "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
+            "Add --numerics native, or use --weight-dtype bfloat16.",
+        )
     weights = _weights(reader, _DTYPES[config.weight_dtype], device)
     _set_threads(config, device)
     if kind_of(device) == "cpu":  # Triton compiles for the sizes of the model itself, so a miniature would not help
@@ -160,10 +165,14 @@ def _refuse_too_much(needed: int, reader: CheckpointReader, config: EngineConfig
         )
 
 
-def _weights(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> ModelWeights:
     store = WeightStore(reader.shape, dtype, mtp=reader.has_mtp, device=device)
-    for name, tensor in reader.tensors(dtype=torch.float32):
-        store.place(name, tensor)
+    if dtype == "released":
+        for raw in reader.raw_tensors():
+            store.place(raw.spec.name, raw.data, raw.scale)
+    else:
+        for name, tensor in reader.tensors(dtype=torch.float32):
+            store.place(name, tensor)
     missing = store.missing()
     if missing:
         raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")

@@ -16,6 +16,7 @@ are views of values and of scales: of a page, of its own ring in a slot, of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,20 +126,24 @@ class Pools:
         pages = self.frames.view(torch.uint8)
         views, csa, hca = [], 0, 0
         for layer, ratio in enumerate(shape.ratios):
-            window = self._ring(layer)
+            one = LayerCache(
+                *(layer, self._ring(layer), self._rows),
+                ring=SLOT_ROWS,
+                window_stride=self.window_stride,
+                state_stride=self.csa_stride if ratio == CSA_LAYER else self.hca_stride,
+            )
             if ratio == CSA_LAYER:
                 main = self._entries(pages, segments[layer, "csa_main"])
                 keys = _keys(pages, segments[layer, "csa_index"], geometry.index_format, shape.index_head_dim)
                 at = csa * CSA_RING
-                views.append(LayerCache(layer, window, self._rows, main, keys, self._csa[at:], self._index[at:]))
+                one = replace(one, entries=main, index_keys=keys, state=self._csa[at:], index_state=self._index[at:])
                 csa += 1
             elif ratio == HCA_LAYER:
                 every = self._entries(pages, segments[layer, "hca"])
                 main = every.only(hca) if isinstance(every, PackedRows) else every[:, hca : hca + 1]
-                views.append(LayerCache(layer, window, self._rows, main, None, self._hca[hca * HCA_RING :]))
+                one = replace(one, entries=main, state=self._hca[hca * HCA_RING :])
                 hca += 1
-            else:
-                views.append(LayerCache(layer, window, self._rows))
+            views.append(one)
         return tuple(views)
 
 

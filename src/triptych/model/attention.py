@@ -13,6 +13,7 @@ from triptych.config import CSA_LAYER, SWA_LAYER, ModelShape
 from triptych.kernels.attend.ref import WindowRows
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import write_rows
+from triptych.kernels.quant.matrices import FrontMatrix
 from triptych.kernels.registry import KernelSet
 from triptych.model.batch import Batch, EntryPlan, LayerCache
 from triptych.model.numerics import NumericsRules
@@ -63,6 +64,8 @@ class AttentionBlock:
 
     def _front(self, x: Tensor, weights: AttentionWeights) -> Tensor:
         """All projections of x in one product, or in two where only the latent's input is quantised."""
+        if isinstance(weights.front, FrontMatrix):
+            return self._k.front_linear(x, weights.front)  # type: ignore[no-any-return]
         if self._n.fused_front:
             return self._k.linear(x, weights.front)  # type: ignore[no-any-return]
         cut = weights.layout.latent

@@ -65,7 +65,8 @@ class LayerCache:
 
     window [slots * ring, c] flat rows; frames [n, rows, c] all frames as rows of snapshots; entries [n, 32 or 1, c];
     index_keys [n, 32, Di]; state, index_state [slots * ring, width] compressor rows, float32. None where the layer
-    kind has no such cache. Rows are packed in FP8 and MXFP4 caches (kernels/quant/formats.py).
+    kind has no such cache. Rows are packed in FP8 and MXFP4 caches (kernels/quant/formats.py). From slot to slot it is
+    `window_stride` flat window rows, of which `ring` are a layer's, and `state_stride` compressor rows.
     """
 
     layer: int
@@ -75,6 +76,9 @@ class LayerCache:
     index_keys: Rows | None = None
     state: Tensor | None = None
     index_state: Tensor | None = None
+    ring: int = 0
+    window_stride: int = 0
+    state_stride: int = 0
 
 
 @dataclass(frozen=True, slots=True)

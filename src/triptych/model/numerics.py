@@ -22,6 +22,14 @@ class NumericsRules(Protocol):
         """What experts do to their input of W2, if anything."""
 
     @property
+    def native(self) -> bool:
+        """True where values are rounded as the released model rounds them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of streams and activations in decode steps."""
+
+    @property
     def fused_front(self) -> bool:
         """True if all projections of the layer input read the same bits."""
 
@@ -43,6 +51,8 @@ class Exact:
 
     expert_rounding = None
     fused_front = True
+    native = False
+    dtype = torch.float32
 
     def linear_input(self, x: Tensor) -> Tensor:
         """x as it is."""
@@ -65,6 +75,8 @@ class Native:
     """The released model's quantisation points (it was trained with them)."""
 
     fused_front = False
+    native = True
+    dtype = torch.bfloat16
 
     def __init__(self) -> None:
         self.expert_rounding: Callable[[Tensor], Tensor] | None = self.linear_input

@@ -10,7 +10,8 @@ from torch import Tensor
 from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, Numerics
 from triptych.kernels.registry import KernelSet
 from triptych.model.attention import AttentionBlock
-from triptych.model.batch import Batch, LayerCache
+from triptych.model.batch import Batch, DecodeBatch, LayerCache
+from triptych.model.decode import Decoder
 from triptych.model.moe import moe
 from triptych.model.numerics import Exact, Native, NumericsRules
 from triptych.model.rope import Angles, RopeTables
@@ -35,6 +36,14 @@ class Transformer:
         """Run with these kernels from the next step on."""
         self.kernels = kernels
         self._attention = AttentionBlock(self.shape, kernels, self._n)
+        self._decoder = Decoder(self._weights, kernels, self._n, self._rope)
+
+    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32.
+
+        Nothing in it depends on values that the host would have to wait for, so a CUDA graph may record it.
+        """
+        return self._decoder(batch, caches)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:

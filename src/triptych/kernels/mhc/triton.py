@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.mhc import sites
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
 
 def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +56,78 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
         num_warps=_warps(n * width),
     )
     return out
+
+
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ref.mhc_rows; for few rows. Two launches."""
+    streams, share = _expand(y, y, before, site.fn)
+    return _mix(streams, share, site, norm)
+
+
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ref.mhc_first; for few rows. Two launches."""
+    rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
+    nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
+    streams, share = _expand(embed, token_ids, nothing, site.fn, first=True)
+    return _mix(streams, share, site, norm)
+
+
+def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
+    """See ref.mhc_last; for few rows. Two launches."""
+    streams, share = _expand(y, y, before, head.fn)
+    rows, n, dim = streams.shape
+    out = streams.new_empty(rows, dim)
+    sites.head[(rows,)](
+        *(streams, share, head.base, head.scale, norm, out, share.shape[1], dim, head.eps, head.norm_eps),
+        N=n,
+        SLICES=triton.next_power_of_2(share.shape[1]),
+        MAPS=share.shape[2],
+        DIM=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
+    return out
+
+
+_SLICE = 64  # dims of each stream that one program expands
+_TILE = 16  # rows that share what is read of the maps
+
+
+def _expand(
+    y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """New streams [R, n, d], and shares of the maps [R, slices, 16 or 32]."""
+    old = before.streams
+    rows, n, dim = old.shape
+    slices = triton.cdiv(dim, _SLICE)
+    streams = torch.empty_like(old)
+    share = torch.empty(rows, slices, 32 if len(fn) > 15 else 16, device=old.device)
+    sites.expand[(triton.cdiv(rows, _TILE), slices)](
+        *(y, ids, old, before.post, before.comb, streams, fn, share, rows, dim, len(fn)),
+        FIRST=first,
+        N=n,
+        ROWS=_TILE,
+        BLOCK=_SLICE,
+        MAPS=share.shape[2],
+        NARROW=old.dtype == torch.bfloat16,
+        num_warps=4,
+    )
+    return streams, share
+
+
+def _mix(streams: Tensor, share: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, n, dim = streams.shape
+    assert n == 4, "the programs of a whole site are written for four streams"
+    x, post, comb = streams.new_empty(rows, dim), share.new_empty(rows, n), share.new_empty(rows, n, n)
+    sites.mix[(rows, 2)](
+        *(streams, share, site.base, site.scale, norm, x, post, comb, share.shape[1], dim, site.eps, site.norm_eps),
+        ITERS=site.iters,
+        N=n,
+        SLICES=triton.next_power_of_2(share.shape[1]),
+        MAPS=share.shape[2],
+        DIM=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
+    return x, streams, post, comb
 
 
 def _warps(values: int) -> int:
