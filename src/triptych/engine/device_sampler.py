@@ -199,8 +199,8 @@ class DeviceSampler:
 
 
 def _pick(mass: Tensor, uniform: Tensor, total: Tensor | None) -> Tensor:
-    """Places [n] at which the cumulated weights mass [n, V] pass `uniform` of the total, which is the last by default."""
-    total = mass[:, -1:] if total is None else total
+    """Places [n] at which cumulated weights mass [n, V] pass `uniform` of the total, which is the last by default."""
+    total = mass[:, -1:].contiguous() if total is None else total
     at = torch.searchsorted(mass, uniform * total, right=True)
     # rounding may put the target on the total itself: then the last token with any weight
     last = torch.searchsorted(mass, total)

@@ -24,9 +24,9 @@ from triptych.engine.device import device_for, free_device_memory, kind_of, refu
 from triptych.engine.loop import EngineLoop
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
-from triptych.engine.runner import Runner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import warm_up
+from triptych.engine.warmup import prepare, warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.registry import table
@@ -109,11 +109,22 @@ def build_loop(
         below=below,
         namespace=space,
     )
-    pools = Pools(shape, geometry, capacity, weights.embed.device)
-    runner = Runner(weights, config, pools)
+    runner = _runner(weights, config, geometry, capacity)
+    pools = runner.pools
     mover = Mover(pools, geometry, host_frames, stores)
     canary = Canary(wanted.canary, _TOLERANCE[wanted.kv_format]) if wanted.canary else None
-    return EngineLoop(shape, cache, Scheduler(cache, config, shape.max_position), runner, mover, canary)
+    scheduler = Scheduler(cache, config, shape.max_position, runner.depth)
+    return EngineLoop(shape, cache, scheduler, runner, mover, canary)
+
+
+def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
+    device = weights.embed.device
+    if kind_of(device) == "cpu":
+        return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
+    runner = DeviceRunner(weights, config, Pools(weights.shape, geometry, capacity, device, spare=1), capture=True)
+    prepare(runner, config)
+    return runner
 
 
 def _find(model: str | Path) -> tuple[str, Path]:

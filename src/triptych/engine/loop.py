@@ -82,7 +82,12 @@ class EngineLoop:
     @property
     def busy(self) -> bool:
         """True while there is anything to do: requests, steps or copies under way, or a check of the canary."""
-        return bool(self._flights) or self.scheduler.busy or self.cache.tiers.busy or (self._canary is not None and self._canary.waiting)
+        return (
+            bool(self._flights)
+            or self.scheduler.busy
+            or self.cache.tiers.busy
+            or (self._canary is not None and self._canary.waiting)
+        )
 
     def add(self, request: Request, sample_index: int = 0) -> None:
         """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait."""

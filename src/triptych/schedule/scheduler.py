@@ -31,7 +31,6 @@ from triptych.schedule.shares import fair_shares
 from triptych.schedule.stats import Counters, ScheduleStats
 from triptych.words import Chunk, FinishReason, Request, SampledToken, SlotSave, StepPlan, StepResult, Usage
 
-
 UNKNOWN = np.full(1, -1, np.int32)
 """The tokens of a row that continues what is still being sampled."""
 UNKNOWN.flags.writeable = False
