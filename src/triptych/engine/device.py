@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from triptych.config import CacheConfig, EngineConfig
+from triptych.config import EngineConfig
 from triptych.engine.memory import free_memory
 from triptych.errors import ConfigError
 from triptych.model.batch import Batch
@@ -74,14 +74,6 @@ def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
 def free_device_memory(device: torch.device) -> int:
     """Bytes that new allocations on `device` can have; of a GPU those that no process holds."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
-
-
-def refuse_tiers(cache: CacheConfig, device: torch.device) -> None:
-    """ConfigError for tiers below a GPU."""
-    if device.type == "cuda" and (cache.host_memory or cache.disk is not None or cache.remote is not None):
-        raise ConfigError(
-            "Tiers below the GPU come later.", "Drop --host-memory, --disk and --remote, or use --device cpu."
-        )
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

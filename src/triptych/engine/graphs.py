@@ -116,7 +116,7 @@ class DecodeSteps:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._body(key)
         self._graphs[key] = graph
         self._vectors.copy_(kept)

@@ -20,7 +20,8 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of, refuse_tiers
+from triptych.engine.device import device_for, free_device_memory, kind_of
+from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
@@ -63,7 +64,6 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     shape = reader.shape
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     device = device_for(config)
-    refuse_tiers(config.cache, device)
     memory = _cache_memory(reader, config, device)
     capacity = plan_capacity(geometry, memory, config.max_running)
     _refuse_too_much(capacity.bytes(geometry) + config.cache.host_memory, reader, config, device)
@@ -90,7 +90,6 @@ def build_loop(
 ) -> EngineLoop:
     """The engine's parts around given weights, on their device. `identity` names the weights on disk."""
     shape, wanted = weights.shape, config.cache
-    refuse_tiers(wanted, weights.embed.device)
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
@@ -111,7 +110,7 @@ def build_loop(
     )
     runner = _runner(weights, config, geometry, capacity)
     pools = runner.pools
-    mover = Mover(pools, geometry, host_frames, stores)
+    mover = (Mover if kind_of(pools.device) == "cpu" else GpuMover)(pools, geometry, host_frames, stores)
     canary = Canary(wanted.canary, _TOLERANCE[wanted.kv_format]) if wanted.canary else None
     scheduler = Scheduler(cache, config, shape.max_position, runner.depth)
     return EngineLoop(shape, cache, scheduler, runner, mover, canary)
