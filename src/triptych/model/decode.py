@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from triptych.config import CSA_LAYER, CSA_RATIO, HCA_LAYER, HCA_RATIO, SWA_LAYER, ModelShape
+from triptych.config import CSA_LAYER, CSA_RATIO, HCA_RATIO, SWA_LAYER, ModelShape
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
@@ -56,9 +56,11 @@ class Decoder:
         """Logits [B, V] float32 of every row; writes the caches."""
         k, layers = self._k, self._w.layers
         step = self._step(batch)
-        x, *rest = k.mhc_first(batch.token_ids, self._embed, layers[0].attn_site, layers[0].attn_norm)
+        y = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-            if at:
+            if y is None:
+                x, *rest = k.mhc_first(batch.token_ids, self._embed, layer.attn_site, layer.attn_norm)
+            else:
                 x, *rest = k.mhc_rows(y, Residual(*rest), layer.attn_site, layer.attn_norm)
             y = self._attention(x, layer, self._fronts[at], cache, step)
             x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
@@ -81,11 +83,13 @@ class Decoder:
 
     def _attention(self, x: Tensor, layer: LayerWeights, front: FrontWeights, cache: LayerCache, step: _Step) -> Tensor:
         """x [B, d], normed -> the attention block's output [B, d]. Writes the layer's caches."""
-        k, n, shape, w = self._k, self._n, self._shape, layer.attention
+        k, shape, w = self._k, self._shape, layer.attention
         ratio = layer.ratio
         angles = step.main if ratio == SWA_LAYER else step.compress
         columns = self._front_product(x, w)
-        qr, head_weights = k.front_rows(columns, front, _front_caches(cache), step.rows, (angles, step.first.get(ratio)))
+        qr, head_weights = k.front_rows(
+            columns, front, _front_caches(cache), step.rows, (angles, step.first.get(ratio))
+        )
         heads = self._linear(qr, w.query)
         entries, ids = None, None
         if ratio != SWA_LAYER:

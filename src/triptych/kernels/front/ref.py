@@ -2,7 +2,7 @@
 
 One row a sequence. From the projections of a row come the low-rank query, the weights of the indexer's heads, a window
 row, compressor rows, and for a row that completes a group the group's entry and index key. All but the first two go
-straight into the caches. Composed of the operations that prefill uses; source: reference sections 2.3, 2.5, 2.9 and 3.2.
+straight into the caches. Composed of prefill's operations; source: reference sections 2.3, 2.5, 2.9 and 3.2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Angles = tuple[Tensor, Tensor]
 class FrontWeights(NamedTuple):
     """What a layer's front end multiplies with. Columns are those of the product `front` [R, total]:
 
-        [ query q_lora | window c | compressor C, Z from `compress` | indexer's from `index` | head weights from `heads` ]
+        [ query q_lora | window c | compressor's C, Z from `compress` | indexer's from `index` | head weights ]
 
     q_norm [q_lora], kv_norm [c]. `native`: round where the released model does. scale: of the head weights [count].
     """

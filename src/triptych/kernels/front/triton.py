@@ -5,9 +5,9 @@
     job 2   compressor row into its ring; if the row completes a group: pooling, norm, rotation, entry into the page
     job 3   the same for the indexer's compressor and its key
 
-Everything a job needs of the step it computes from position, slot and page table; no job waits for another. The row that
-a ring is about to get is read from the product, the others from the ring, so reading and writing never meet: a ring
-holds no position of the group twice.
+Everything a job needs of the step it computes from position, slot and page table; no job waits for another. The row
+that a ring is about to get is read from the product, the others from the ring, so reading and writing never meet: a
+ring holds no position of the group twice.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _kind(pool: Rows | None) -> int:
 
 
 def _place(pool: Rows, stretch: int | None = None) -> _Place:
-    """Values, scales, and their strides: values by page and row, scales by page and row. `stretch`: a flat dense pool."""
+    """Values, scales, strides of values by page and row, of scales by page and row. `stretch`: a flat dense pool."""
     if isinstance(pool, PackedRows):
         values, scales = pool.values, pool.scales
         return values, scales, values.stride(0), values.stride(1), scales.stride(0), scales.stride(1)

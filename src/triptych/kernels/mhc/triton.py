@@ -92,9 +92,7 @@ _SLICE = 64  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 
 
-def _expand(
-    y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool = False
-) -> tuple[Tensor, Tensor]:
+def _expand(y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool = False) -> tuple[Tensor, Tensor]:
     """New streams [R, n, d], and shares of the maps [R, slices, 16 or 32]."""
     old = before.streams
     rows, n, dim = old.shape
