@@ -137,6 +137,9 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     y, streams = randn(65, 1024).bfloat16(), randn(65, 4, 1024).bfloat16()
     before, norm = Residual(streams, randn(65, 4), randn(65, 4, 4).abs()), randn(1024)
     together = mhc.mhc_rows(y, before, site, norm)
+    for split in (False, True):
+        other = mhc._site(y, y, before, site, norm, first=False, split=split)
+        assert all(torch.equal(a, b) for a, b in zip(other, together, strict=True))
     for rows in (slice(0, 1), slice(17, 20), slice(30, 65)):
         alone = mhc.mhc_rows(y[rows], Residual(*(t[rows].contiguous() for t in before)), site, norm)
         assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))

@@ -146,6 +146,15 @@ def _compress(rows: int, g: Generator) -> tuple[Any, ...]:
     return front, 7, _randn(g, ring, 4 * DIM), plan._replace(src=src, phase=phase), weights, _angles(groups, g)
 
 
+def _step_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return (
+        torch.randint(0, 1 << 20, (rows,), generator=g),
+        torch.rand(12, generator=g),
+        torch.rand(12, generator=g),
+        (4, 128),
+    )
+
+
 def _front_rows(rows: int, g: Generator, native: bool = False) -> tuple[Any, ...]:
     """A CSA layer, an HCA layer or one with neither, by the number of rows; every third row completes a group."""
     ratio = (4, 128, 0)[rows % 3]
@@ -333,6 +342,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "window_rows": _window_rows,
     "keep_window": _keep_window,
     "compress": _compress,
+    "step_rows": _step_rows,
     "front_rows": _front_rows,
     "select_entries": _select_entries,
     "attend": _attend,

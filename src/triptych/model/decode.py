@@ -56,7 +56,7 @@ class Decoder:
         """Logits [B, V] float32 of every row; writes the caches."""
         k, layers = self._k, self._w.layers
         step = self._step(batch)
-        y = None
+        y: Tensor | None = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if y is None:
                 x, *rest = k.mhc_first(batch.token_ids, self._embed, layer.attn_site, layer.attn_norm)
@@ -69,15 +69,16 @@ class Decoder:
         return self._logits(hidden)
 
     def _step(self, batch: DecodeBatch) -> _Step:
-        at = batch.positions
-        groups = {ratio: at - at % ratio for ratio in (CSA_RATIO, HCA_RATIO)}
+        at, ratios = batch.positions, (CSA_RATIO, HCA_RATIO)
+        turns, visible = self._k.step_rows(at, self._rope.main, self._rope.compress, ratios)
+        angles = [Angles(*turn.unbind()) for turn in turns.unbind()]
         return _Step(
             batch=batch,
             rows=DecodeRows(at, batch.slots, batch.page_table),
-            main=self._rope.main_angles(at),
-            compress=self._rope.compress_angles(at),
-            first={ratio: self._rope.compress_angles(first) for ratio, first in groups.items()},
-            visible={ratio: (at + 1) // ratio for ratio in groups},
+            main=angles[0],
+            compress=angles[1],
+            first=dict(zip(ratios, angles[2:], strict=True)),
+            visible=dict(zip(ratios, visible.unbind(), strict=True)),
             each=torch.arange(batch.rows, device=at.device),
         )
 
@@ -150,8 +151,8 @@ def _front_weights(w: AttentionWeights, shape: ModelShape, native: bool) -> Fron
         kv_norm=w.kv_norm,
         compressor=w.compressor,
         index_compressor=w.index_compressor,
-        compress=layout.compress[0],
-        index=layout.index_compress[0],
+        compress_at=layout.compress[0],
+        index_at=layout.index_compress[0],
         heads=layout.index_weights,
         scale=shape.index_head_dim**-0.5 * shape.index_heads**-0.5,
         eps=shape.norm_eps,

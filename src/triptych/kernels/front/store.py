@@ -79,7 +79,7 @@ def put_entry(x, d, dim, rope, values_ptr, scales_ptr, KIND: tl.constexpr, NATIV
 
 @triton.jit
 def hadamard(x, DIM: tl.constexpr, STEPS: tl.constexpr, ROOT: tl.constexpr):
-    """x [DIM] times the Walsh-Hadamard matrix / sqrt(DIM). Each step turns the index by a bit, all of them once around."""
+    """x [DIM] times the Walsh-Hadamard matrix / sqrt(DIM). A step turns the index by a bit, all of them once around."""
     for _ in tl.static_range(STEPS):
         a, b = tl.split(tl.reshape(x, [DIM // 2, 2]))
         x = tl.reshape(tl.trans(tl.join(a + b, a - b)), [DIM])
