@@ -5,8 +5,8 @@ A site is two steps, with all rows of a step between them:
     expand   programs over (16 rows, slice of d)   new streams, and each slice's share of the 24 dot products
     mix      programs over (row, job)              sum of the shares; job 0 collapses and norms, job 1 runs Sinkhorn
 
-`whole` is both in one launch: the programs of 16 rows wait for each other between the steps. All of them must run side by
-side, so it is for few rows only.
+`whole` is both in one launch: the programs of 16 rows wait for each other between the steps. All of them must run side
+by side, so it is for few rows only.
 
 The maps are float32 and the streams bf16, so a product is exact in two bf16 parts of the map: 16 bits of it. The slices
 do not depend on how many rows there are, nor does the order of any sum: a row's result never depends on its batch.
