@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,12 @@ def mhc_cases(shape: ModelShape, batch: int, device: str) -> Iterator[Case]:
 
     maps, row = 24 * 4 * d * 4, d * 2
     yield Case("mhc_rows", batch, between, mhc.mhc_rows, mhc_ref.mhc_rows, maps + batch * row * (1 + 4 + 4 + 1))
+    if device == "cuda" and batch <= 64:
+        two = partial(mhc._site, first=False, split=True)
+        yield Case(
+            *("mhc_rows in two", batch, between, lambda y, *rest: two(y, y, *rest), mhc_ref.mhc_rows),
+            maps + batch * row * (1 + 4 + 4 + 1),
+        )
     yield Case("mhc_first", batch, first, mhc.mhc_first, mhc_ref.mhc_first, maps + batch * row * (1 + 4 + 1))
     yield Case("mhc_last", batch, last, mhc.mhc_last, mhc_ref.mhc_last, maps // 6 + batch * row * (1 + 4 + 1))
 
@@ -130,7 +137,9 @@ def front_case(shape: ModelShape, ratio: int, batch: int, device: str, done: boo
         angles = (angle.cos().contiguous(), angle.sin().contiguous())
         return product, weights, caches, where, (angles, angles if ratio else None)
 
-    size = batch * (4 * (at + wide + (4 * di if csa else 0)) * 2 + (reach * wide * 4 // (2 if csa else 1) if done else 0))
+    size = batch * (
+        4 * (at + wide + (4 * di if csa else 0)) * 2 + (reach * wide * 4 // (2 if csa else 1) if done else 0)
+    )
     name = f"front_rows {({CSA_LAYER: 'CSA', HCA_LAYER: 'HCA'}).get(ratio, 'SWA')}{' entry' if done else ''}"
     return Case(name, batch, make, front.front_rows, front_ref.front_rows, size)
 
@@ -146,7 +155,6 @@ def cases(shape: ModelShape, batch: int, device: str = "cuda") -> Iterator[Case]
 def tensors(value: Any) -> Iterator[Tensor]:
     """What an operation returned or may have written, as floats."""
     if isinstance(value, PackedRows):
-        pages, rows, _ = value.shape
         values, scales = value.values.flatten(0, 1), value.scales.flatten(0, 1)
         written = ~(values == 0x7F).all(1)
         yield written
@@ -170,7 +178,15 @@ def check(shape: ModelShape, batches: tuple[int, ...]) -> bool:
             errors = [_error(a.cpu(), b) for a, b in zip(got, want, strict=True)]
             fine = all(error < 4e-3 for error in errors)
             right &= fine
-            print("check", shape.hidden_size, case.op, batch, *(f"{e:.1e}" for e in errors), "ok" if fine else "WRONG", flush=True)
+            print(
+                "check",
+                shape.hidden_size,
+                case.op,
+                batch,
+                *(f"{e:.1e}" for e in errors),
+                "ok" if fine else "WRONG",
+                flush=True,
+            )
     return right
 
 

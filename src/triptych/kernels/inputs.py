@@ -146,11 +146,24 @@ def _compress(rows: int, g: Generator) -> tuple[Any, ...]:
     return front, 7, _randn(g, ring, 4 * DIM), plan._replace(src=src, phase=phase), weights, _angles(groups, g)
 
 
+def _step_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return (
+        torch.randint(0, 1 << 20, (rows,), generator=g),
+        torch.rand(12, generator=g),
+        torch.rand(12, generator=g),
+        (4, 128),
+    )
+
+
 def _front_rows(rows: int, g: Generator, native: bool = False) -> tuple[Any, ...]:
     """A CSA layer, an HCA layer or one with neither, by the number of rows; every third row completes a group."""
     ratio = (4, 128, 0)[rows % 3]
     at, key = LORA + DIM, 32
-    main = None if not ratio else Compressor(_randn(g, ratio, DIM * (2 if ratio == 4 else 1)), _randn(g, DIM), ratio == 4, 1e-6)
+    main = (
+        None
+        if not ratio
+        else Compressor(_randn(g, ratio, DIM * (2 if ratio == 4 else 1)), _randn(g, DIM), ratio == 4, 1e-6)
+    )
     index = Compressor(_randn(g, 4, 2 * key), _randn(g, key), True, 1e-6) if ratio == 4 else None
     wide = {4: 4 * DIM, 128: 2 * DIM, 0: 0}[ratio]
     front = _randn(g, rows, at + wide + 4 * key + HEADS)
@@ -329,6 +342,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "window_rows": _window_rows,
     "keep_window": _keep_window,
     "compress": _compress,
+    "step_rows": _step_rows,
     "front_rows": _front_rows,
     "select_entries": _select_entries,
     "attend": _attend,

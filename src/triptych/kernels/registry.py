@@ -34,6 +34,7 @@ class KernelSet:
     window_rows: Any
     keep_window: Any
     compress: Any
+    step_rows: Any
     front_rows: Any
     select_entries: Any
     select_rows: Any
@@ -62,6 +63,7 @@ FOLDER = {
     "window_rows": "window",
     "keep_window": "window",
     "compress": "compress",
+    "step_rows": "front",
     "front_rows": "front",
     "select_entries": "index",
     "select_rows": "select_rows",
@@ -162,7 +164,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
-        "front": ("front_rows",),
+        "front": ("step_rows", "front_rows"),
         "moe": ("route", "experts", "shared_expert"),
         "index": ("select_entries",),
         "select_rows": ("select_rows",),

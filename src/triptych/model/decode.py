@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from triptych.config import CSA_LAYER, CSA_RATIO, HCA_LAYER, HCA_RATIO, SWA_LAYER, ModelShape
+from triptych.config import CSA_LAYER, CSA_RATIO, HCA_RATIO, SWA_LAYER, ModelShape
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
@@ -56,9 +56,11 @@ class Decoder:
         """Logits [B, V] float32 of every row; writes the caches."""
         k, layers = self._k, self._w.layers
         step = self._step(batch)
-        x, *rest = k.mhc_first(batch.token_ids, self._embed, layers[0].attn_site, layers[0].attn_norm)
+        y: Tensor | None = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-            if at:
+            if y is None:
+                x, *rest = k.mhc_first(batch.token_ids, self._embed, layer.attn_site, layer.attn_norm)
+            else:
                 x, *rest = k.mhc_rows(y, Residual(*rest), layer.attn_site, layer.attn_norm)
             y = self._attention(x, layer, self._fronts[at], cache, step)
             x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
@@ -67,25 +69,28 @@ class Decoder:
         return self._logits(hidden)
 
     def _step(self, batch: DecodeBatch) -> _Step:
-        at = batch.positions
-        groups = {ratio: at - at % ratio for ratio in (CSA_RATIO, HCA_RATIO)}
+        at, ratios = batch.positions, (CSA_RATIO, HCA_RATIO)
+        turns, visible = self._k.step_rows(at, self._rope.main, self._rope.compress, ratios)
+        angles = [Angles(*turn.unbind()) for turn in turns.unbind()]
         return _Step(
             batch=batch,
             rows=DecodeRows(at, batch.slots, batch.page_table),
-            main=self._rope.main_angles(at),
-            compress=self._rope.compress_angles(at),
-            first={ratio: self._rope.compress_angles(first) for ratio, first in groups.items()},
-            visible={ratio: (at + 1) // ratio for ratio in groups},
+            main=angles[0],
+            compress=angles[1],
+            first=dict(zip(ratios, angles[2:], strict=True)),
+            visible=dict(zip(ratios, visible.unbind(), strict=True)),
             each=torch.arange(batch.rows, device=at.device),
         )
 
     def _attention(self, x: Tensor, layer: LayerWeights, front: FrontWeights, cache: LayerCache, step: _Step) -> Tensor:
         """x [B, d], normed -> the attention block's output [B, d]. Writes the layer's caches."""
-        k, n, shape, w = self._k, self._n, self._shape, layer.attention
+        k, shape, w = self._k, self._shape, layer.attention
         ratio = layer.ratio
         angles = step.main if ratio == SWA_LAYER else step.compress
         columns = self._front_product(x, w)
-        qr, head_weights = k.front_rows(columns, front, _front_caches(cache), step.rows, (angles, step.first.get(ratio)))
+        qr, head_weights = k.front_rows(
+            columns, front, _front_caches(cache), step.rows, (angles, step.first.get(ratio))
+        )
         heads = self._linear(qr, w.query)
         entries, ids = None, None
         if ratio != SWA_LAYER:
@@ -146,8 +151,8 @@ def _front_weights(w: AttentionWeights, shape: ModelShape, native: bool) -> Fron
         kv_norm=w.kv_norm,
         compressor=w.compressor,
         index_compressor=w.index_compressor,
-        compress=layout.compress[0],
-        index=layout.index_compress[0],
+        compress_at=layout.compress[0],
+        index_at=layout.index_compress[0],
         heads=layout.index_weights,
         scale=shape.index_head_dim**-0.5 * shape.index_heads**-0.5,
         eps=shape.norm_eps,

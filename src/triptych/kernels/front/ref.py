@@ -2,7 +2,7 @@
 
 One row a sequence. From the projections of a row come the low-rank query, the weights of the indexer's heads, a window
 row, compressor rows, and for a row that completes a group the group's entry and index key. All but the first two go
-straight into the caches. Composed of the operations that prefill uses; source: reference sections 2.3, 2.5, 2.9 and 3.2.
+straight into the caches. Composed of prefill's operations; source: reference sections 2.3, 2.5, 2.9 and 3.2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Angles = tuple[Tensor, Tensor]
 class FrontWeights(NamedTuple):
     """What a layer's front end multiplies with. Columns are those of the product `front` [R, total]:
 
-        [ query q_lora | window c | compressor C, Z from `compress` | indexer's from `index` | head weights from `heads` ]
+        [ query q_lora | window c | compressor from compress_at: C, Z | indexer's from index_at: C, Z | heads ]
 
     q_norm [q_lora], kv_norm [c]. `native`: round where the released model does. scale: of the head weights [count].
     """
@@ -34,8 +34,8 @@ class FrontWeights(NamedTuple):
     kv_norm: Tensor
     compressor: Compressor | None
     index_compressor: Compressor | None
-    compress: int
-    index: int
+    compress_at: int
+    index_at: int
     heads: tuple[int, int]
     scale: float
     eps: float
@@ -64,6 +64,18 @@ class DecodeRows(NamedTuple):
     page_table: Tensor
 
 
+def step_rows(positions: Tensor, main: Tensor, compress: Tensor, ratios: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What all layers of a step ask about its rows, from positions [R] int64 and the two rotations [rope/2] float32.
+
+    Returns cos and sin [2 + len(ratios), 2, R, rope/2]: of the main rotation at the positions, of the compress rotation
+    there and at the first token of each row's group of every ratio; and visible [len(ratios), R] int64 entries.
+    """
+    turns = [positions.float().unsqueeze(1) * main, positions.float().unsqueeze(1) * compress]
+    turns += [(positions - positions % ratio).float().unsqueeze(1) * compress for ratio in ratios]
+    angles = torch.stack([torch.stack([turn.cos(), turn.sin()]) for turn in turns])
+    return angles, torch.stack([(positions + 1) // ratio for ratio in ratios])
+
+
 def front_rows(
     front: Tensor,
     weights: FrontWeights,
@@ -87,12 +99,12 @@ def front_rows(
         assert caches.entries is not None and caches.state is not None and angles[1] is not None
         plan, done = _plan(rows, weights.compressor, caches.state_stride)
         late = (angles[1][0][done], angles[1][1][done])
-        new = compress(front, weights.compress, caches.state, plan, weights.compressor, late)
+        new = compress(front, weights.compress_at, caches.state, plan, weights.compressor, late)
         if len(new):
             write_rows(caches.entries, (plan.page, plan.offset), _latent(new, rope, weights.native))
         if weights.index_compressor is not None:
             assert caches.index_keys is not None and caches.index_state is not None
-            keys = compress(front, weights.index, caches.index_state, plan, weights.index_compressor, late)
+            keys = compress(front, weights.index_at, caches.index_state, plan, weights.index_compressor, late)
             if len(keys):
                 write_rows(caches.index_keys, (plan.page, plan.offset), _key(keys, weights.native))
     heads = narrow[:, slice(*weights.heads)] * weights.scale

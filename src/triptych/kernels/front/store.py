@@ -14,7 +14,7 @@ DENSE, ENTRY, FP8, MXFP4 = 0, 1, 2, 3
 
 @triton.jit
 def scale_code(amax, top_exponent: tl.constexpr, top_mantissa: tl.constexpr):
-    """e8m0 code of the smallest power of two s with amax <= top * s; amax > 0. 448 is (8, 0x600000), 6 is (2, 0x400000)."""
+    """e8m0 code of the smallest 2^p with 0 < amax <= top * 2^p. As top, 448 is (8, 0x600000) and 6 is (2, 0x400000)."""
     bits = amax.to(tl.int32, bitcast=True)
     code = (bits >> 23) - top_exponent + ((bits & 0x7FFFFF) > top_mantissa).to(tl.int32)
     return tl.where(amax < float("inf"), code, 255)
@@ -53,7 +53,7 @@ def _bf16(x):
 
 @triton.jit
 def put_entry(x, d, dim, rope, values_ptr, scales_ptr, KIND: tl.constexpr, NATIVE: tl.constexpr, DIM: tl.constexpr):
-    """Write a window row or entry x [DIM] to a cache row: its leading dims in FP8 where numerics or cache ask for it."""
+    """Write a window row or entry x [DIM] to a cache row: leading dims in FP8 where numerics or cache ask for it."""
     nope = dim - rope
     if NATIVE:
         x = _bf16(x)
@@ -79,7 +79,7 @@ def put_entry(x, d, dim, rope, values_ptr, scales_ptr, KIND: tl.constexpr, NATIV
 
 @triton.jit
 def hadamard(x, DIM: tl.constexpr, STEPS: tl.constexpr, ROOT: tl.constexpr):
-    """x [DIM] times the Walsh-Hadamard matrix / sqrt(DIM): each step turns the index by one bit, all of them once around."""
+    """x [DIM] times the Walsh-Hadamard matrix / sqrt(DIM). A step turns the index by a bit, all of them once around."""
     for _ in tl.static_range(STEPS):
         a, b = tl.split(tl.reshape(x, [DIM // 2, 2]))
         x = tl.reshape(tl.trans(tl.join(a + b, a - b)), [DIM])

@@ -5,9 +5,9 @@
     job 2   compressor row into its ring; if the row completes a group: pooling, norm, rotation, entry into the page
     job 3   the same for the indexer's compressor and its key
 
-Everything a job needs of the step it computes from position, slot and page table; no job waits for another. The row that
-a ring is about to get is read from the product, the others from the ring, so reading and writing never meet: a ring
-holds no position of the group twice.
+Everything a job needs of the step it computes from position, slot and page table; no job waits for another. The row
+that a ring is about to get is read from the product, the others from the ring, so reading and writing never meet: a
+ring holds no position of the group twice.
 """
 
 from __future__ import annotations
@@ -27,6 +27,19 @@ from triptych.kernels.quant.formats import PackedRows, Rows
 
 _KINDS = {"entry": ENTRY, "fp8": FP8, "mxfp4": MXFP4}
 _Place = tuple[Tensor, Tensor, int, int, int, int]
+
+
+def step_rows(positions: Tensor, main: Tensor, compress: Tensor, ratios: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """See ref.step_rows; for one or two ratios."""
+    rows, pairs = len(positions), len(main)
+    angles = torch.empty(2 + len(ratios), 2, rows, pairs, device=positions.device)
+    visible = torch.empty(len(ratios), rows, dtype=torch.int64, device=positions.device)
+    _step[(rows, 2 + len(ratios))](
+        *(positions, main, compress, angles, visible, rows, pairs, ratios[0], ratios[-1]),
+        PAIRS=triton.next_power_of_2(pairs),
+        num_warps=1,
+    )
+    return angles, visible
 
 
 def front_rows(
@@ -54,7 +67,7 @@ def front_rows(
         *(*ring, caches.ring, *entries, *keys),
         *_compressor(main, caches.state, weights.kv_norm),
         *_compressor(index, caches.index_state, weights.kv_norm),
-        *(caches.state_stride, weights.compress, weights.index, weights.heads[0], heads, weights.scale),
+        *(caches.state_stride, weights.compress_at, weights.index_at, weights.heads[0], heads, weights.scale),
         *(q_lora, dim, key_dim, 2 * cos.shape[1], weights.eps),
         RING_KIND=_kind(caches.window),
         ENTRY_KIND=_kind(caches.entries),
@@ -79,7 +92,7 @@ def _kind(pool: Rows | None) -> int:
 
 
 def _place(pool: Rows, stretch: int | None = None) -> _Place:
-    """Values, scales, and their strides: values by page and row, scales by page and row. `stretch`: a flat dense pool."""
+    """Values, scales, strides of values by page and row, of scales by page and row. `stretch`: a flat dense pool."""
     if isinstance(pool, PackedRows):
         values, scales = pool.values, pool.scales
         return values, scales, values.stride(0), values.stride(1), scales.stride(0), scales.stride(1)
@@ -92,6 +105,25 @@ def _compressor(weights: Compressor | None, state: Tensor | None, nothing: Tenso
     if weights is None or state is None:
         return nothing, nothing, nothing
     return weights.ape, weights.norm, state
+
+
+@triton.jit
+def _step(positions_ptr, main_ptr, compress_ptr, angles_ptr, visible_ptr, rows, pairs, one, other, PAIRS: tl.constexpr):
+    r = tl.program_id(0)
+    kind = tl.program_id(1)
+    i = tl.arange(0, PAIRS)
+    position = tl.load(positions_ptr + r)
+    if kind >= 2:
+        ratio = tl.where(kind == 2, one, other)
+        tl.store(visible_ptr + (kind - 2) * rows + r, (position + 1) // ratio)
+        position -= position % ratio
+    turn = tl.load(main_ptr + i, mask=i < pairs, other=0.0)
+    if kind > 0:
+        turn = tl.load(compress_ptr + i, mask=i < pairs, other=0.0)
+    turn = position.to(tl.float32) * turn
+    at = angles_ptr + (kind * 2 * rows + r) * pairs + i
+    tl.store(at, tl.cos(turn), mask=i < pairs)
+    tl.store(at + rows * pairs, tl.sin(turn), mask=i < pairs)
 
 
 @triton.jit

@@ -5,6 +5,9 @@ A site is two steps, with all rows of a step between them:
     expand   programs over (16 rows, slice of d)   new streams, and each slice's share of the 24 dot products
     mix      programs over (row, job)              sum of the shares; job 0 collapses and norms, job 1 runs Sinkhorn
 
+`whole` is both in one launch: the programs of 16 rows wait for each other between the steps. All of them must run side
+by side, so it is for few rows only.
+
 The maps are float32 and the streams bf16, so a product is exact in two bf16 parts of the map: 16 bits of it. The slices
 do not depend on how many rows there are, nor does the order of any sum: a row's result never depends on its batch.
 """
@@ -16,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def expand(
+def _expand(
     y_ptr,
     ids_ptr,
     before_ptr,
@@ -36,8 +39,8 @@ def expand(
     NARROW: tl.constexpr,
 ):
     """New streams of one slice, and its share of the maps [MAPS - 1] and of the sum of squares (last column)."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.arange(0, MAPS)
     live = r < rows
     inside = live[:, None] & (d < dim)[None, :]
@@ -68,8 +71,20 @@ def expand(
         else:
             share = tl.dot(x, tl.trans(fn), share, input_precision="tf32x3")
     share = tl.where((m == MAPS - 1)[None, :], square[:, None], share)
-    at = share_ptr + (r[:, None] * tl.num_programs(1) + tl.program_id(1)) * MAPS + m[None, :]
+    at = share_ptr + (r[:, None] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[None, :]
     tl.store(at, share, mask=live[:, None])
+
+
+@triton.jit
+def expand(
+    y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+    FIRST: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    _expand(
+        y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+        FIRST, N, ROWS, BLOCK, MAPS, NARROW,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -78,7 +93,7 @@ def _z(share_ptr, r, slices, dim, norm_eps, N: tl.constexpr, SLICES: tl.constexp
     s = tl.arange(0, SLICES)
     m = tl.arange(0, MAPS)
     at = share_ptr + (r * slices + s[:, None]) * MAPS + m[None, :]
-    total = tl.sum(tl.load(at, mask=(s < slices)[:, None], other=0.0), 0)
+    total = tl.sum(tl.load(at, mask=(s < slices)[:, None], other=0.0, cache_modifier=".cg"), 0)
     square = tl.sum(tl.where(m == MAPS - 1, total, 0.0), 0)
     return total * tl.rsqrt(square / (N * dim) + norm_eps)
 
@@ -96,7 +111,8 @@ def _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N: tl.constex
     x = tl.zeros_like(d).to(tl.float32)
     for j in tl.static_range(N):
         weight = tl.sigmoid(_pick(z, j, MAPS) * scale + tl.load(base_ptr + j)) + eps
-        x += weight * tl.load(streams_ptr + (r * N + j) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+        stream = tl.load(streams_ptr + (r * N + j) * dim + d, mask=d < dim, other=0.0, cache_modifier=".cg")
+        x += weight * stream.to(tl.float32)
     return x
 
 
@@ -107,7 +123,9 @@ def _row_norm(x, d, dim, norm_ptr, norm_eps):
 
 
 @triton.jit
-def mix(
+def _mix(
+    r,
+    job,
     streams_ptr,
     share_ptr,
     base_ptr,
@@ -127,15 +145,57 @@ def mix(
     DIM: tl.constexpr,
 ):
     """Job 0: the block's normed input. Job 1: post and comb, which the next site needs."""
-    r = tl.program_id(0).to(tl.int64)
     z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
-    if tl.program_id(1) == 0:
+    if job == 0:
         d = tl.arange(0, DIM)
         x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
         x = _row_norm(x, d, dim, norm_ptr, norm_eps)
         tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
     else:
         _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS, MAPS)
+
+
+@triton.jit
+def mix(
+    streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps, norm_eps,
+    ITERS: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    _mix(
+        tl.program_id(0).to(tl.int64), tl.program_id(1),
+        streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps, norm_eps,
+        ITERS, N, SLICES, MAPS, DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def whole(
+    y_ptr, ids_ptr, before_ptr, old_post_ptr, old_comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+    base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, eps, norm_eps, met_ptr,
+    FIRST: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr,
+    NARROW: tl.constexpr, ITERS: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Both steps. met [tiles, 2] int32 is zero before and after: how many programs have arrived, and have gone on."""
+    slices = tl.num_programs(0)
+    tile = tl.program_id(1)
+    _expand(
+        y_ptr, ids_ptr, before_ptr, old_post_ptr, old_comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+        FIRST, N, ROWS, BLOCK, MAPS, NARROW,
+    )  # fmt: skip
+    tl.debug_barrier()  # all threads have stored before one says so
+    tl.atomic_add(met_ptr + 2 * tile, 1, sem="acq_rel")
+    while tl.atomic_add(met_ptr + 2 * tile, 0, sem="acquire") < slices:
+        pass
+    tl.debug_barrier()
+    if tl.atomic_add(met_ptr + 2 * tile + 1, 1, sem="acq_rel") == slices - 1:
+        tl.atomic_xchg(met_ptr + 2 * tile, 0)
+        tl.atomic_xchg(met_ptr + 2 * tile + 1, 0)
+    mine = tl.minimum(ROWS, rows - tile * ROWS)
+    for at in range(tl.program_id(0), 2 * mine, slices):
+        _mix(
+            (tile * ROWS + at % mine).to(tl.int64), at // mine,
+            streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps,
+            norm_eps, ITERS, N, SLICES, MAPS, DIM,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -6,11 +6,14 @@ run on an n x n tile in registers.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.mhc import sites
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
@@ -59,29 +62,39 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_rows; for few rows. Two launches."""
-    streams, share = _expand(y, y, before, site.fn)
-    return _mix(streams, share, site, norm)
+    """See ref.mhc_rows; for few rows. One launch, or two for many rows."""
+    return _site(y, y, before, site, norm, first=False)
 
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_first; for few rows. Two launches."""
+    """See ref.mhc_first; launches as mhc_rows."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
     nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
-    streams, share = _expand(embed, token_ids, nothing, site.fn, first=True)
-    return _mix(streams, share, site, norm)
+    return _site(embed, token_ids, nothing, site, norm, first=True)
 
 
 def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
     """See ref.mhc_last; for few rows. Two launches."""
-    streams, share = _expand(y, y, before, head.fn)
-    rows, n, dim = streams.shape
-    out = streams.new_empty(rows, dim)
-    sites.head[(rows,)](
-        *(streams, share, head.base, head.scale, norm, out, share.shape[1], dim, head.eps, head.norm_eps),
+    old = before.streams
+    rows, n, dim = old.shape
+    slices = triton.cdiv(dim, _SLICE)
+    streams, out = torch.empty_like(old), old.new_empty(rows, dim)
+    share = torch.empty(rows, slices, 16, device=old.device)
+    sites.expand[(slices, triton.cdiv(rows, _TILE))](
+        *(y, y, old, before.post, before.comb, streams, head.fn, share, rows, dim, len(head.fn)),
+        FIRST=False,
         N=n,
-        SLICES=triton.next_power_of_2(share.shape[1]),
-        MAPS=share.shape[2],
+        ROWS=_TILE,
+        BLOCK=_SLICE,
+        MAPS=16,
+        NARROW=old.dtype == torch.bfloat16,
+        num_warps=4,
+    )
+    sites.head[(rows,)](
+        *(streams, share, head.base, head.scale, norm, out, slices, dim, head.eps, head.norm_eps),
+        N=n,
+        SLICES=triton.next_power_of_2(slices),
+        MAPS=16,
         DIM=triton.next_power_of_2(dim),
         num_warps=8,
     )
@@ -90,43 +103,42 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
 
 _SLICE = 64  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs one program after the other: they cannot wait for each other."""
 
 
-def _expand(
-    y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool = False
-) -> tuple[Tensor, Tensor]:
-    """New streams [R, n, d], and shares of the maps [R, slices, 16 or 32]."""
+@cache
+def _meeting_points(device: torch.device) -> Tensor:
+    """Counters of programs that wait for each other; zero between launches, which never overlap."""
+    return torch.zeros(2 * 64, dtype=torch.int32, device=device)
+
+
+def _site(
+    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool, split: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`split`: in two launches, which is needed unless all programs run side by side."""
     old = before.streams
     rows, n, dim = old.shape
-    slices = triton.cdiv(dim, _SLICE)
-    streams = torch.empty_like(old)
-    share = torch.empty(rows, slices, 32 if len(fn) > 15 else 16, device=old.device)
-    sites.expand[(triton.cdiv(rows, _TILE), slices)](
-        *(y, ids, old, before.post, before.comb, streams, fn, share, rows, dim, len(fn)),
-        FIRST=first,
-        N=n,
-        ROWS=_TILE,
-        BLOCK=_SLICE,
-        MAPS=share.shape[2],
-        NARROW=old.dtype == torch.bfloat16,
-        num_warps=4,
-    )
-    return streams, share
-
-
-def _mix(streams: Tensor, share: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, n, dim = streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
-    x, post, comb = streams.new_empty(rows, dim), share.new_empty(rows, n), share.new_empty(rows, n, n)
-    sites.mix[(rows, 2)](
-        *(streams, share, site.base, site.scale, norm, x, post, comb, share.shape[1], dim, site.eps, site.norm_eps),
-        ITERS=site.iters,
-        N=n,
-        SLICES=triton.next_power_of_2(share.shape[1]),
-        MAPS=share.shape[2],
-        DIM=triton.next_power_of_2(dim),
-        num_warps=8,
-    )
+    tiles, slices = triton.cdiv(rows, _TILE), triton.cdiv(dim, _SLICE)
+    if split is None:
+        split = _INTERPRETED or tiles * slices > 2 * multiprocessors(old.device)
+    streams, x = torch.empty_like(old), old.new_empty(rows, dim)
+    post, comb = torch.empty(rows, n, device=old.device), torch.empty(rows, n, n, device=old.device)
+    share = torch.empty(rows, slices, 32, device=old.device)
+    spread = (y, ids, old, before.post, before.comb, streams, site.fn, share, rows, dim, len(site.fn))
+    narrow = old.dtype == torch.bfloat16
+    meta = dict(FIRST=first, N=n, ROWS=_TILE, BLOCK=_SLICE, MAPS=32, NARROW=narrow)
+    wide = dict(ITERS=site.iters, SLICES=triton.next_power_of_2(slices), DIM=triton.next_power_of_2(dim))
+    joined = (site.base, site.scale, norm, x, post, comb)
+    if split:
+        sites.expand[(slices, tiles)](*spread, **meta, num_warps=4)
+        sites.mix[(rows, 2)](
+            *(streams, share, *joined, slices, dim, site.eps, site.norm_eps), N=n, MAPS=32, **wide, num_warps=4
+        )
+    else:
+        met = _meeting_points(old.device)
+        sites.whole[(slices, tiles)](*spread, *joined, site.eps, site.norm_eps, met, **meta, **wide, num_warps=4)
     return x, streams, post, comb
 
 

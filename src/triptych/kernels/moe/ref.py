@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triptych.kernels.linear.ref import linear
 from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import fake_quant_fp8
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -80,6 +81,17 @@ def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Ro
     """The expert that every row uses, with weight 1. x [R, d], w13 [2I, d], w2 [d, I] -> [R, d]."""
     hidden = swiglu(_product(x, w13), limit)
     return _product(hidden if rounding is None else rounding(hidden), w2)
+
+
+def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
+    """A whole mixture of experts in native numerics, for few rows: x [R, d], token_ids [R] -> [R, d] in x's dtype.
+
+    `shared` are w13 [2I, d] and w2 [d, I] of the shared expert. Source: reference sections 2.7 and 2.9.
+    """
+    ids, weights = route(x.float(), token_ids, router)
+    rounded = fake_quant_fp8(x.float())
+    routed = experts(rounded, ids, weights, moe, fake_quant_fp8)
+    return (routed + shared_expert(rounded, *shared, moe.limit, fake_quant_fp8)).to(x.dtype)
 
 
 def _product(x: Tensor, weight: Matrix) -> Tensor:

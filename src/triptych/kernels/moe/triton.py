@@ -19,7 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.linear.ref import linear
+from triptych.kernels.moe import ref
+from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Experts, Rounding, Router
+from triptych.kernels.moe.rows import moe_rows_on_gpu
+from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
 
 
 class _Pairs(NamedTuple):
@@ -52,6 +56,8 @@ def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
     """See ref.experts."""
+    if isinstance(moe.w13, Mxfp4Matrix):
+        return ref.experts(x, ids, weights, moe, rounding)
     rows, k = ids.shape
     count, dim, inner = moe.w2.shape
     tile = 16 if rows * k <= 16 * count else 64
@@ -75,6 +81,13 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rou
     return each.view(rows, k, dim).sum(1).to(x.dtype)
 
 
+def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
+    """See ref.moe_rows. Weights as released on an NVIDIA GPU take three launches."""
+    if x.is_cuda and isinstance(moe.w13, Mxfp4Matrix):
+        return moe_rows_on_gpu(x, token_ids, router, moe, shared)
+    return ref.moe_rows(x, token_ids, router, moe, shared)
+
+
 def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None) -> Tensor:
     """See ref.shared_expert."""
     gate_up = linear(x, w13)
@@ -90,15 +103,6 @@ def _sorted_pairs(ids: Tensor, count: int, tile: int) -> _Pairs:
     sizes = torch.diff(ends, prepend=ends.new_zeros(1))
     tile_ends = torch.cumsum((sizes + tile - 1) // tile, 0)
     return _Pairs(order, ends, tile_ends, min(len(flat), len(flat) // tile + count))
-
-
-@triton.jit
-def _affinity(x):
-    """sqrt(softplus(x)). log(1 + e) loses all of a small e, which the root would show: u / (u - 1) corrects it."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + e
-    soft = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.sqrt(tl.where(x > 20.0, x, soft))
 
 
 @triton.jit
@@ -120,14 +124,14 @@ def _route(
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
     x = tl.load(logits_ptr + r * count + e, mask=e < count, other=0.0)
-    score = _affinity(x)
+    score = affinity(x)
     chosen = tl.zeros([K], tl.float32)
     ids = tl.zeros([K], tl.int64)
     if HASHED:
         line = table_ptr + tl.load(token_ptr + r) * k
         ids = tl.load(line + slot, mask=slot < k, other=0)
         picked = tl.load(logits_ptr + r * count + ids, mask=slot < k, other=0.0)
-        chosen = tl.where(slot < k, _affinity(picked), 0.0)
+        chosen = tl.where(slot < k, affinity(picked), 0.0)
     else:
         left = score + tl.load(bias_ptr + e, mask=e < count, other=0.0)
         left = tl.where(e < count, left, float("-inf"))

@@ -1,0 +1,331 @@
+"""Experts of few rows (decode), from weights as released: two launches behind the router.
+
+    up     routed w13 in MXFP4 and the shared one in FP8, SwiGLU, routing weight, rounding to the e4m3 grid
+    down   w2 of all of them, and the sum over a row's experts
+
+Whoever finishes last what another step needs whole, a group of 128 hidden values or all experts of a row, does that
+step; sums are in a fixed order, so results do not depend on who that was. Counters are back at zero afterwards.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from triptych.kernels.quant.fragments import (
+    DEPTH,
+    RAISED,
+    from_fp8,
+    from_mxfp4,
+    from_rows,
+    mma_layout,
+    row_layout,
+    scale_of,
+    weight_layout,
+)
+
+
+@gluon.jit
+def _largest_codes(code_ptr, row, K: gl.constexpr):
+    """Largest e8m0 code of each row [ROWS] of scales [.., K / 32]; code_ptr is the expert's. int32."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0])
+    r = gl.convert_layout(row, gl.SliceLayout(1, layout))
+    g = gl.arange(0, 32, gl.SliceLayout(0, layout))
+    top = gl.full([64], 0, gl.int32, gl.SliceLayout(1, layout))
+    for at in range(0, K // 32, 32):
+        there = (at + g < K // 32)[None, :]
+        codes = gl.load(code_ptr + r[:, None] * (K // 32) + at + g[None, :], mask=there, other=0)
+        top = gl.maximum(top, gl.max(codes.to(gl.int32), axis=1))
+    return top
+
+
+@gluon.jit
+def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr, N: gl.constexpr):
+    """sum over K of w[row] x[xrow] -> float32 [64, N]; `row` and `xrow_of` in the layout of the result, `xrow` as x.
+
+    Rows of x beyond those wanted may be any that exist: nobody stores their products.
+    """
+    MMA: gl.constexpr = mma_layout(4)
+    W: gl.constexpr = weight_layout(4, 4)
+    X: gl.constexpr = row_layout(N, 4)
+    BLOCKS: gl.constexpr = K // 128
+    top = _largest_codes(code_ptr, row, K)
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
+    down = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(2, W))) - DEPTH
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))
+    wp = w_ptr + gl.expand_dims(r[:, None] * (K // 8) + c[None, :] * 4, 2) + gl.expand_dims(b[None, :], 1)
+    cp = code_ptr + r[:, None] * (K // 32) + c[None, :]
+    xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
+    xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    xp = x_ptr + gl.expand_dims(xrow[:, None] * K + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
+    sp = xs_ptr + xrow_of * BLOCKS
+    acc = gl.zeros([64, N], gl.float32, MMA)
+    zero = gl.zeros([64, N], gl.float32, MMA)
+    w0, w1, w2, w3 = gl.load(wp), gl.load(wp + 16), gl.load(wp + 32), gl.load(wp + 48)
+    e0, e1, e2, e3 = gl.load(cp), gl.load(cp + 4), gl.load(cp + 8), gl.load(cp + 12)
+    for at in range(0, BLOCKS, 4):
+        more = at + 4 < BLOCKS
+        for step in gl.static_range(4):
+            w = w0
+            e = e0
+            w0 = w1
+            w1 = w2
+            w2 = w3
+            e0 = e1
+            e1 = e2
+            e2 = e3
+            nxt = at + step + 4
+            w3 = gl.load(wp + nxt * 16, mask=more, other=0)
+            e3 = gl.load(cp + nxt * 4, mask=more, other=0)
+            x = gl.load(xp + (at + step) * 128)
+            s = gl.load(sp + at + step)
+            shift = gl.maximum(e.to(gl.int32) - down[:, None], 0) * 0x04040404
+            part = mma_v2(from_mxfp4(w, shift, 64, MMA), from_rows(x, N, MMA), zero)
+            acc += part * s[None, :]
+    top = gl.convert_layout(top, gl.SliceLayout(1, MMA))
+    # a row whose largest scale is 2^-115 is nothing
+    factor = (gl.maximum(top - RAISED, 1) << 23).to(gl.float32, bitcast=True)
+    return acc * factor[:, None]
+
+
+@gluon.jit
+def _fp8_rows(w_ptr, ws_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr, N: gl.constexpr):
+    """As _mxfp4_rows, of an FP8 matrix [.., K] with scales [.., K / 128]."""
+    MMA: gl.constexpr = mma_layout(4)
+    W: gl.constexpr = weight_layout(8, 4)
+    X: gl.constexpr = row_layout(N, 4)
+    BLOCKS: gl.constexpr = K // 128
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
+    b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, W)))
+    wp = w_ptr + gl.expand_dims(r[:, None] * (K // 4) + c[None, :] * 8, 2) + gl.expand_dims(b[None, :], 1)
+    xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
+    xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    xp = x_ptr + gl.expand_dims(xrow[:, None] * K + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
+    sp = xs_ptr + xrow_of * BLOCKS
+    fp = ws_ptr + (row // 128) * BLOCKS
+    acc = gl.zeros([64, N], gl.float32, MMA)
+    zero = gl.zeros([64, N], gl.float32, MMA)
+    w0, w1 = gl.load(wp), gl.load(wp + 32)
+    for at in range(0, BLOCKS, 2):
+        more = at + 2 < BLOCKS
+        for step in gl.static_range(2):
+            w = w0
+            w0 = w1
+            w1 = gl.load(wp + (at + step + 2) * 32, mask=more, other=0)
+            x = gl.load(xp + (at + step) * 128)
+            s = gl.load(sp + at + step)
+            f = gl.load(fp + at + step)
+            part = mma_v2(from_fp8(w, 64, MMA), from_rows(x, N, MMA), zero)
+            acc += part * (f[:, None] * s[None, :])
+    return acc
+
+
+@gluon.jit
+def up(
+    x_ptr,
+    xs_ptr,
+    tile_ptr,
+    order_ptr,
+    gate_ptr,
+    w_ptr,
+    code_ptr,
+    shared_ptr,
+    shared_scale_ptr,
+    h_ptr,
+    hq_ptr,
+    hs_ptr,
+    count_ptr,
+    rows,
+    pairs,
+    k,
+    limit,
+    SHARED: gl.constexpr,
+    DIM: gl.constexpr,
+    INNER: gl.constexpr,
+    N: gl.constexpr,
+):
+    """Hidden values of 32 columns and up to N pairs of one expert; tiles below SHARED are the shared expert's.
+
+    tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A pair is row * k + choice; the shared
+    expert's follow all others. h float32, hq f16 [pairs + rows, INNER], hs [pairs + rows, INNER / 128].
+    """
+    MMA: gl.constexpr = mma_layout(4)
+    X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
+    O: gl.constexpr = gl.SliceLayout(0, MMA)
+    tile = gl.program_id(1)
+    n0 = gl.program_id(0) * 32
+    m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    row = n0 + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER  # a thread's two rows are a gate and its up
+    jx, jo = gl.arange(0, N, X), gl.arange(0, N, O)
+    if tile < SHARED:
+        first, count = tile * N, gl.minimum(rows - tile * N, N)
+        tx, to = gl.minimum(first + jx, rows - 1), gl.minimum(first + jo, rows - 1)
+        acc = _fp8_rows(shared_ptr, shared_scale_ptr, x_ptr, xs_ptr, row, tx, to, DIM, N)
+        _finish(
+            acc, pairs + first + jo, jo < count, gl.full([N], 1.0, gl.float32, O), n0, tile, limit,
+            h_ptr, hq_ptr, hs_ptr, count_ptr, pairs + first, order_ptr, count, True, INNER, N,
+        )  # fmt: skip
+    else:
+        entry = tile_ptr + (tile - SHARED) * 3
+        expert = gl.load(entry)
+        if expert >= 0:
+            first, count = gl.load(entry + 1), gl.load(entry + 2)
+            px = gl.load(order_ptr + first + jx, mask=jx < count, other=0)
+            po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
+            acc = _mxfp4_rows(
+                w_ptr + expert.to(gl.int64) * (2 * INNER * (DIM // 8)),
+                code_ptr + expert.to(gl.int64) * (2 * INNER * (DIM // 32)),
+                *(x_ptr, xs_ptr, row, px // k, po // k, DIM, N),
+            )
+            gates = gl.load(gate_ptr + po, mask=jo < count, other=0.0)
+            _finish(
+                acc, po, jo < count, gates, n0, tile, limit,
+                h_ptr, hq_ptr, hs_ptr, count_ptr, first, order_ptr, count, False, INNER, N,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _finish(
+    acc,
+    pair,
+    wanted,
+    gates,
+    n0,
+    tile,
+    limit,
+    h_ptr,
+    hq_ptr,
+    hs_ptr,
+    count_ptr,
+    first,
+    order_ptr,
+    count,
+    PLAIN: gl.constexpr,
+    INNER: gl.constexpr,
+    N: gl.constexpr,
+):
+    """SwiGLU of acc [64, N]; the last of the four programs of 128 columns rounds them to the e4m3 grid."""
+    halves = gl.permute(gl.reshape(acc, [4, 2, 8, N]), (0, 2, 3, 1))
+    gate, up_ = gl.split(halves)
+    gate, up_ = gl.reshape(gate, [32, N]), gl.reshape(up_, [32, N])
+    L: gl.constexpr = gate.type.layout
+    j = gl.convert_layout(pair, gl.SliceLayout(0, L))
+    keep = gl.convert_layout(wanted.to(gl.int32), gl.SliceLayout(0, L)) != 0
+    weight = gl.convert_layout(gates, gl.SliceLayout(0, L))
+    gate = gl.where(gate > limit, limit, gate)
+    up_ = gl.where(up_ > limit, limit, gl.where(up_ < -limit, -limit, up_))
+    hidden = gate / (1.0 + gl.exp(-gate)) * up_ * weight[None, :]
+    n = n0 + gl.arange(0, 32, gl.SliceLayout(1, L))
+    gl.store(h_ptr + j[None, :] * INNER + n[:, None], hidden, mask=keep[None, :])
+    gl.thread_barrier()
+    group = n0 // 128
+    mine = count_ptr + tile * (INNER // 128) + group
+    if gl.atomic_add(mine, 1, sem="acq_rel") == 3:
+        B: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+        i = gl.arange(0, N, gl.SliceLayout(1, B))
+        if PLAIN:
+            p = first + i
+        else:
+            p = gl.load(order_ptr + first + i, mask=i < count, other=0)
+        d = group * 128 + gl.arange(0, 128, gl.SliceLayout(0, B))
+        there = (i < count)[:, None]
+        values = gl.load(h_ptr + p[:, None] * INNER + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        scale, inverse = scale_of(gl.max(gl.abs(values), axis=1))
+        gl.store(
+            hq_ptr + p[:, None] * INNER + d[None, :],
+            (values * inverse[:, None]).to(gl.float8e4nv).to(gl.float16),
+            mask=there,
+        )
+        gl.store(hs_ptr + p * (INNER // 128) + group, scale, mask=i < count)
+        gl.store(mine, 0)
+
+
+@gluon.jit
+def down(
+    hq_ptr,
+    hs_ptr,
+    tile_ptr,
+    order_ptr,
+    w_ptr,
+    code_ptr,
+    shared_ptr,
+    shared_scale_ptr,
+    each_ptr,
+    out_ptr,
+    count_ptr,
+    rows,
+    pairs,
+    k,
+    SHARED: gl.constexpr,
+    DIM: gl.constexpr,
+    INNER: gl.constexpr,
+    N: gl.constexpr,
+):
+    """64 columns of w2 for the pairs of a tile, into each [pairs + rows, DIM] float32; the last of a row's experts
+    adds them up, in the order of the row's choices and the shared expert last, into out [rows, DIM]."""
+    MMA: gl.constexpr = mma_layout(4)
+    X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
+    O: gl.constexpr = gl.SliceLayout(0, MMA)
+    tile = gl.program_id(1)
+    n0 = gl.program_id(0) * 64
+    row = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    jx, jo = gl.arange(0, N, X), gl.arange(0, N, O)
+    if tile < SHARED:
+        first, count = tile * N, gl.minimum(rows - tile * N, N)
+        px, po = pairs + gl.minimum(first + jx, rows - 1), pairs + gl.minimum(first + jo, rows - 1)
+        acc = _fp8_rows(shared_ptr, shared_scale_ptr, hq_ptr, hs_ptr, row, px, po, INNER, N)
+        _add(acc, po, first + jo, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, k, DIM, N)
+    else:
+        entry = tile_ptr + (tile - SHARED) * 3
+        expert = gl.load(entry)
+        if expert >= 0:
+            first, count = gl.load(entry + 1), gl.load(entry + 2)
+            px = gl.load(order_ptr + first + jx, mask=jx < count, other=0)
+            po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
+            acc = _mxfp4_rows(
+                w_ptr + expert.to(gl.int64) * (DIM * (INNER // 8)),
+                code_ptr + expert.to(gl.int64) * (DIM * (INNER // 32)),
+                *(hq_ptr, hs_ptr, row, px, po, INNER, N),
+            )
+            _add(acc, po, po // k, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, k, DIM, N)
+
+
+@gluon.jit
+def _add(
+    acc,
+    pair,
+    token,
+    wanted,
+    each_ptr,
+    out_ptr,
+    count_ptr,
+    row,
+    n0,
+    pairs,
+    k,
+    DIM: gl.constexpr,
+    N: gl.constexpr,
+):
+    gl.store(each_ptr + pair[None, :] * DIM + row[:, None], acc, mask=wanted[None, :])
+    B: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
+    T: gl.constexpr = gl.SliceLayout(1, B)
+    t = gl.convert_layout(token, T)
+    there = gl.convert_layout(wanted.to(gl.int32), T) != 0
+    gl.thread_barrier()
+    mine = count_ptr + t * (DIM // 64) + n0 // 64
+    before = gl.atomic_add(mine, gl.full([N], 1, gl.int32, T), mask=there, sem="acq_rel")
+    last = there & (before == k)
+    if gl.max(last.to(gl.int32), axis=0) > 0:
+        d = n0 + gl.arange(0, 64, gl.SliceLayout(0, B))
+        keep = last[:, None]
+        total = gl.zeros([N, 64], gl.float32, B)
+        for s in range(0, k):
+            at = each_ptr + (t * k + s)[:, None] * DIM + d[None, :]
+            total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+        at = each_ptr + (pairs + t)[:, None] * DIM + d[None, :]
+        total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+        gl.store(out_ptr + t[:, None] * DIM + d[None, :], total.to(out_ptr.dtype.element_ty), mask=keep)
+        gl.store(mine, gl.full([N], 0, gl.int32, T), mask=last)

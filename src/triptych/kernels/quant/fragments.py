@@ -1,0 +1,131 @@
+"""Weights of few rows, streamed from memory straight into the registers in which the tensor cores want them.
+
+A product's columns may be summed in any order, as long as both operands agree on it. The order here is one in which
+each thread's fragment of m16n8k16 is contiguous in memory: of 128 columns a thread holds 32 in a row. So nothing goes
+through shared memory, and each weight is read once, by 16-byte loads:
+
+    thread c of 4, columns 32c + 4t + 2h + j   ->   slot 16t + 8h + 2c + j of the 128
+
+Both operands are f16, in which e4m3 values and e2m1 values with their scales are exact. (Hopper has no e4m3 product of
+this kind: the compiler would convert to f16 element by element.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ASM_MXFP4: Any = gl.constexpr(
+    """
+{
+.reg .b32 s, t, hi, lo, p0, p1, m0, m1;
+and.b32 s, $8, 0x77777777;
+shl.b32 t, $8, 4;
+add.u32 hi, $9, 0x12100e0c;
+and.b32 lo, $9, 0xffffff00;
+add.u32 lo, lo, 0x0a080400;
+prmt.b32 p0, t, $8, 0x5140;
+prmt.b32 p1, t, $8, 0x7362;
+prmt.b32 m0, lo, hi, s;
+shr.u32 s, s, 16;
+prmt.b32 m1, lo, hi, s;
+lop3.b32 m0, p0, 0x80808080, m0, 0xea;
+lop3.b32 m1, p1, 0x80808080, m1, 0xea;
+prmt.b32 p0, m0, 0, 0x1404;
+prmt.b32 p1, m0, 0, 0x3424;
+prmt.b32 s, m1, 0, 0x1404;
+prmt.b32 t, m1, 0, 0x3424;
+mov.b32 {$0, $1}, p0;
+mov.b32 {$2, $3}, p1;
+mov.b32 {$4, $5}, s;
+mov.b32 {$6, $7}, t;
+}
+"""
+)
+"""Eight e2m1 ($8) to f16: the high byte holds all there is to say, and comes from a table of the eight magnitudes.
+
+$9 holds 4 (n + 24) in each byte, added to the table's exponents: values are e2m1's times 2^(n + 11), n from -24 to 0.
+"""
+
+ASM_FP8: Any = gl.constexpr(
+    """
+{
+.reg .b16 l, h;
+.reg .b32 a, b;
+mov.b32 {l, h}, $4;
+cvt.rn.f16x2.e4m3x2 a, l;
+cvt.rn.f16x2.e4m3x2 b, h;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+}
+"""
+)
+"""Four e4m3 ($4) to f16."""
+
+DEPTH: Any = gl.constexpr(24)
+RAISED: Any = gl.constexpr(11)
+
+
+@gluon.constexpr_function
+def mma_layout(warps):  # type: ignore[no-untyped-def]
+    """Accumulators [16 * warps.., N] of m16n8k16, the warps one above the other."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
+
+
+@gluon.constexpr_function
+def weight_layout(words, warps):  # type: ignore[no-untyped-def]
+    """Weights [16 * warps, 4, words] int32: a thread has two rows, and of each `words` (4 of MXFP4, 8 of FP8)."""
+    deep = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([*deep, [8, 0, 0]], lanes, rows, [], [16 * warps, 4, words])
+
+
+@gluon.constexpr_function
+def row_layout(n, warps):  # type: ignore[no-untyped-def]
+    """Activations [n, 4, 32] in f16, the same in every warp."""
+    deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [n, 4, 32])
+
+
+@gluon.jit
+def from_mxfp4(packed, shifts, ROWS: gl.constexpr, MMA: gl.constexpr):
+    """packed [ROWS, 4, 4] and shifts [ROWS, 4] int32, see ASM_MXFP4 -> the left operand, f16 [ROWS, 128]."""
+    _, shifts = gl.broadcast(packed, gl.expand_dims(shifts, 2))
+    a, b, c, d, e, g, h, i = gl.inline_asm_elementwise(
+        ASM_MXFP4, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [packed, shifts], dtype=(gl.float16,) * 8, is_pure=True, pack=1
+    )
+    low = gl.join(gl.join(a, b), gl.join(c, d))  # row, thread, word, j, h
+    high = gl.join(gl.join(e, g), gl.join(h, i))
+    slots = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 5, 4, 1, 3)), [ROWS, 128])
+    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def from_fp8(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
+    """packed [ROWS, 4, 8] int32 -> the left operand, f16 [ROWS, 128]."""
+    a, b, c, d = gl.inline_asm_elementwise(
+        ASM_FP8, "=h,=h,=h,=h,r", [packed], dtype=(gl.float16,) * 4, is_pure=True, pack=1
+    )
+    parts = gl.join(gl.join(a, b), gl.join(c, d))  # row, thread, word, j, h
+    slots = gl.reshape(gl.permute(parts, (0, 2, 4, 1, 3)), [ROWS, 128])
+    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def from_rows(x, N: gl.constexpr, MMA: gl.constexpr):
+    """Activations x [N, 4, 32] f16 -> the right operand [128, N]."""
+    slots = gl.reshape(gl.permute(gl.reshape(x, [N, 4, 8, 2, 2]), (2, 3, 1, 4, 0)), [128, N])
+    return gl.convert_layout(slots, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def scale_of(largest):
+    """Bits of the power of two that native numerics scale a group of this largest magnitude by, and of its inverse."""
+    bits = gl.maximum(largest, 1e-4).to(gl.int32, bitcast=True)
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is above that of 448
+    scale = (exponent << 23).to(gl.float32, bitcast=True)
+    return scale, ((254 - exponent) << 23).to(gl.float32, bitcast=True)
