@@ -18,6 +18,7 @@ from triptych.model.batch import Batch
 logger = logging.getLogger(__name__)
 
 _CAPABILITY = (8, 0)  # Ampere: bfloat16 in the tensor cores and asynchronous copies, which the kernels build on
+_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 _ALIGN = 2  # int64 of 16 bytes: where each vector of a step begins in the one copy
 
 
@@ -64,6 +65,13 @@ def device_for(config: EngineConfig) -> torch.device:
             "Install a CUDA build of torch (make TORCH=...), or use --device cpu.",
         )
     raise ConfigError("torch finds no NVIDIA GPU.", "Check nvidia-smi and the driver, or use --device cpu.")
+
+
+def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """`config` with what it leaves to the device filled in: rows of a step, so many that experts are kept busy."""
+    if config.step_tokens is not None:
+        return config
+    return replace(config, step_tokens=max(_STEP_TOKENS[kind_of(device)], config.max_running))
 
 
 def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:

@@ -47,7 +47,12 @@ class GpuMover(Mover):
     """A mover whose device frames are a GPU's. Host frames are pinned."""
 
     def __init__(
-        self, pools: Pools, geometry: CacheGeometry, host_frames: int = 0, stores: Sequence[Store] = (), threads: int = 0
+        self,
+        pools: Pools,
+        geometry: CacheGeometry,
+        host_frames: int = 0,
+        stores: Sequence[Store] = (),
+        threads: int = 0,
     ) -> None:
         # a checksum takes four to six times as long as the link's copy, so more threads than on a processor
         super().__init__(pools, geometry, host_frames, stores, threads or min(8, os.cpu_count() or 1))

@@ -20,11 +20,13 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of
+from triptych.engine.device import device_for, free_device_memory, kind_of, with_defaults
 from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
+from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, warm_up
@@ -64,15 +66,16 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     shape = reader.shape
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     device = device_for(config)
-    memory = _cache_memory(reader, config, device)
-    capacity = plan_capacity(geometry, memory, config.max_running)
-    _refuse_too_much(capacity.bytes(geometry) + config.cache.host_memory, reader, config, device)
+    config = with_defaults(config, device)
+    _refuse_too_much(config.cache.host_memory + (config.cache.kv_memory or 0), reader, config, device)
     if config.weight_dtype == "released" and config.numerics != "native":
         raise ConfigError(
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
         )
     weights = _weights(reader, _DTYPES[config.weight_dtype], device)
+    memory = _cache_memory(weights, config, geometry)
+    capacity = plan_capacity(geometry, memory, config.max_running)
     _set_threads(config, device)
     if kind_of(device) == "cpu":  # Triton compiles for the sizes of the model itself, so a miniature would not help
         with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
@@ -144,30 +147,31 @@ def _find(model: str | Path) -> tuple[str, Path]:
     raise ConfigError(f"There is no checkpoint directory {str(model)!r}.", hint)
 
 
-def _cache_memory(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
-    """Bytes for the caches: what was asked for, or a quarter of the RAM, or most of what weights leave of a GPU."""
-    if config.cache.kv_memory:
-        return config.cache.kv_memory
-    left = _left_for_caches(reader, config, device)
-    return left // 4 if kind_of(device) == "cpu" else max(left * 3 // 4, 1)
-
-
-def _left_for_caches(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
-    """Free bytes; of a GPU those that are left when the weights are there."""
-    free = free_device_memory(device)
+def _cache_memory(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry) -> int:
+    """Bytes for the caches: what was asked for, or a quarter of the RAM, or all that a GPU's steps leave of it."""
+    device, wanted = weights.embed.device, config.cache.kv_memory
     if kind_of(device) == "cpu":
-        return free
-    weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
-    if weights > free:
+        return wanted or free_device_memory(device) // 4
+    room = room_for_caches(weights, config, geometry)
+    if wanted and wanted > room:
         raise ConfigError(
-            f"The weights need {weights / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of the GPU are free.",
-            "Use --device cpu, or a GPU with more memory.",
+            f"The cache needs {wanted / 2**30:.1f} GiB, but beside weights and steps {room / 2**30:.1f} GiB are free.",
+            "Lower --kv-memory, --step-tokens or --max-running.",
         )
-    return free - weights
+    return wanted or room
 
 
 def _refuse_too_much(needed: int, reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
-    free = _left_for_caches(reader, config, device)
+    """ConfigError before anything is loaded: weights that a GPU cannot hold, caches that the RAM cannot."""
+    free = free_device_memory(device)
+    if kind_of(device) == "cuda":
+        weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
+        if weights > free:
+            raise ConfigError(
+                f"The weights need {weights / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of the GPU are free.",
+                "Use --device cpu, or a GPU with more memory.",
+            )
+        needed, free = config.cache.host_memory, free_memory()
     if needed > free:
         raise ConfigError(
             f"The cache needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",

@@ -87,14 +87,16 @@ class Runner:
 class DeviceRunner(Runner):
     """A runner that enqueues steps. `capture`: decode by CUDA graphs; without them it runs on a processor, for tests.
 
-    `pools` have a spare slot. `depth` is 1, unless somebody has to see every step's logits.
+    `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless somebody has to see every step's logits.
     """
 
-    def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools, *, capture: bool) -> None:
+    def __init__(
+        self, weights: ModelWeights, config: EngineConfig, pools: Pools, *, capture: bool, most_pages: int = 0
+    ) -> None:
         super().__init__(weights, config, pools)
         self.depth = 0 if config.cache.canary else 1
         context = min(config.max_context or weights.shape.max_position, weights.shape.max_position)
-        pages = min(-(-context // PAGE), pools.capacity.frames)
+        pages = most_pages or min(-(-context // PAGE), pools.capacity.frames)
         self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
         self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size)
         self._cuda = pools.device.type == "cuda"

@@ -64,8 +64,9 @@ def warm_up(config: EngineConfig) -> None:
 
 def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     """Compile for a GPU by running chunks of several sizes, and record decode steps of every size."""
-    prefill(runner, config.step_tokens, 0)
-    prefill(runner, min(config.step_tokens, 130), 0)
+    rows = config.step_tokens or PAGE
+    for count in sorted({1, min(rows, PAGE + 2), rows}):
+        prefill(runner, count, 0)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Recording decode steps", total=None)
         runner.steps.record_all(

@@ -31,6 +31,9 @@ from triptych.schedule.shares import fair_shares
 from triptych.schedule.stats import Counters, ScheduleStats
 from triptych.words import Chunk, FinishReason, Request, SampledToken, SlotSave, StepPlan, StepResult, Usage
 
+STEP_TOKENS = 512
+"""Rows of a step where the configuration does not say."""
+
 UNKNOWN = np.full(1, -1, np.int32)
 """The tokens of a row that continues what is still being sampled."""
 UNKNOWN.flags.writeable = False
@@ -268,7 +271,7 @@ class Scheduler:
         """Rows of each running request in this step: one per decode, fair shares of the rest for prefills."""
         rows = {s: s.pending for s in self._running if s.decoding and not s.idle and not s.starved}
         prefills = [s for s in self._running if not s.decoding and not s.idle]
-        budget = self._config.step_tokens - sum(rows.values())
+        budget = (self._config.step_tokens or STEP_TOKENS) - sum(rows.values())
         for sequence, share in zip(prefills, fair_shares(budget, [s.pending for s in prefills]), strict=True):
             if share and sequence.running and self._grow(sequence, sequence.processed + share):
                 rows[sequence] = share
