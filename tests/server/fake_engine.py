@@ -20,7 +20,9 @@ from triptych.words import (
     CacheHints,
     Delta,
     EngineStats,
+    Facts,
     FinishReason,
+    Panels,
     SamplingParams,
     TokenIds,
     TokenLogprob,
@@ -60,6 +62,8 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self._words = [tokenizer.encode(word).tolist() for word in WORDS]
+        self.panels = Panels({"csa": 60, "index": 30, "hca": 10}, 800, 2000, {"device": 1 << 20})
+        self.told = Facts()
         self.token_delay = 0.0
         self.prefill_delay = 0.0
         self.fail_after: int | None = None  # tokens after which every stream fails
@@ -75,6 +79,9 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    async def facts(self) -> Facts:
+        return self.told
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -18,6 +18,7 @@ from triptych.server.answer import collect, events
 from triptych.server.ask import Ask, Shape
 from triptych.server.chat import ChatShape, read_chat
 from triptych.server.completions import TextShape, read_completion
+from triptych.server.dashboard import Dashboard
 from triptych.server.fields import parse_object
 from triptych.server.gate import Gate
 from triptych.server.http import EventStream, error_response, json_response, read_body, unless_left
@@ -34,7 +35,8 @@ _Form = Callable[[Ask, Tokenizer], Shape]
 def build_app(engine: ServingEngine, options: ServerOptions | None = None) -> Starlette:
     """The ASGI application over `engine`. Its lifespan starts and stops the engine; `app.state.server` is its state."""
     state = ServerState(engine, options or ServerOptions())
-    pages = _Pages(state)
+    dashboard = Dashboard(state)
+    pages = _Pages(state, dashboard)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", _generation(state, read_chat, ChatShape), methods=["POST"]),
@@ -44,6 +46,7 @@ def build_app(engine: ServingEngine, options: ServerOptions | None = None) -> St
             Route("/health", pages.health, methods=["GET"]),
             Route("/health/live", pages.live, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
+            *dashboard.routes(),
         ],
         middleware=[Middleware(Gate, state=state)],
         exception_handlers={TriptychError: pages.refuse, HTTPException: pages.refuse_http},
@@ -81,14 +84,16 @@ def _generation(state: ServerState, read: _Read, form: _Form) -> Callable[[Reque
 class _Pages:
     """The endpoints that generate nothing, and what errors look like."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, dashboard: Dashboard) -> None:
         self._state = state
+        self._dashboard = dashboard
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         await self._state.engine.start()
         try:
-            yield
+            async with self._dashboard.recording():
+                yield
         finally:
             await self._state.engine.stop()
             self._state.close()

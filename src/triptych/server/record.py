@@ -68,4 +68,9 @@ class Record:
         return self.path if self.path in ENDPOINTS else "other"
 
 
-ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/health/live", "/metrics"})
+ENDPOINTS = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/health/live", "/metrics"),
+        *("/dashboard", "/dashboard/data"),
+    }
+)

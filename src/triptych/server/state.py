@@ -25,7 +25,7 @@ class ServerState:
     def __init__(self, engine: ServingEngine, options: ServerOptions) -> None:
         self.engine = engine
         self.options = options
-        self.metrics = Metrics(engine.stats)
+        self.metrics = Metrics(engine.stats, engine.panels)
         self.draining = False
         self.born = int(time.time())
         self._in_flight = 0
