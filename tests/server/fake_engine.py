@@ -70,6 +70,8 @@ class FakeEngine:
         self.break_after: int | None = None  # tokens after which every stream raises what it should not
         self.live: set[str] = set()
         self.aborted: list[str] = []
+        self.salts: list[str] = []
+        self.hints: list[CacheHints] = []
         self.started = self.stopped = False
         self._known: list[TokenIds] = []
         self._steps = self._prompt = self._cached = self._generated = 0
@@ -116,6 +118,8 @@ class FakeEngine:
             raise ContextTooLong("The prompt does not fit.")
         assert request_id not in self.live
         self.live.add(request_id)
+        self.salts.append(salt)
+        self.hints.append(hints)
         left = set(range(params.n))
         try:
             await asyncio.sleep(self.prefill_delay)

@@ -22,6 +22,7 @@ from fake_engine import FakeEngine
 
 from triptych.server import dashboard
 from triptych.server.app import build_app
+from triptych.server.keys import load_keys
 from triptych.server.options import ServerOptions
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import EngineStats, Facts, Panels, RequestFacts, SessionFacts
@@ -263,3 +264,35 @@ def test_figures_are_json_that_others_can_read(site: Server) -> None:
     with site.http() as http:
         data = json.loads(http.get("/dashboard/data").content, parse_constant=lambda name: pytest.fail(name))
     assert data["limits"]["running"] > 0
+
+
+@pytest.fixture
+def guarded(busy: Busy, tmp_path: Path) -> Iterator[Server]:
+    file = tmp_path / "keys.toml"
+    file.write_text(
+        '[[key]]\nname = "operator"\nkey = "sk-operator"\nadmin = true\n\n[[key]]\nname = "guest"\nkey = "sk-guest-1"\n'
+    )
+    running = Server(build_app(busy, ServerOptions(), load_keys(str(file))))
+    yield running
+    running.stop()
+
+
+def test_with_keys_the_figures_need_one_with_admin_rights(guarded: Server) -> None:
+    with guarded.http() as http:
+        assert http.get("/dashboard/data").status_code == 401
+        for key, status in (("sk-wrong-one", 401), ("sk-guest-1", 403), ("sk-operator", 200)):
+            answer = http.get("/dashboard/data", headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+            assert ("facts" in answer.json()) == (status == 200)
+        for path in dashboard.STATIC:
+            assert http.get(path).status_code == 200, "the page holds nothing, and a browser cannot send a key for it"
+        for path in ("/dashboard/data/", "/dashboard//data", "/dashboard/other"):
+            assert http.get(path).status_code in (401, 403, 404)
+
+
+@needs_chromium
+def test_a_browser_asks_for_a_key(guarded: Server, tmp_path: Path) -> None:
+    seen = visit(f"{guarded.url}/dashboard", tmp_path)
+    assert "needs a key" in text_of(seen.markup)
+    assert re.search(r'<form id="key">', seen.markup), "the form is shown"
+    assert "chatcmpl-" not in seen.markup

@@ -77,6 +77,6 @@ def test_include_usage(client: openai.OpenAI) -> None:
 
 
 def test_echo_is_refused_with_a_sentence(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="echo is not supported yet"):
+    with pytest.raises(openai.BadRequestError, match="echo is not supported"):
         client.completions.create(model="fake", prompt="x", echo=True)
     client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)

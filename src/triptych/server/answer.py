@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from triptych.errors import TriptychError, Unavailable
 from triptych.server import wire
@@ -19,12 +20,13 @@ class _Bill:
     def __init__(self, ask: Ask, record: Record) -> None:
         self._n = ask.params.n
         self._record = record
-        record.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts))
+        record.bill(Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts)))
         self._sum = Usage()
 
     def add(self, choice: int, usage: Usage) -> None:
         self._sum = self._sum.plus(usage, same_prompt=choice % self._n != 0)
-        self._record.usage = self._sum
+        known = self._record.usage.prompt_tokens  # of prompts that have not ended yet, too
+        self._record.bill(replace(self._sum, prompt_tokens=max(known, self._sum.prompt_tokens)))
 
     @property
     def total(self) -> Usage:

@@ -21,7 +21,6 @@ STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
 HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
-        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 )
 
@@ -40,6 +39,15 @@ class Head:
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
 
 
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a request is read: the engine it is for, the model's name as the client knows it, whose request it is."""
+
+    engine: ServingEngine
+    model: str
+    salt: str = ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
     """One HTTP request, ready to run. Choice c is sample c % n of prompt c // n."""
@@ -50,6 +58,7 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     hints: CacheHints = NO_HINTS
+    salt: str = ""
 
     @property
     def choices(self) -> int:
@@ -61,7 +70,11 @@ class Ask:
         n = self.params.n
         streams = [
             engine.stream(
-                prompt, self.params, request_id=f"{self.head.id}-{i}" if i else self.head.id, hints=self.hints
+                prompt,
+                self.params,
+                request_id=f"{self.head.id}-{i}" if i else self.head.id,
+                salt=self.salt,
+                hints=self.hints,
             )
             for i, prompt in enumerate(self.prompts)
         ]

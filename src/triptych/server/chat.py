@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from triptych.errors import RequestError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable
+from triptych.server.generation import Api
+from triptych.server.hints import HINT_FIELDS, cache_hints
 from triptych.server.logprobs import chat_logprobs
 from triptych.server.protocol import ServingEngine
 from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
@@ -19,13 +21,17 @@ from triptych.server.wire import (
     ChatMessage,
     WireUsage,
 )
-from triptych.text.chat import render
+from triptych.text.chat import EncodedPrompt, render
 from triptych.text.messages import parse_messages
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import CacheHints, Delta
+from triptych.words import Delta
 
+_READ = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
+    read=SAMPLING_FIELDS
+    | STREAM_FIELDS
+    | HINT_FIELDS
+    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
     harmless=HARMLESS,
     refused={
         "tools": ([],),
@@ -44,20 +50,26 @@ FIELDS = FieldTable(
 )
 
 
-def read_chat(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+def chat_prompt(fields: Fields, engine: ServingEngine) -> EncodedPrompt:
+    """The conversation in `messages`, as the model reads it."""
+    messages = parse_messages(fields.value("messages"))
+    with blaming("messages"):
+        return render(messages, engine.tokenizer, limit=engine.max_context - 1)
+
+
+def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
     """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
     FIELDS.check(raw)
+    engine = desk.engine
     fields = Fields(raw)
     stream, include_usage = stream_fields(fields)
     params = sampling_params(
         fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
     )
-    messages = parse_messages(fields.value("messages"))
-    with blaming("messages"):
-        prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
+    prompt = chat_prompt(fields, engine)
     check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
-    hints = CacheHints(marks=prompt.boundaries)
-    return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage, hints)
+    hints = cache_hints(fields, desk.salt, prompt.boundaries)
+    return Ask(Head.new("chatcmpl", desk.model), (prompt.ids,), params, stream, include_usage, hints, desk.salt)
 
 
 def _max_tokens(fields: Fields) -> int | None:
@@ -119,3 +131,6 @@ class ChatShape:
         if self._include_usage:
             chunk.usage = None
         return chunk
+
+
+CHAT = Api(read_chat, ChatShape)

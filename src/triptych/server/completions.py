@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from triptych.errors import RequestError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, shown, wrong
+from triptych.server.generation import Api
+from triptych.server.hints import HINT_FIELDS, cache_hints
 from triptych.server.logprobs import TextLogprobWriter
 from triptych.server.protocol import ServingEngine
 from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
@@ -17,15 +19,16 @@ from triptych.words import Delta, TokenIds, token_ids
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
 
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | {"prompt", "logprobs", "best_of"},
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of"},
     harmless=HARMLESS,
     refused={"echo": (False,), "suffix": ("",)},
 )
 
 
-def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
     FIELDS.check(raw)
+    engine = desk.engine
     fields = Fields(raw)
     stream, include_usage = stream_fields(fields)
     max_tokens = fields.integer("max_tokens")
@@ -48,7 +51,8 @@ def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -
         )
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
-    return Ask(Head.new("cmpl", model), prompts, params, stream, include_usage)
+    hints = cache_hints(fields, desk.salt)
+    return Ask(Head.new("cmpl", desk.model), prompts, params, stream, include_usage, hints, desk.salt)
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
@@ -120,3 +124,6 @@ class TextShape:
             logprobs = writer.write(tokens) if writer is not None else None
             choices.append(TextChoice(i, "".join(answer.texts), logprobs, answer.finish_reason))
         return TextCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
+
+
+COMPLETIONS = Api(read_completion, TextShape)

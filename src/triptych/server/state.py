@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from triptych.errors import ModelNotFound, RequestError, nearest
 from triptych.server.fields import wrong
+from triptych.server.http import Bodies
+from triptych.server.keys import Keys
 from triptych.server.metrics import Metrics
 from triptych.server.options import ServerOptions
 from triptych.server.protocol import ServingEngine
@@ -22,9 +24,11 @@ T = TypeVar("T")
 class ServerState:
     """The engine, the options, the metrics, the threads that tokenise, and who is being served."""
 
-    def __init__(self, engine: ServingEngine, options: ServerOptions) -> None:
+    def __init__(self, engine: ServingEngine, options: ServerOptions, keys: Keys) -> None:
         self.engine = engine
         self.options = options
+        self.keys = keys
+        self.bodies = Bodies(options)
         self.metrics = Metrics(engine.stats, engine.panels)
         self.draining = False
         self.born = int(time.time())
@@ -35,6 +39,11 @@ class ServerState:
     def names(self) -> tuple[str, ...]:
         """The names of the model, the main one first."""
         return (self.options.served_model_name or self.engine.model_name, *self.options.aliases)
+
+    @property
+    def most_in_flight(self) -> int:
+        """Requests beyond those that the engine could run or queue only hold memory while they are told so."""
+        return self.engine.config.max_waiting + self.engine.config.max_running
 
     @property
     def in_flight(self) -> int:

@@ -177,6 +177,46 @@ class ErrorBody(Struct):
     error: WireError
 
 
+class Tokens(Struct):
+    """The body of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class Text(Struct):
+    """The body of /detokenize."""
+
+    prompt: str
+
+
+class AnthropicFault(Struct):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(Struct):
+    """The body of every response of Anthropic's API that is an error, and of its error event."""
+
+    error: AnthropicFault
+    request_id: str | UnsetType = UNSET
+    type: Literal["error"] = "error"
+
+    @classmethod
+    def of(cls, sentence: str, status: int, request_id: str | UnsetType = UNSET) -> AnthropicError:
+        """The error for an HTTP status."""
+        kinds = {
+            **{401: "authentication_error", 403: "permission_error", 404: "not_found_error"},
+            **{413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"},
+        }
+        kind = kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return cls(AnthropicFault(kind, sentence), request_id)
+
+
 class Model(Struct):
     """One name that this server answers to. `max_model_len` is prompt and answer together, in tokens."""
 

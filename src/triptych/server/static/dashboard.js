@@ -218,7 +218,7 @@ function memory(data) {
     const moved = data.moved[tier];
     const note = (data.room[tier] ? `${bytes(held)} of ${bytes(room)}, ${percent(held, room)}` : `${bytes(held)} written`)
       + (moved ? `; ${bytes(moved.in)} came down, ${bytes(moved.out)} went up again` : "");
-    const legend = make("div", "legend", ...Object.entries(kinds).filter(([kind, size]) => size || kind === "free")
+    const legend = make("div", "legend", ...Object.entries(kinds).filter(([kind, size]) => size || (kind === "free" && data.room[tier]))
       .map(([kind, size]) => swatch(kind, `${KINDS[kind] || kind} ${bytes(size)}`)));
     return make("div", "tier", make("h3", "", tier + " ", make("small", "", note)), bar(Object.entries(kinds), room || 1, `${tier}: ${note}`), legend);
   });
