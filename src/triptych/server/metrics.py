@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from triptych.server import panels as by
-from triptych.words import EngineStats, Panels
+from triptych.server.protocol import ServingEngine
+from triptych.words import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 _BETWEEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -41,9 +42,9 @@ _CACHE_COUNTERS = {
 class Metrics:
     """Histograms and counters that the server feeds, beside the engine's own figures."""
 
-    def __init__(self, stats: Callable[[], EngineStats], panels: Panels) -> None:
+    def __init__(self, engine: ServingEngine) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats, panels))
+        self._registry.register(_EngineCollector(engine))
         self.requests = Counter(
             "triptych_requests",
             "HTTP requests by endpoint and status.",
@@ -77,12 +78,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the engine's figures when scraped."""
 
-    def __init__(self, stats: Callable[[], EngineStats], panels: Panels) -> None:
-        self._stats = stats
-        self._panels = panels
+    def __init__(self, engine: ServingEngine) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine.stats()
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"triptych_{name}_requests", text, value=getattr(stats, name))
         for name, text in _COUNTERS.items():
@@ -95,7 +95,10 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(metric, "A figure of the cache manager.", value=value)
 
     def _labelled(self, stats: EngineStats) -> Iterator[Metric]:
-        panels = self._panels
+        panels, config = self._engine.panels, self._engine.config
+        most = GaugeMetricFamily("triptych_limit_requests", "Requests that may run or wait at once.", labels=["state"])
+        most.add_metric(["running"], config.max_running)
+        most.add_metric(["waiting"], config.max_waiting)
         room = GaugeMetricFamily("triptych_tier_capacity_bytes", "Room of a tier; 0: unknown.", labels=["tier"])
         for tier, size in panels.room.items():
             room.add_metric([tier], size)
@@ -116,4 +119,4 @@ class _EngineCollector(Collector):
         for tier, ways in by.moved(stats, panels).items():
             for way, size in ways.items():
                 moved.add_metric([tier, way], size)
-        yield from (room, held, tokens, resumes, moved)
+        yield from (most, room, held, tokens, resumes, moved)

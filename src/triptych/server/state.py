@@ -29,7 +29,7 @@ class ServerState:
         self.options = options
         self.keys = keys
         self.bodies = Bodies(options)
-        self.metrics = Metrics(engine.stats, engine.panels)
+        self.metrics = Metrics(engine)
         self.draining = False
         self.born = int(time.time())
         self._in_flight = 0

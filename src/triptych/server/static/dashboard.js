@@ -31,7 +31,7 @@ const byId = (id) => document.getElementById(id);
 const whole = (n) => Math.round(n).toLocaleString("en-US");
 const short = (n) => n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 2 : 1) + "M" : n >= 1e4 ? (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + "K" : whole(n);
 const rate = (n) => n >= 100 || n === 0 ? short(n) : n.toFixed(1);
-const percent = (part, all) => all ? (100 * part / all).toFixed(part && part < all && (part < all * 0.1 || part > all * 0.9) ? 1 : 0) + " %" : "–";
+const percent = (part, all) => all ? (100 * part / all).toFixed(part && part < all && (part < all * 0.1 || part > all * 0.9) ? 1 : 0) + "\u00a0%" : "–";
 function bytes(n) {
   for (const [unit, size] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 1024]]) {
     if (n >= size) return (n / size).toFixed(n / size < 10 ? 2 : 1) + " " + unit;
