@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triptych.errors import RequestError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Desk, Head, stream_fields
+from triptych.errors import RequestError, TriptychError
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
+from triptych.server.http import error_body
 from triptych.server.logprobs import chat_logprobs
+from triptych.server.pieces import Answer, CallBegin, Content, Piece, Reasoning, Step
 from triptych.server.protocol import ServingEngine
 from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
 from triptych.server.wire import (
+    ChatCall,
+    ChatCallDelta,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFunction,
     ChatMessage,
     WireUsage,
 )
 from triptych.text.chat import EncodedPrompt, render
 from triptych.text.messages import parse_messages
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta
+from triptych.words import Usage
 
 _READ = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
 FIELDS = FieldTable(
@@ -91,7 +96,7 @@ def _logprobs(fields: Fields) -> int | None:
 
 
 class ChatShape:
-    """Spells deltas as chat chunks, and answers as a chat completion."""
+    """Spells steps as chat chunks, and answers as a chat completion."""
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
         self._head = ask.head
@@ -103,34 +108,67 @@ class ChatShape:
         """The chunk that names the role."""
         return [self._chunk(ChatChunkChoice(choice, ChatDelta(role="assistant", content="")))]
 
-    def chunks(self, choice: int, delta: Delta) -> list[object]:
-        """A chunk with text, unless there is nothing to say, and one with the finish reason at the end."""
-        logprobs = chat_logprobs(delta.logprobs, self._tokenizer) if self._wants_logprobs else None
+    def chunks(self, choice: int, step: Step) -> list[object]:
+        """A chunk for each piece, the first with the logprobs, and one with the finish reason at the end."""
+        logprobs = chat_logprobs(step.logprobs, self._tokenizer) if self._wants_logprobs else None
+        gains = [_gain(piece) for piece in step.pieces]
+        if not gains and step.logprobs:
+            gains.append(ChatDelta(content=""))
         out: list[object] = []
-        if delta.text or delta.logprobs:
-            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(content=delta.text), logprobs)))
-        if delta.finish_reason is not None:
-            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(), None, str(delta.finish_reason))))
+        for gain in gains:
+            out.append(self._chunk(ChatChunkChoice(choice, gain, logprobs)))
+            logprobs = None
+        if step.finish is not None:
+            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(), None, step.finish)))
         return out
 
-    def closing(self, usage: WireUsage) -> object:
-        """The chunk without choices that carries the usage."""
-        return ChatChunk(self._head.id, self._head.created, self._head.model, [], usage)
+    def closing(self, usage: Usage, answers: Sequence[Answer]) -> list[object]:
+        """The chunk without choices that carries the usage, if it was asked for."""
+        if not self._include_usage:
+            return []
+        return [ChatChunk(self._head.id, self._head.created, self._head.model, [], _usage(usage, answers))]
 
-    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+    def error(self, error: TriptychError) -> object:
+        """OpenAI's error object."""
+        return error_body(error)
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> object:
         """The chat completion."""
         choices = []
         for i, answer in enumerate(answers):
-            tokens = tuple(one for part in answer.parts for one in part.logprobs)
-            logprobs = chat_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
-            choices.append(ChatChoice(i, ChatMessage("".join(answer.texts)), answer.finish_reason, logprobs))
-        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
+            logprobs = chat_logprobs(tuple(answer.logprobs), self._tokenizer) if self._wants_logprobs else None
+            choices.append(ChatChoice(i, _message(answer), answer.finish, logprobs))
+        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, _usage(usage, answers))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         chunk = ChatChunk(self._head.id, self._head.created, self._head.model, [choice])
         if self._include_usage:
             chunk.usage = None
         return chunk
+
+
+def _gain(piece: Piece) -> ChatDelta:
+    if isinstance(piece, Content):
+        return ChatDelta(content=piece.text)
+    if isinstance(piece, Reasoning):
+        return ChatDelta(reasoning_content=piece.text)
+    if isinstance(piece, CallBegin):
+        call = ChatCallDelta(piece.index, ChatFunction("", piece.name), piece.id, "function")
+        return ChatDelta(tool_calls=[call])
+    return ChatDelta(tool_calls=[ChatCallDelta(piece.index, ChatFunction(piece.text))])
+
+
+def _message(answer: Answer) -> ChatMessage:
+    message = ChatMessage(answer.text if answer.text or not answer.calls else None)
+    if answer.thoughts:
+        message.reasoning_content = answer.reasoning
+    if answer.calls:
+        message.tool_calls = [ChatCall(call.id, ChatFunction(call.arguments, call.name)) for call in answer.calls]
+    return message
+
+
+def _usage(usage: Usage, answers: Sequence[Answer]) -> WireUsage:
+    return WireUsage.of(usage, sum(answer.reasoning_tokens for answer in answers))
 
 
 CHAT = Api(read_chat, ChatShape)

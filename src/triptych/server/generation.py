@@ -42,7 +42,9 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
             ask = await unless_left(request.receive, state.in_thread(lambda: prepare(body, record)))
         shape = api.form(ask, state.engine.tokenizer)
         if ask.stream:
-            return EventStream(events(state.engine, ask, shape, record), state.options, api.style)
+            style = api.style
+            stream = events(state.engine, ask, shape, record, style)
+            return EventStream(stream, state.options, lambda error: style.event(shape.error(error)), style.idle)
         answers, usage = await unless_left(request.receive, collect(state.engine, ask, record))
         if ask.params.logprobs is None:
             return json_response(shape.whole(answers, usage))
