@@ -17,9 +17,11 @@ from triptych.server.completions import COMPLETIONS
 from triptych.server.gate import Gate
 from triptych.server.generation import generation
 from triptych.server.keys import Keys
+from triptych.server.messages import MESSAGES
 from triptych.server.options import ServerOptions
 from triptych.server.pages import Pages
 from triptych.server.protocol import ServingEngine
+from triptych.server.responses import RESPONSES
 from triptych.server.state import ServerState
 from triptych.server.tokens import TokenPages
 
@@ -43,6 +45,11 @@ def _routes(state: ServerState) -> list[Route]:
     return [
         Route("/v1/chat/completions", generation(state, CHAT), methods=["POST"]),
         Route("/v1/completions", generation(state, COMPLETIONS), methods=["POST"]),
+        Route("/v1/responses", generation(state, RESPONSES), methods=["POST"]),
+        Route("/v1/responses/{name}", pages.response, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{name}/input_items", pages.input_items, methods=["GET"]),
+        Route("/v1/messages", generation(state, MESSAGES), methods=["POST"]),
+        Route("/v1/messages/count_tokens", tokens.count, methods=["POST"]),
         Route("/v1/embeddings", pages.no_embeddings, methods=["POST"]),
         Route("/v1/models", pages.models, methods=["GET"]),
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),

@@ -14,6 +14,7 @@ from triptych.server.fields import Fields
 from triptych.server.merge import merged
 from triptych.server.pieces import Answer, PlainReader, Reader, Step
 from triptych.server.protocol import ServingEngine
+from triptych.server.store import ResponseStore
 from triptych.words import NO_HINTS, CacheHints, Delta, SamplingParams, TokenIds, Usage
 
 STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
@@ -34,9 +35,9 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
+    def new(cls, prefix: str, model: str, joint: str = "-") -> Head:
         """A fresh id such as chatcmpl-3f2a..."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+        return cls(f"{prefix}{joint}{uuid.uuid4().hex}", int(time.time()), model)
 
 
 def _nothing(choice: int, answer: Answer) -> None:
@@ -49,14 +50,16 @@ class Desk:
 
     engine: ServingEngine
     model: str
-    salt: str = ""
+    salt: str
+    responses: ResponseStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
     """One HTTP request, ready to run. Choice c is sample c % n of prompt c // n.
 
-    `reader` makes what reads one choice; `ended` is told each choice that came to its end.
+    `reader` makes what reads one choice; `ended` is told each choice that came to its end. `plan` is what an API notes
+    for its own answer, `desk` where the request was read.
     """
 
     head: Head
@@ -68,6 +71,8 @@ class Ask:
     salt: str = ""
     reader: Callable[[], Reader] = PlainReader
     ended: Callable[[int, Answer], None] = _nothing
+    plan: object = None
+    desk: Desk | None = None
 
     @property
     def choices(self) -> int:

@@ -32,7 +32,8 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
 
     def prepare(body: bytes, record: Record) -> Ask:
         raw = parse_object(body)
-        return api.read(raw, Desk(state.engine, state.model_name(raw.get("model")), record.caller.salt))
+        name = state.model_name(raw.get("model"))
+        return api.read(raw, Desk(state.engine, name, record.caller.salt, state.responses))
 
     async def endpoint(request: Request) -> Response:
         record: Record = request.state.record

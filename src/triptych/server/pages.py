@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,6 +54,26 @@ class Pages:
     async def no_embeddings(self, request: Request) -> Response:
         """DeepSeek-V4 is no embedding model; silence or vectors of noise would be worse than a sentence."""
         raise Unsupported("DeepSeek-V4 generates text and makes no embeddings.", "Serve an embedding model for them.")
+
+    async def response(self, request: Request) -> Response:
+        """A stored response of this tenant; DELETE forgets it."""
+        salt, name = request.state.record.caller.salt, request.path_params["name"]
+        if request.method == "DELETE":
+            self._state.responses.delete(salt, name)
+            return json_response({"id": name, "object": "response", "deleted": True})
+        stored = self._state.responses.get(salt, name)
+        return Response(stored.response, media_type="application/json")
+
+    async def input_items(self, request: Request) -> Response:
+        """What the client sent for a stored response, as it came."""
+        stored = self._state.responses.get(request.state.record.caller.salt, request.path_params["name"])
+        items = msgspec.json.decode(stored.items)
+        if isinstance(items, str):
+            items = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
+        data = [{"id": f"item_{i}", "type": "message"} | item for i, item in enumerate(items)]
+        first, last = data[0]["id"], data[-1]["id"]
+        page = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": False}
+        return json_response(page)
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """An error of ours as a response."""

@@ -9,11 +9,14 @@ from starlette.responses import Response
 
 from triptych.errors import RequestError
 from triptych.server import wire
+from triptych.server.ask import Desk
 from triptych.server.chat import chat_prompt
 from triptych.server.fields import Fields, FieldTable, as_integer, parse_object
 from triptych.server.http import json_response, unless_left
+from triptych.server.messages_read import COUNT_FIELDS, read_conversation
 from triptych.server.state import ServerState
-from triptych.words import token_ids
+from triptych.server.talk import prepare
+from triptych.words import SamplingParams, token_ids
 
 _MOST_IDS = 4_000_000
 TOKENIZE = FieldTable(
@@ -35,6 +38,19 @@ class TokenPages:
     async def detokenize(self, request: Request) -> Response:
         """The text of `tokens`, control tokens included."""
         return await self._answer(request, self._detokenize)
+
+    async def count(self, request: Request) -> Response:
+        """Anthropic's count of the tokens that a message would have as a prompt."""
+        caller = request.state.record.caller
+
+        def work(raw: dict[str, object]) -> dict[str, int]:
+            COUNT_FIELDS.check(raw)
+            name = self._state.model_name(raw.get("model"))
+            desk = Desk(self._state.engine, name, caller.salt, self._state.responses)
+            talk, _ = read_conversation(Fields(raw))
+            return {"input_tokens": len(prepare(talk, desk, SamplingParams()).ids)}
+
+        return await self._answer(request, work)
 
     async def _answer(self, request: Request, work: Callable[[dict[str, object]], object]) -> Response:
         async with self._state.bodies.read(request) as body:
