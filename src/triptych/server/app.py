@@ -55,6 +55,7 @@ def _routes(state: ServerState) -> list[Route]:
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/openapi.json", pages.openapi, methods=["GET"]),
         Route("/health", pages.health, methods=["GET"]),
         Route("/health/live", pages.live, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),

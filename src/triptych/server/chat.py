@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from triptych.errors import RequestError, TriptychError
 from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
-from triptych.server.fields import Fields, FieldTable
+from triptych.server.fields import Fields, FieldTable, wrong
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
 from triptych.server.http import error_body
 from triptych.server.logprobs import chat_logprobs
 from triptych.server.pieces import Answer, CallBegin, Content, Piece, Reasoning, Step
-from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.talk import Talk, prepare
 from triptych.server.wire import (
     ChatCall,
     ChatCallDelta,
@@ -26,40 +26,27 @@ from triptych.server.wire import (
     ChatMessage,
     WireUsage,
 )
-from triptych.text.chat import EncodedPrompt, render
-from triptych.text.messages import parse_messages
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import Usage
 
-_READ = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+_READ = {
+    *("messages", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+    *("response_format", "reasoning_effort", "thinking"),
+}
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS
-    | STREAM_FIELDS
-    | HINT_FIELDS
-    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
-    harmless=HARMLESS,
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | _READ,
+    harmless=HARMLESS - _READ,
     refused={
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
-        "reasoning_effort": ("none",),
-        "thinking": ({"type": "disabled"},),
         "verbosity": ("medium",),
         "web_search_options": (),
         "moderation": (),
     },
 )
-
-
-def chat_prompt(fields: Fields, engine: ServingEngine) -> EncodedPrompt:
-    """The conversation in `messages`, as the model reads it."""
-    messages = parse_messages(fields.value("messages"))
-    with blaming("messages"):
-        return render(messages, engine.tokenizer, limit=engine.max_context - 1)
+_MOST_TOOLS = 1024
 
 
 def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
@@ -71,10 +58,46 @@ def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
     params = sampling_params(
         fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
     )
-    prompt = chat_prompt(fields, engine)
-    check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
-    hints = cache_hints(fields, desk.salt, prompt.boundaries)
-    return Ask(Head.new("chatcmpl", desk.model), (prompt.ids,), params, stream, include_usage, hints, desk.salt)
+    ready = prepare(read_talk(fields), desk, params)
+    check_room(len(ready.ids), params.max_tokens, engine.max_context, "messages")
+    return Ask(
+        Head.new("chatcmpl", desk.model),
+        (ready.ids,),
+        ready.params,
+        stream,
+        include_usage,
+        hints=cache_hints(fields, desk.salt, ready.marks),
+        salt=desk.salt,
+        reader=ready.reader,
+        ended=ready.ended,
+    )
+
+
+def read_talk(fields: Fields) -> Talk:
+    """The conversation in a body's fields."""
+    thinking, effort = _thinking(fields)
+    return Talk(
+        messages=fields.value("messages"),
+        tools=fields.items("tools", _MOST_TOOLS),
+        tool_choice=fields.value("tool_choice"),
+        parallel_tool_calls=fields.flag("parallel_tool_calls", True),
+        response_format=fields.value("response_format"),
+        thinking=thinking,
+        effort=effort,
+    )
+
+
+def _thinking(fields: Fields) -> tuple[bool | None, str | None]:
+    """DeepSeek's `thinking` switch and OpenAI's `reasoning_effort`, which must not contradict each other."""
+    effort = fields.text("reasoning_effort")
+    kind = Fields(fields.entries("thinking", 4), "thinking").text("type")
+    if kind not in (None, "enabled", "adaptive", "disabled"):
+        raise wrong("thinking.type", "enabled or disabled", kind)
+    if kind == "disabled" and effort not in (None, "none"):
+        raise RequestError(
+            "thinking is disabled, but reasoning_effort asks for it.", "Send one of them.", param="thinking"
+        )
+    return None if kind is None else kind != "disabled", effort
 
 
 def _max_tokens(fields: Fields) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triptych.errors import RequestError, TriptychError
+from triptych.errors import RequestError, TriptychError, Unsupported
 from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, shown, wrong
 from triptych.server.generation import Api
@@ -21,9 +21,9 @@ from triptych.words import TokenIds, Usage, token_ids
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
 
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of"},
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of", "echo"},
     harmless=HARMLESS,
-    refused={"echo": (False,), "suffix": ("",)},
+    refused={"suffix": ("",)},
 )
 
 
@@ -43,6 +43,13 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     best_of = fields.integer("best_of")
     if best_of is not None and best_of != params.n:
         raise RequestError("best_of other than n is not supported.", "Leave it out.", param="best_of")
+    echo = fields.flag("echo")
+    if echo and params.logprobs is not None:
+        raise Unsupported(
+            "echo with logprobs would need logprobs of the prompt, which are not computed.",
+            "Leave one of them out.",
+            param="echo",
+        )
     prompts = _prompts(fields, engine)
     if len(prompts) * params.n > engine.config.max_waiting:
         raise RequestError(
@@ -54,7 +61,7 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
     hints = cache_hints(fields, desk.salt)
-    return Ask(Head.new("cmpl", desk.model), prompts, params, stream, include_usage, hints, desk.salt)
+    return Ask(Head.new("cmpl", desk.model), prompts, params, stream, include_usage, hints, desk.salt, plan=echo)
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
@@ -90,12 +97,16 @@ class TextShape:
     def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
         self._head = ask.head
         self._include_usage = ask.include_usage
+        n = ask.params.n
+        # plan: the prompts' text comes first
+        self._before = [tokenizer.decode(ask.prompts[c // n]) if ask.plan else "" for c in range(ask.choices)]
         wanted = ask.params.logprobs is not None
         self._writers = [TextLogprobWriter(tokenizer) if wanted else None for _ in range(ask.choices)]
 
     def opening(self, choice: int) -> list[object]:
-        """Nothing: completions start with their text."""
-        return []
+        """The prompt, if it is to be echoed."""
+        before = self._before[choice]
+        return [self._chunk([TextChoice(choice, before)])] if before else []
 
     def chunks(self, choice: int, step: Step) -> list[object]:
         """A chunk with text, unless there is nothing to say; the last one has the finish reason."""
@@ -123,7 +134,7 @@ class TextShape:
         choices = []
         for i, (answer, writer) in enumerate(zip(answers, self._writers, strict=True)):
             logprobs = writer.write(tuple(answer.logprobs)) if writer is not None else None
-            choices.append(TextChoice(i, answer.text, logprobs, answer.finish))
+            choices.append(TextChoice(i, self._before[i] + answer.text, logprobs, answer.finish))
         out = self._chunk(choices)
         out.usage = WireUsage.of(usage)
         return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -10,6 +12,7 @@ from starlette.responses import Response
 from triptych.errors import NotFound, RequestError, TriptychError, Unsupported, nearest
 from triptych.server import wire
 from triptych.server.http import json_response, refusal
+from triptych.server.openapi import document
 from triptych.server.record import ENDPOINTS
 from triptych.server.state import ServerState
 
@@ -50,6 +53,14 @@ class Pages:
     async def metrics(self, request: Request) -> Response:
         """All figures in Prometheus' text format."""
         return Response(self._state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        """This API as an OpenAPI document."""
+        try:
+            ours = version("triptych")
+        except PackageNotFoundError:  # run from its source tree
+            ours = "0"
+        return json_response(document(ours))
 
     async def no_embeddings(self, request: Request) -> Response:
         """DeepSeek-V4 is no embedding model; silence or vectors of noise would be worse than a sentence."""

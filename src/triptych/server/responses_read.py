@@ -27,7 +27,8 @@ FIELDS = FieldTable(
         "top_logprobs",
         "include",
     },
-    harmless=HARMLESS | {"client_metadata", "access_programs", "diagnostics", "truncation"},
+    harmless=(HARMLESS - {"metadata", "store", "parallel_tool_calls"})
+    | {"client_metadata", "access_programs", "diagnostics", "truncation"},
     refused={
         "background": (False,),
         "conversation": (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from triptych.errors import Unsupported
 from triptych.server.ask import Desk
 from triptych.server.pieces import Answer, PlainReader, Reader
 from triptych.server.sampling import blaming
@@ -43,7 +44,21 @@ class Ready:
 
 def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     """What the engine needs for `talk`. Tokenises: not for the event loop. Raises RequestError."""
+    _refuse_what_is_not_built(talk)
     messages = parse_messages(talk.messages)
     with blaming("messages"):
         prompt = render(messages, desk.engine.tokenizer, limit=desk.engine.max_context - 1)
     return Ready(prompt.ids, prompt.boundaries, params)
+
+
+def _refuse_what_is_not_built(talk: Talk) -> None:
+    asked = {
+        "tools": bool(talk.tools),
+        "tool_choice": talk.tool_choice not in (None, "auto", "none"),
+        "response_format": talk.response_format not in (None, {"type": "text"}),
+        "thinking": bool(talk.thinking),
+        "reasoning_effort": talk.effort not in (None, "none"),
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise Unsupported(f"{name} is not supported.", "Leave it out.", param=name)
