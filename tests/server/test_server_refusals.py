@@ -198,7 +198,6 @@ def test_chat_fields(http: httpx.Client, change: dict[str, Any], param: str, cod
         ({"n": 65}, "Split them over several requests"),
         ({"logprobs": 21}, "from 0 to 20"),
         ({"logprobs": True}, "must be an integer"),
-        ({"echo": True}, "echo is not supported"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 3}, "best_of other than n"),
         ({"messages": []}, "Unknown field 'messages'"),

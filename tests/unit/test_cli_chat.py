@@ -108,9 +108,10 @@ def test_clear_keeps_only_the_system_message(monkeypatch: pytest.MonkeyPatch) ->
     assert "Be brief." in engine.prompts[1]
 
 
-def test_quit_leaves_before_the_input_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("word", ["/quit", "/exit", " /QUIT "])
+def test_quit_leaves_before_the_input_ends(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     engine = FakeEngine()
-    converse(monkeypatch, engine, ["/quit", "never asked"])
+    converse(monkeypatch, engine, [word, "never asked"])
     assert engine.prompts == [] and engine.calls == ["start", "stop"]
 
 

@@ -40,6 +40,7 @@ HELP = {
 }
 _KEYS = "A pasted text is one message; Alt-Enter or a backslash at the end begins a new line; Tab completes."
 _COMMAND = re.compile(r"(/[A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+_LEAVE = ("/quit", "/exit")
 _SHOWN = 10  # answers that /stats lists
 
 
@@ -124,7 +125,7 @@ class Conversation:
                 if self._keyboard.live:
                     print(self._talker.describe())
                     print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.")
-                while (text := self._read()) is not None and text.strip().lower() != "/quit":
+                while (text := self._read()) is not None and text.strip().lower() not in _LEAVE:
                     self._one(runner, text)
                 if text is None and self._keyboard.live:
                     print()
@@ -158,7 +159,7 @@ class Conversation:
     # ---- commands
 
     def _command(self, name: str, rest: str) -> None:
-        known = [usage.split()[0] for usage in HELP]
+        known = {*self._commands, "/retry", *_LEAVE}
         if name.lower() not in self._commands:
             raise ConfigError(f"There is no command {name!r}.", nearest(name, known))
         self._commands[name.lower()](rest)

@@ -18,9 +18,11 @@ from triptych.server.dashboard import Dashboard
 from triptych.server.gate import Gate
 from triptych.server.generation import generation
 from triptych.server.keys import Keys
+from triptych.server.messages import MESSAGES
 from triptych.server.options import ServerOptions
 from triptych.server.pages import Pages
 from triptych.server.protocol import ServingEngine
+from triptych.server.responses import RESPONSES
 from triptych.server.state import ServerState
 from triptych.server.tokens import TokenPages
 
@@ -45,11 +47,17 @@ def _routes(state: ServerState) -> list[Route]:
     return [
         Route("/v1/chat/completions", generation(state, CHAT), methods=["POST"]),
         Route("/v1/completions", generation(state, COMPLETIONS), methods=["POST"]),
+        Route("/v1/responses", generation(state, RESPONSES), methods=["POST"]),
+        Route("/v1/responses/{name}", pages.response, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{name}/input_items", pages.input_items, methods=["GET"]),
+        Route("/v1/messages", generation(state, MESSAGES), methods=["POST"]),
+        Route("/v1/messages/count_tokens", tokens.count, methods=["POST"]),
         Route("/v1/embeddings", pages.no_embeddings, methods=["POST"]),
         Route("/v1/models", pages.models, methods=["GET"]),
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/openapi.json", pages.openapi, methods=["GET"]),
         Route("/health", pages.health, methods=["GET"]),
         Route("/health/live", pages.live, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),

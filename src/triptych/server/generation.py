@@ -32,7 +32,8 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
 
     def prepare(body: bytes, record: Record) -> Ask:
         raw = parse_object(body)
-        return api.read(raw, Desk(state.engine, state.model_name(raw.get("model")), record.caller.salt))
+        name = state.model_name(raw.get("model"))
+        return api.read(raw, Desk(state.engine, name, record.caller.salt, state.responses))
 
     async def endpoint(request: Request) -> Response:
         record: Record = request.state.record
@@ -42,7 +43,9 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
             ask = await unless_left(request.receive, state.in_thread(lambda: prepare(body, record)))
         shape = api.form(ask, state.engine.tokenizer)
         if ask.stream:
-            return EventStream(events(state.engine, ask, shape, record), state.options, api.style)
+            style = api.style
+            stream = events(state.engine, ask, shape, record, style)
+            return EventStream(stream, state.options, lambda error: style.event(shape.error(error)), style.idle)
         answers, usage = await unless_left(request.receive, collect(state.engine, ask, record))
         if ask.params.logprobs is None:
             return json_response(shape.whole(answers, usage))

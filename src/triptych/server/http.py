@@ -153,37 +153,38 @@ async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def openai_error_event(error: TriptychError) -> bytes:
-    """`error` in the middle of a stream, as OpenAI's clients expect it."""
-    return wire.event(error_body(error))
-
-
 @dataclass(frozen=True, slots=True)
 class StreamStyle:
-    """How an API spells what is no answer: silence that must not look like death, and an error in mid-stream."""
+    """How an API spells events, their end, and silence that must not look like death."""
 
+    event: Callable[[object], bytes] = wire.event
+    done: bytes = wire.DONE
     idle: bytes = wire.COMMENT
-    error: Callable[[TriptychError], bytes] = openai_error_event
 
 
 class EventStream(Response):
     """Server-sent events from a generator of encoded events.
 
     The status line waits for the first event, so an error before it is an ordinary error response; after `keep_alive`
-    seconds of silence it goes out with a comment, and such an error becomes an event. When the client leaves, the
-    generator is closed; when the client reads slowly, only this generator waits, `write_timeout` seconds at most.
+    seconds of silence it goes out with a comment, and such an error becomes what `error` makes of it. When the client
+    leaves, the generator is closed; when it reads slowly, only this generator waits, `write_timeout` seconds at most.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], options: ServerOptions, style: StreamStyle | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        options: ServerOptions,
+        error: Callable[[TriptychError], bytes],
+        idle: bytes = wire.COMMENT,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._options = options
-        self._style = style or StreamStyle()
+        self._error = error
+        self._comment = idle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_left(receive, self._answer(send))
@@ -201,19 +202,19 @@ class EventStream(Response):
                 await _cancelled(first)
 
     async def _tell(self, first: asyncio.Future[Any], events: AsyncGenerator[bytes, None], send: Send) -> None:
-        keeper = _Keeper(send, self._options, self._style.idle)
+        keeper = _Keeper(send, self._options, self._comment)
         try:
             event = await first
             while event is not None:
                 await keeper.send(event)
                 event = await anext(events, None)
         except TriptychError as error:
-            await keeper.send(self._style.error(error))
+            await keeper.send(self._error(error))
         except ClientLeft:
             raise
         except Exception:
             logger.exception("a stream failed")
-            await keeper.send(self._style.error(TriptychError("An internal error ended this answer.")))
+            await keeper.send(self._error(TriptychError("An internal error ended this answer.")))
         finally:
             await keeper.close()
         await send({"type": "http.response.body", "body": b""})

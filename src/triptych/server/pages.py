@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,6 +12,7 @@ from starlette.responses import Response
 from triptych.errors import NotFound, RequestError, TriptychError, Unsupported, nearest
 from triptych.server import wire
 from triptych.server.http import json_response, refusal
+from triptych.server.openapi import document
 from triptych.server.record import ENDPOINTS
 from triptych.server.state import ServerState
 
@@ -50,9 +54,37 @@ class Pages:
         """All figures in Prometheus' text format."""
         return Response(self._state.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def openapi(self, request: Request) -> Response:
+        """This API as an OpenAPI document."""
+        try:
+            ours = version("triptych")
+        except PackageNotFoundError:  # run from its source tree
+            ours = "0"
+        return json_response(document(ours))
+
     async def no_embeddings(self, request: Request) -> Response:
         """DeepSeek-V4 is no embedding model; silence or vectors of noise would be worse than a sentence."""
         raise Unsupported("DeepSeek-V4 generates text and makes no embeddings.", "Serve an embedding model for them.")
+
+    async def response(self, request: Request) -> Response:
+        """A stored response of this tenant; DELETE forgets it."""
+        salt, name = request.state.record.caller.salt, request.path_params["name"]
+        if request.method == "DELETE":
+            self._state.responses.delete(salt, name)
+            return json_response({"id": name, "object": "response", "deleted": True})
+        stored = self._state.responses.get(salt, name)
+        return Response(stored.response, media_type="application/json")
+
+    async def input_items(self, request: Request) -> Response:
+        """What the client sent for a stored response, as it came."""
+        stored = self._state.responses.get(request.state.record.caller.salt, request.path_params["name"])
+        items = msgspec.json.decode(stored.items)
+        if isinstance(items, str):
+            items = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
+        data = [{"id": f"item_{i}", "type": "message"} | item for i, item in enumerate(items)]
+        first, last = data[0]["id"], data[-1]["id"]
+        page = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": False}
+        return json_response(page)
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """An error of ours as a response."""

@@ -17,6 +17,7 @@ from triptych.server.metrics import Metrics
 from triptych.server.options import ServerOptions
 from triptych.server.protocol import ServingEngine
 from triptych.server.record import Record
+from triptych.server.store import ResponseStore
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class ServerState:
         self.options = options
         self.keys = keys
         self.bodies = Bodies(options)
+        self.responses = ResponseStore(options.store_memory)
         self.metrics = Metrics(engine)
         self.draining = False
         self.born = int(time.time())

@@ -9,15 +9,21 @@ from starlette.responses import Response
 
 from triptych.errors import RequestError
 from triptych.server import wire
-from triptych.server.chat import chat_prompt
+from triptych.server.ask import Desk
+from triptych.server.chat import read_talk
 from triptych.server.fields import Fields, FieldTable, as_integer, parse_object
 from triptych.server.http import json_response, unless_left
+from triptych.server.messages_read import COUNT_FIELDS, read_conversation
 from triptych.server.state import ServerState
-from triptych.words import token_ids
+from triptych.server.talk import Talk, prepare
+from triptych.words import SamplingParams, TokenIds, token_ids
 
 _MOST_IDS = 4_000_000
 TOKENIZE = FieldTable(
-    read=frozenset({"model", "prompt", "messages", "tools", "return_token_strs"}), harmless=frozenset(), refused={}
+    read=frozenset({"model", "prompt", "messages", "return_token_strs"})
+    | {"tools", "tool_choice", "response_format", "reasoning_effort", "thinking"},
+    harmless=frozenset(),
+    refused={},
 )
 DETOKENIZE = FieldTable(read=frozenset({"model", "tokens"}), harmless=frozenset(), refused={})
 
@@ -30,11 +36,28 @@ class TokenPages:
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of `prompt`, or of `messages` as a chat would send them to the model."""
-        return await self._answer(request, self._tokenize)
+        salt = request.state.record.caller.salt
+        return await self._answer(request, lambda raw: self._tokenize(raw, salt))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of `tokens`, control tokens included."""
         return await self._answer(request, self._detokenize)
+
+    async def count(self, request: Request) -> Response:
+        """Anthropic's count of the tokens that a message would have as a prompt."""
+        caller = request.state.record.caller
+
+        def work(raw: dict[str, object]) -> dict[str, int]:
+            COUNT_FIELDS.check(raw)
+            talk, _ = read_conversation(Fields(raw))
+            return {"input_tokens": len(self._ids(talk, raw, caller.salt))}
+
+        return await self._answer(request, work)
+
+    def _ids(self, talk: Talk, raw: dict[str, object], salt: str) -> TokenIds:
+        model = raw.get("model")
+        name = self._state.names[0] if model is None else self._state.model_name(model)
+        return prepare(talk, Desk(self._state.engine, name, salt, self._state.responses), SamplingParams()).ids
 
     async def _answer(self, request: Request, work: Callable[[dict[str, object]], object]) -> Response:
         async with self._state.bodies.read(request) as body:
@@ -42,7 +65,7 @@ class TokenPages:
             response: Response = await unless_left(request.receive, run)
             return response
 
-    def _tokenize(self, raw: dict[str, object]) -> wire.Tokens:
+    def _tokenize(self, raw: dict[str, object], salt: str) -> wire.Tokens:
         TOKENIZE.check(raw)
         fields = Fields(raw)
         self._check_model(raw)
@@ -50,7 +73,7 @@ class TokenPages:
         if fields.given("prompt") == fields.given("messages"):
             raise RequestError("Send either prompt or messages.", param="prompt")
         if fields.given("messages"):
-            ids = chat_prompt(fields, engine).ids
+            ids = self._ids(read_talk(fields), raw, salt)
         else:
             ids = engine.tokenizer.encode(fields.text("prompt") or "")
         out = wire.Tokens(ids.tolist(), len(ids), engine.max_context)
