@@ -334,8 +334,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Bytes of what the caches keep, which never change: one page of 128 tokens by kind of entry, one snapshot, one
-    window slot, and the room of each tier, fastest first (0 where nobody knows it).
+    """Bytes of what the caches keep, which never change: one page of 128 tokens by kind of entry (and what pads
+    it), one snapshot, one window slot, and the room of each tier, fastest first (0 where nobody knows it).
     """
 
     page: Mapping[str, int] = field(default_factory=dict)

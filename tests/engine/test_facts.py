@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from test_async_engine import collect, greedy, run
 
+from triptych.config import EngineConfig
 from triptych.engine.api import AsyncEngine
 from triptych.engine.facts import Watch
-from triptych.engine.load import LoadedEngine
+from triptych.engine.load import LoadedEngine, load
+from triptych.server import panels as by
 from triptych.words import CacheHints, Facts, RequestFacts
 
 SECRET = "the name of a patient"
@@ -120,3 +123,43 @@ def test_panels_are_the_sizes_of_the_geometry(loaded: LoadedEngine) -> None:
     assert panels.room == {"device": cache.capacity.bytes(cache.geometry)}
     fields: dict[str, Any] = dataclasses.asdict(panels)
     assert fields["snapshot"] == cache.geometry.snapshot_bytes
+
+
+def test_memory_by_kind_is_what_lies_in_the_frames(tmp_path: Path) -> None:
+    """More conversations than the device holds: what is told by tier and kind equals what is there."""
+    options = {"kv_memory": 14 << 20, "host_memory": 3 << 20, "disk": str(tmp_path), "disk_memory": 1 << 30}
+    loaded = load("tiny", EngineConfig.from_options(**options, max_running=4, threads=1))
+    cache = loaded.loop.cache
+    geometry, host = cache.geometry, cache.tiers.host
+    assert host is not None
+
+    async def scenario(engine: AsyncEngine) -> None:
+        random = np.random.default_rng(0)
+        prompts = [random.integers(50, 900, n).astype(np.int32) for n in (2000, 9000, 4000, 7000, 5000, 300, 8000)]
+        for at in range(0, len(prompts), 2):
+            both = [collect(engine, p, greedy(8), f"r{at}-{i}") for i, p in enumerate(prompts[at : at + 2])]
+            await asyncio.gather(*both)
+        await collect(engine, prompts[0], greedy(8), "again")
+        while loaded.loop.busy:
+            await asyncio.sleep(0.02)
+        facts, stats, panels = await engine.facts(), engine.stats(), engine.panels
+        told = by.memory(stats, panels)
+        pages, snapshots = len(cache.memory.tree.nodes), len(cache.memory.snapshots)
+        slack = geometry.snapshot_frames * geometry.page_bytes - geometry.snapshot_bytes
+        assert told["device"]["csa"] == pages * panels.page["csa"] and snapshots
+        assert told["device"]["snapshot"] == snapshots * geometry.snapshot_bytes
+        assert told["device"]["padding"] == pages * panels.page["padding"] + snapshots * slack
+        below = [key.kind for key in host.objects]
+        assert told["host"]["hca"] == below.count("page") * panels.page["hca"] and below
+        assert told["host"]["snapshot"] == below.count("snapshot") * geometry.snapshot_bytes
+        for tier in ("device", "host"):
+            assert sum(told[tier].values()) == panels.room[tier]
+        assert told["disk"]["object"] > 0 and sum(told["disk"].values()) == 1 << 30
+        sources = by.sources(stats)
+        assert sum(sources.values()) == sum(len(p) for p in prompts) + len(prompts[0])
+        assert all(count >= 0 for count in sources.values())
+        assert sum(by.plans(stats).values()) == len(prompts) + 1
+        assert {len(one.by_tier) for one in facts.sessions} >= {1}
+        assert all(sum(one.by_tier.values()) == one.tokens for one in facts.sessions), "the disk has all of it"
+
+    run(loaded, scenario)

@@ -95,6 +95,7 @@ def panels(cache: CacheManager, config: CacheConfig) -> Panels:
     page = dict.fromkeys(_KINDS.values(), 0)
     for segment in geometry.segments:
         page[_KINDS[segment.kind]] += segment.bytes
+    page["padding"] = geometry.page_bytes - sum(page.values())
     room = {"device": capacity.bytes(geometry)}
     if cache.tiers.host is not None:
         room["host"] = cache.tiers.host.frames * geometry.page_bytes

@@ -18,7 +18,7 @@ def memory(stats: EngineStats, panels: Panels) -> dict[str, dict[str, int]]:
 
     `csa`, `index`, `hca`: entries in pages. `snapshot`: windows stored at boundaries. `window`: slots of running
     requests. `loading`: being fetched. `object`: what a store holds, which does not tell kinds apart. `padding`: what
-    a snapshot leaves of its frames. `free`.
+    pages and snapshots leave of their frames. `free`.
     """
     kinds = {"device": _device, "host": _host}
     return {tier: kinds.get(tier, _store)(tier, stats, panels) for tier in panels.room}
@@ -49,7 +49,8 @@ def _pages(pages: int, panels: Panels) -> dict[str, int]:
 
 
 def _filled(out: dict[str, int], free: int, panels: Panels, tier: str) -> dict[str, int]:
-    return out | {"padding": max(0, panels.room[tier] - free - sum(out.values())), "free": free}
+    rest = max(0, panels.room[tier] - free - sum(out.values()))
+    return out | {"padding": out.get("padding", 0) + rest, "free": free}
 
 
 def _count(stats: EngineStats, name: str) -> int:
