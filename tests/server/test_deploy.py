@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,14 @@ def test_alerts_say_what_is_wrong_and_how_bad() -> None:
     for rule in rules:
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"] and rule["annotations"]["description"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: the alerts were not evaluated")
+def test_alerts_fire_on_what_they_are_for_and_on_nothing_else() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(Path(__file__).parent / "alerts.yml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

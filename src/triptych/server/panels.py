@@ -50,7 +50,8 @@ def _pages(pages: int, panels: Panels) -> dict[str, int]:
 
 def _filled(out: dict[str, int], free: int, panels: Panels, tier: str) -> dict[str, int]:
     rest = max(0, panels.room[tier] - free - sum(out.values()))
-    return out | {"padding": out.get("padding", 0) + rest, "free": free}
+    padding = out.pop("padding", 0) + rest
+    return out | {"padding": padding, "free": free}
 
 
 def _count(stats: EngineStats, name: str) -> int:

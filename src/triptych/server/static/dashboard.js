@@ -23,7 +23,7 @@ const TOTALS = {
   saves_failed: "saves failed", fetches_failed: "fetches failed", canary_checked: "canary checks", canary_failed: "canary failures",
 };
 const BUCKETS = 30;
-const state = { rows: [], last: 0, rates: new Map(), secret: sessionStorage.getItem("key") || "", heard: 0, born: 0, timer: 0 };
+const state = { rows: [], last: 0, rates: new Map(), pointed: {}, secret: sessionStorage.getItem("key") || "", heard: 0, born: 0, timer: 0 };
 const byId = (id) => document.getElementById(id);
 
 // ---- words for numbers
@@ -117,23 +117,29 @@ function lineChart(id, name, colour, unit, length) {
   draw("path", { class: `line s-${colour}`, d: path }, svg);
   const note = make("div", "legend", make("span", "item", `mean ${rate(mean)}, most ${rate(most)} ${unit}`));
   target.append(note);
-  hover(svg, points.map((point) => point[0]), (i) => {
+  hover(target, svg, points.map((point) => point[0]), (i) => {
     note.replaceChildren(make("span", "item", i === null ? `mean ${rate(mean)}, most ${rate(most)} ${unit}`
       : `${span(Math.max(0, now - points[i][2].time))} ago: ${rate(points[i][1])} ${unit}; ${points[i][2].running} running, ${points[i][2].waiting} waiting`));
   });
 }
-function hover(svg, xs, tell) {
-  const cursor = draw("line", { class: "cursor", x1: 0, x2: 0, y1: 0, y2: 150, visibility: "hidden" }, svg);
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect(), x = 600 * (event.clientX - box.left) / box.width;
+function hover(target, svg, xs, tell) {
+  // the place pointed at outlives the drawing, which is made anew with every answer
+  const cursor = draw("line", { class: "cursor", y1: 0, y2: 150, visibility: "hidden" }, svg);
+  const point = (x) => {
+    state.pointed[target.id] = x;
     let best = 0;
     xs.forEach((one, i) => { if (Math.abs(one - x) < Math.abs(xs[best] - x)) best = i; });
     cursor.setAttribute("x1", xs[best]);
     cursor.setAttribute("x2", xs[best]);
     cursor.setAttribute("visibility", "visible");
     tell(best);
-  });
-  svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); tell(null); });
+  };
+  target.onpointermove = (event) => {
+    const box = svg.getBoundingClientRect();
+    if (event.clientY <= box.bottom) point(600 * (event.clientX - box.left) / box.width);
+  };
+  target.onpointerleave = () => { delete state.pointed[target.id]; cursor.setAttribute("visibility", "hidden"); tell(null); };
+  if (target.id in state.pointed) point(state.pointed[target.id]);
 }
 function sourceChart(length) {
   const target = byId("sources"), names = Object.keys(SOURCES), now = state.now;
@@ -174,7 +180,7 @@ function sourceChart(length) {
   };
   tell(null);
   target.append(legend);
-  hover(svg, buckets.map((_, i) => (i + 0.5) * width), tell);
+  hover(target, svg, buckets.map((_, i) => (i + 0.5) * width), tell);
 }
 
 // ---- parts of the page
@@ -311,6 +317,7 @@ async function ask() {
     const data = await answer.json();
     if (state.born && data.born !== state.born && state.last) { state.last = 0; state.rows = []; return setTimeout(ask, 0); }
     byId("key").hidden = true;
+    byId("figures").hidden = false;
     show(data);
     state.heard = Date.now();
     say(data.draining ? "late" : "live", data.draining ? "draining: no new requests" : "live");
