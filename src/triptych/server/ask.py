@@ -15,6 +15,7 @@ from triptych.server.merge import merged
 from triptych.server.pieces import Answer, PlainReader, Reader, Step
 from triptych.server.protocol import ServingEngine
 from triptych.server.store import ResponseStore
+from triptych.text.history import History
 from triptych.words import NO_HINTS, CacheHints, Delta, SamplingParams, TokenIds, Usage
 
 STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
@@ -52,6 +53,7 @@ class Desk:
     model: str
     salt: str
     responses: ResponseStore
+    history: History
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,7 +33,7 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
     def prepare(body: bytes, record: Record) -> Ask:
         raw = parse_object(body)
         name = state.model_name(raw.get("model"))
-        return api.read(raw, Desk(state.engine, name, record.caller.salt, state.responses))
+        return api.read(raw, state.desk(name, record.caller.salt))
 
     async def endpoint(request: Request) -> Response:
         record: Record = request.state.record

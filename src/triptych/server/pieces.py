@@ -6,41 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from triptych.text.pieces import CallBegin, CallText, Content, Piece, Reasoning
 from triptych.words import Delta, TokenLogprob, Usage
 
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """More of what the model thinks before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """More of the answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegin:
-    """A tool call begins. `index` counts the calls of one answer."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallText:
-    """More of a tool call's arguments, as a piece of JSON text."""
-
-    index: int
-    text: str
-
-
-Piece = Reasoning | Content | CallBegin | CallText
+__all__ = ["Answer", "Call", "CallBegin", "CallText", "Content", "Piece", "PlainReader", "Reader", "Reasoning", "Step"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from triptych.errors import RequestError
 from triptych.server import wire
-from triptych.server.ask import Desk
 from triptych.server.chat import read_talk
 from triptych.server.fields import Fields, FieldTable, as_integer, parse_object
 from triptych.server.http import json_response, unless_left
@@ -57,7 +56,7 @@ class TokenPages:
     def _ids(self, talk: Talk, raw: dict[str, object], salt: str) -> TokenIds:
         model = raw.get("model")
         name = self._state.names[0] if model is None else self._state.model_name(model)
-        return prepare(talk, Desk(self._state.engine, name, salt, self._state.responses), SamplingParams()).ids
+        return prepare(talk, self._state.desk(name, salt), SamplingParams()).ids
 
     async def _answer(self, request: Request, work: Callable[[dict[str, object]], object]) -> Response:
         async with self._state.bodies.read(request) as body:
