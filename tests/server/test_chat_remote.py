@@ -14,15 +14,15 @@ from conftest import Server, wait_for
 from fake_engine import FakeEngine
 
 from triptych.cli.main import main
-from triptych.cli.talker import Piece, RemoteTalker, _pieces_of
+from triptych.cli.talker import Piece, RemoteTalker, _pieces_of, messages_of
 from triptych.errors import ConfigError, RequestError, TriptychError
 from triptych.server.app import build_app
 from triptych.server.keys import load_keys
 from triptych.server.options import ServerOptions
-from triptych.text.messages import Message, Role
+from triptych.text.turns import System, Turn, User
 from triptych.words import SamplingParams
 
-HELLO = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "hello " * 300)]
+HELLO: list[Turn] = [System("Be brief."), User(["hello " * 300])]
 TEN = SamplingParams(max_tokens=10, seed=1, stop=("never said",), temperature=0.5)
 
 
@@ -34,7 +34,7 @@ async def answer(talker: RemoteTalker, params: SamplingParams = TEN) -> list[Pie
 
 def test_it_says_what_the_server_says_and_what_it_cost(server: Server, engine: FakeEngine) -> None:
     with server.client() as client:
-        messages: Any = [{"role": str(message.role), "content": message.text} for message in HELLO]
+        messages: Any = messages_of(HELLO)
         said = client.chat.completions.create(model="fake", messages=messages, max_tokens=10, seed=1, temperature=0.5)
     for url in (server.url, server.url + "/", server.url + "/v1"):
         pieces = asyncio.run(answer(RemoteTalker(url)))
@@ -94,6 +94,15 @@ def test_thoughts_are_told_from_answers() -> None:
     assert list(_pieces_of(event)) == [Piece("hm", thinking=True), Piece("yes")]
 
 
+def test_thoughts_come_as_thoughts_over_the_wire(server: Server, engine: FakeEngine) -> None:
+    engine.script = ["let me see</think>yes"]
+    pieces = asyncio.run(answer(RemoteTalker(server.url, thinking="high")))
+    assert "".join(piece.text for piece in pieces if piece.thinking) == "let me see"
+    assert "".join(piece.text for piece in pieces if not piece.thinking) == "yes"
+    engine.script = ["no"]
+    assert "no" in [piece.text for piece in asyncio.run(answer(RemoteTalker(server.url, thinking="off")))]
+
+
 def test_the_command_talks_to_a_server(server: Server) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "triptych", "chat", server.url, "--max-tokens", "5", "--seed", "1"],
@@ -113,6 +122,10 @@ def test_the_command_talks_to_a_server(server: Server) -> None:
         (["chat", "http://127.0.0.1:1", "--kv-memory", "1GiB"], "--kv-memory says how an engine here runs"),
         (["chat", "tiny", "--api-key", "sk-1"], "--api-key is for a server"),
         (["chat", "tiny", "--served-model", "x"], "--served-model is for a server"),
+        (
+            ["chat", "tiny", "--thinking", "hgh"],
+            "--thinking is one of off, low, high, max, not 'hgh'. Did you mean 'high'?",
+        ),
         (["chat", "http://127.0.0.1:1"], "No server answers at http://127.0.0.1:1"),
     ],
 )

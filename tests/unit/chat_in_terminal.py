@@ -12,7 +12,7 @@ from pathlib import Path
 
 from triptych.cli.chat import Conversation
 from triptych.cli.talker import Piece
-from triptych.text.messages import Message
+from triptych.text.turns import Turn, User
 from triptych.words import SamplingParams, Usage
 
 
@@ -30,9 +30,10 @@ class Echo:
         """Says that it ended in order."""
         print("ended in order", flush=True)
 
-    async def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+    async def answer(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncGenerator[Piece, None]:
         """See Talker."""
-        said = messages[-1].text
+        assert isinstance(turns[-1], User)
+        said = turns[-1].texts[0]
         if "slowly" in said:
             await asyncio.sleep(1.5)
         if "think" in said:
@@ -44,7 +45,7 @@ class Echo:
         while "forever" in said:
             yield Piece(" and")
             await asyncio.sleep(0.01)
-        yield Piece(f" after {len(messages) - 1}")
+        yield Piece(f" after {len(turns) - 1}")
         usage = Usage(1000, 900, 4, 11, {"disk": 200})
         yield Piece(usage=usage)
 

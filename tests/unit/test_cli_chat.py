@@ -48,18 +48,23 @@ class FakeEngine:
         number = len(self.prompts)
         ended = False
         try:
-            yield Delta(0, text="A", token_ids=(5,))
+            yield Delta(0, "A", self._tokens("A"))
             if number == self._interrupt_at:
                 signal.raise_signal(signal.SIGINT)
-                yield Delta(0, text="(still said)", token_ids=(6,))
+                yield Delta(0, "(still said)", self._tokens("(still said)"))
                 await _forever()
             ended = True
             error = "Out of luck." if number == self._error_at else None
             usage = Usage(prompt_tokens=len(ids), cached_tokens=number, completion_tokens=2)
-            yield Delta(0, str(number), (6,), finish_reason=FinishReason.STOP, usage=usage, error=error)
+            yield Delta(
+                0, str(number), self._tokens(str(number)), finish_reason=FinishReason.STOP, usage=usage, error=error
+            )
         finally:
             if not ended:
                 self.aborted.append(request_id)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text).tolist())
 
 
 async def _forever() -> None:
@@ -275,16 +280,72 @@ def test_stats_sum_up_by_tier(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_a_pipe_gets_no_escape_codes_and_no_thoughts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Thinker(LocalTalker):
+    class Speaker(LocalTalker):
         async def answer(self, messages: Any, params: SamplingParams) -> AsyncGenerator[Piece, None]:
             yield Piece("Let me see.", thinking=True)
             yield Piece("Yes\x1b[31m.")
 
     typed = iter(["a"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(typed, None) or _end())
-    Conversation(Thinker(FakeEngine()), SamplingParams()).run()  # type: ignore[arg-type]
+    Conversation(Speaker(FakeEngine()), SamplingParams()).run()  # type: ignore[arg-type]
     assert capsys.readouterr().out == "Yes\x1b[31m.\n", "what a model writes into a pipe is not ours to change"
 
 
 def _end() -> str:
     raise EOFError
+
+
+class Thinker(FakeEngine):
+    """Thinks, then answers; every token is one character."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__()
+        self.answers = list(answers)
+        self.ids: list[TokenIds] = []
+
+    async def stream(
+        self, ids: TokenIds, params: SamplingParams, *, request_id: str, hints: CacheHints
+    ) -> AsyncIterator[Delta]:
+        self.prompts.append(self.tokenizer.decode(ids))
+        self.ids.append(ids)
+        text = self.answers.pop(0)
+        tokens = [int(token) for letter in text for token in self.tokenizer.encode(letter)]
+        yield Delta(0, text[: len(text) // 2])
+        usage = Usage(prompt_tokens=len(ids), completion_tokens=2)
+        yield Delta(0, text[len(text) // 2 :], tuple(tokens), finish_reason=FinishReason.STOP, usage=usage)
+
+
+def think(monkeypatch: pytest.MonkeyPatch, engine: Thinker, lines: list[str], thinking: str) -> None:
+    typed = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(typed, None) or _end())
+    Conversation(LocalTalker(engine, thinking), SamplingParams()).run()  # type: ignore[arg-type]
+
+
+def test_thoughts_are_not_part_of_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    engine = Thinker("let me see</think>yes", "and now</think>no")
+    think(monkeypatch, engine, ["a", "b", f"/save {tmp_path}/talk.json"], "high")
+    assert capsys.readouterr().out.startswith("yes\nno\n")
+    assert engine.prompts[0].endswith("<think>") and "Reasoning Effort" in engine.prompts[0]
+    assert "let me see" not in engine.prompts[1] and "yes" in engine.prompts[1], "thoughts of earlier turns are dropped"
+    saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert saved[1] == {"role": "assistant", "content": "yes", "reasoning_content": "let me see"}
+
+
+def test_an_answer_comes_back_as_the_tokens_that_were_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letter by letter is not how a tokenizer would spell it, but it is what the cache holds."""
+    engine = Thinker("indeed", "so")
+    think(monkeypatch, engine, ["a", "b"], "off")
+    sampled = [int(token) for letter in "indeed" for token in engine.tokenizer.encode(letter)]
+    first = engine.ids[0].tolist()
+    assert engine.ids[1].tolist()[: len(first) + len(sampled)] == first + sampled
+
+
+def test_thinking_that_takes_all_tokens_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Thinker("let me see and see", "fine</think>yes")
+    think(monkeypatch, engine, ["a", "b"], "low")
+    assert "no answer: all tokens went into thinking" in capsys.readouterr().out
+    assert "a" in engine.prompts[0] and engine.prompts[1].count("User") == 1, "what was not answered is not kept"

@@ -17,13 +17,13 @@ import typer
 
 from triptych.cli.flags import EngineFlags, SamplingFlags, spread
 from triptych.cli.generate import read_text
-from triptych.cli.talker import LocalTalker, RemoteTalker, Talker
+from triptych.cli.talker import THINKING, LocalTalker, RemoteTalker, Talker, messages_of
 from triptych.cli.terminal import Keyboard, Screen
 from triptych.cli.usage import usage_line
 from triptych.errors import ConfigError, TriptychError, nearest
 
 if TYPE_CHECKING:
-    from triptych.text.messages import Message
+    from triptych.text.turns import Turn
     from triptych.words import SamplingParams, Usage
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -52,6 +52,10 @@ def chat(
         typer.Argument(metavar="MODEL", help="A checkpoint directory, tiny, or the URL of a running server."),
     ] = "tiny",
     *,
+    thinking: Annotated[
+        str | None,
+        typer.Option(metavar="EFFORT", help="How hard to think before an answer: off, low, high, max. Default: off."),
+    ] = None,
     system: Annotated[str, typer.Option(metavar="TEXT", help="A system message that opens the conversation.")] = "",
     history: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep what is typed in this file, for the next time.")
@@ -72,26 +76,29 @@ def chat(
     from triptych.words import SamplingParams
 
     params = SamplingParams(**sampling.values())
-    talker = _talker(model, engine, api_key, served_model)
+    if thinking is not None and thinking not in THINKING:
+        raise ConfigError(f"--thinking is one of {', '.join(THINKING)}, not {thinking!r}.", nearest(thinking, THINKING))
+    if _is_url(model):
+        _refuse(engine.arguments(), f"says how an engine here runs, but {model} has its own.", "Leave it out.")
+        talker: Talker = RemoteTalker(model, api_key, served_model, thinking)
+    else:
+        given = [flag for flag, value in (("--api-key", api_key), ("--served-model", served_model)) if value]
+        _refuse(given, f"is for a server, but {model!r} is no URL.", "For instance: http://127.0.0.1:8000")
+        options = engine.options()
+        from triptych.engine.api import AsyncEngine
+
+        talker = LocalTalker(AsyncEngine.load(model, **options), thinking or "off")
     Conversation(talker, params, system, history=history).run()
 
 
-def _talker(model: str, engine: EngineFlags, api_key: str | None, served_model: str | None) -> Talker:
-    """Who answers. ConfigError for flags that say nothing there."""
-    options = engine.options()
-    if model.startswith(("http://", "https://")):
-        if options:
-            flag = "--" + next(iter(options)).replace("_", "-")
-            raise ConfigError(f"{flag} says how an engine here runs, but {model} has its own.", "Leave it out.")
-        return RemoteTalker(model, api_key, served_model)
-    for flag, value in (("--api-key", api_key), ("--served-model", served_model)):
-        if value is not None:
-            raise ConfigError(
-                f"{flag} is for a server, but {model!r} is no URL.", "For instance: http://127.0.0.1:8000"
-            )
-    from triptych.engine.api import AsyncEngine
+def _is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
 
-    return LocalTalker(AsyncEngine.load(model, **options))
+
+def _refuse(flags: list[str], sentence: str, remedy: str) -> None:
+    """ConfigError if there is a flag that says nothing here."""
+    if flags:
+        raise ConfigError(f"{flags[0]} {sentence}", remedy)
 
 
 class Conversation:
@@ -103,7 +110,7 @@ class Conversation:
         self._talker = talker
         self._params = params
         self._system = system
-        self._turns: list[Message] = []
+        self._turns: list[Turn] = []
         self._attached: list[str] = []
         self._costs: list[tuple[Usage, float, float]] = []
         self._screen = Screen()
@@ -177,12 +184,11 @@ class Conversation:
         if not self._turns:
             raise ConfigError("There is nothing to save yet.", "Say something first.")
         where = _path(path)
-        messages = self._messages()
+        messages = messages_of(self._conversation())
         if where.suffix == ".json":
-            entries = [{"role": str(message.role), "content": message.text} for message in messages]
-            text = json.dumps({"messages": entries}, ensure_ascii=False, indent=2) + "\n"
+            text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
         else:
-            text = "\n".join(f"## {message.role}\n\n{message.text.strip()}\n" for message in messages)
+            text = "\n".join(f"## {message['role']}\n\n{message['content'].strip()}\n" for message in messages)
         try:
             with where.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -244,44 +250,48 @@ class Conversation:
             raise ConfigError("There is no answer to take back.", "Say something first.")
         kept, self._turns = self._turns, self._turns[:-2]
         try:
-            runner.run(self._answer(kept[-2].text))
+            runner.run(self._answer(messages_of(kept)[-2]["content"]))
         finally:
             if len(self._turns) < len(kept):
                 self._turns = kept
 
-    def _messages(self) -> list[Message]:
-        from triptych.text.messages import Message, Role
+    def _conversation(self) -> list[Turn]:
+        from triptych.text.turns import System
 
-        opening = [Message(Role.SYSTEM, self._system)] if self._system else []
-        return [*opening, *self._turns]
+        return [*([System(self._system)] if self._system else []), *self._turns]
 
     async def _answer(self, text: str) -> None:
         """Stream the answer to `text`. The history gets both, also when the answer is stopped half way."""
-        from triptych.text.messages import Message, Role
+        from triptych.text.turns import Assistant, User
 
-        question = Message(Role.USER, text)
+        question = User([text])
         begin = time.perf_counter()
-        first, said = begin, ""
+        first, said, thought = begin, "", ""
         usage: Usage | None = None
         try:
             async with (
                 self._screen.waiting("reading") as heard,
-                aclosing(self._talker.answer([*self._messages(), question], self._params)) as pieces,
+                aclosing(self._talker.answer([*self._conversation(), question], self._params)) as pieces,
             ):
                 async for piece in pieces:
                     if piece.text and not heard.is_set():
                         heard.set()
                         first = time.perf_counter()
-                    said += "" if piece.thinking else piece.text
+                    if piece.thinking:
+                        thought += piece.text
+                    else:
+                        said += piece.text
                     usage = piece.usage or usage
                     self._show(piece.text, piece.thinking)
+            if thought and not said:
+                self._screen.note("(no answer: all tokens went into thinking; see --max-tokens)")
             if usage is not None:
                 self._costs.append((usage, first - begin, time.perf_counter() - first))
         finally:
             self._screen.calm()
             self._screen.end_line()
             if said:
-                self._turns += [question, Message(Role.ASSISTANT, said)]
+                self._turns += [question, Assistant(said, thought or None)]
 
     def _show(self, text: str, thinking: bool) -> None:
         if thinking:

@@ -20,8 +20,8 @@ from triptych.errors import ConfigError, RequestError, TriptychError
 
 if TYPE_CHECKING:
     from triptych.engine.api import AsyncEngine
-    from triptych.text.messages import Message
-    from triptych.words import SamplingParams, Usage
+    from triptych.text.turns import Turn
+    from triptych.words import SamplingParams, TokenIds, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,23 @@ class Talker(Protocol):
     async def stop(self) -> None:
         """Let go."""
 
-    def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
-        """The answer to the last message, piece by piece. Closing the generator ends it. TriptychError if it fails."""
+    def answer(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+        """The answer to the last turn, piece by piece. Closing the generator ends it. TriptychError if it fails."""
+
+
+THINKING = ("off", "low", "high", "max")
+"""How hard a model may think before it answers."""
 
 
 class LocalTalker:
-    """An engine in this process."""
+    """An engine in this process. `thinking` is one of THINKING."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, thinking: str = "off") -> None:
+        from triptych.text.history import History
+
         self._engine = engine
+        self._thinking = thinking
+        self._history = History()
         self._answers = 0
         self._session = f"chat-{uuid.uuid4().hex}"
 
@@ -69,27 +77,77 @@ class LocalTalker:
         """Stop it."""
         await self._engine.stop()
 
-    async def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+    async def answer(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncGenerator[Piece, None]:
         """See Talker."""
-        from triptych.text.chat import render
+        from triptych.text.dsml import OutputParser
+        from triptych.text.render import Style, render_turns
         from triptych.words import CacheHints
 
-        limit = self._engine.max_context - 1
-        prompt = await asyncio.to_thread(render, tuple(messages), self._engine.tokenizer, limit=limit)
+        style = Style(thinking=self._thinking != "off", effort="low" if self._thinking == "off" else self._thinking)
+        prompt = await asyncio.to_thread(
+            lambda: render_turns(
+                turns, self._engine.tokenizer, style, limit=self._engine.max_context - 1, history=self._history
+            )
+        )
         self._answers += 1
         hints = CacheHints(marks=prompt.boundaries, session=self._session)
         stream = self._engine.stream(prompt.ids, params, request_id=f"chat-{self._answers}", hints=hints)
+        parser, sampled, said = OutputParser(thinking=style.thinking), list[int](), list[Piece]()
         async with aclosing(stream) as deltas:
             async for delta in deltas:
-                yield Piece(delta.text, usage=delta.usage)
+                sampled += delta.token_ids
+                ended = delta.finish_reason is not None
+                parts = [*parser.push(delta.text), *(parser.finish() if ended else ())]
+                for piece in _heard(parts):
+                    said.append(piece)
+                    yield piece
                 if delta.error is not None:
                     raise RequestError(delta.error)
+                if ended:
+                    self._remember(prompt.ids, said, sampled if delta.stop is None else [])
+                    yield Piece(usage=delta.usage)
+
+    def _remember(self, prompt: TokenIds, said: Sequence[Piece], sampled: Sequence[int]) -> None:
+        """Keep the ids of an answer, so that its turn is the same tokens when the next prompt is rendered."""
+        from triptych.text.turns import Assistant
+
+        text = "".join(piece.text for piece in said if not piece.thinking)
+        thought = "".join(piece.text for piece in said if piece.thinking)
+        if text and sampled:
+            self._history.remember("", prompt, Assistant(text, thought or None), sampled)
+
+
+def _heard(parts: Sequence[object]) -> Iterator[Piece]:
+    """What a parser made of an answer; without tools it makes no calls."""
+    from triptych.text.pieces import Content, Reasoning
+
+    for part in parts:
+        if isinstance(part, Content | Reasoning) and part.text:
+            yield Piece(part.text, thinking=isinstance(part, Reasoning))
+
+
+def messages_of(turns: Sequence[Turn], *, thoughts: bool = True) -> list[dict[str, str]]:
+    """Turns as OpenAI's messages."""
+    from triptych.text.turns import Assistant, System, User
+
+    out: list[dict[str, str]] = []
+    for turn in turns:
+        if isinstance(turn, System):
+            out.append({"role": "system", "content": turn.text})
+        elif isinstance(turn, User):
+            out.append({"role": "user", "content": "\n\n".join(turn.texts)})
+        elif isinstance(turn, Assistant):
+            reasoning = {"reasoning_content": turn.reasoning} if thoughts and turn.reasoning else {}
+            out.append({"role": "assistant", "content": turn.text, **reasoning})
+    return out
 
 
 class RemoteTalker:
     """A server that speaks OpenAI's chat completions, ours above all: its usage says what the cache found."""
 
-    def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
+    def __init__(
+        self, url: str, api_key: str | None = None, model: str | None = None, thinking: str | None = None
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
         try:
             port = parts.port
@@ -105,6 +163,7 @@ class RemoteTalker:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._model = model
+        self._thinking = thinking
         self._session = f"chat-{uuid.uuid4().hex}"
 
     def describe(self) -> str:
@@ -122,7 +181,7 @@ class RemoteTalker:
     async def stop(self) -> None:
         """Nothing is held between answers."""
 
-    async def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+    async def answer(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncGenerator[Piece, None]:
         """See Talker. The connection is read in a thread of its own; leaving closes it, which ends the answer there."""
         events = asyncio.get_running_loop()
         queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
@@ -134,7 +193,7 @@ class RemoteTalker:
 
         def read() -> None:
             try:
-                for piece in self._pieces(connection, self._body(messages, params)):
+                for piece in self._pieces(connection, self._body(turns, params)):
                     put(piece)
                 put(None)
             except Exception as error:
@@ -149,7 +208,7 @@ class RemoteTalker:
         finally:
             _hang_up(connection)
 
-    def _body(self, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
+    def _body(self, turns: Sequence[Turn], params: SamplingParams) -> dict[str, Any]:
         from triptych.words import SamplingParams
 
         usual = SamplingParams()
@@ -161,11 +220,12 @@ class RemoteTalker:
         }
         return {
             "model": self._model,
-            "messages": [{"role": str(message.role), "content": message.text} for message in messages],
+            "messages": messages_of(turns),
             "stream": True,
             "stream_options": {"include_usage": True},
             "prompt_cache_key": self._session,
             **({"stop": list(params.stop)} if params.stop else {}),
+            **({"reasoning_effort": {"off": "none"}.get(self._thinking, self._thinking)} if self._thinking else {}),
             **given,
         }
 
