@@ -72,38 +72,49 @@ def attend_rows(
     cos, sin = queries.angles
     rope = 2 * cos.shape[1]
     reads = (window.slots, window.positions, window.lowest, *_entry_arguments(window, entries, ids))
-    _partial[(triton.cdiv(heads, t.heads), splits, rows)](
+    grid = (triton.cdiv(heads, t.heads), splits, rows)
+    arguments = (
         *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
         *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
         *(*reads, part, stats, stats[1], heads, splits),
-        MODE=mode,
-        PACKED=isinstance(window.ring, PackedRows),
-        WIDE=wide,
-        PER_PAGE=1 if entries is None else entries.pool.shape[1],
-        RING=window.size,
-        REACH=WINDOW,
-        DIM=dim,
-        ROPE=rope,
-        PARTS=_parts(dim - rope),
-        HEADS=t.heads,
-        KEYS=t.keys,
-        SPAN=t.span,
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
-    block = 4 if rows * heads >= 1024 else 1
-    width = triton.next_power_of_2(dim)
-    cut = width if block > 1 else min(width, 128)
-    _combine[(rows, triton.cdiv(heads, block), width // cut)](
+    per_page = 1 if entries is None else entries.pool.shape[1]
+    if t.warps == 0:
+        from triptych.kernels.attend_rows import hopper
+
+        hopper.partial[grid](
+            *arguments, MODE=mode, PER_PAGE=per_page, RING=window.size, REACH=WINDOW, SPAN=t.span, num_warps=8
+        )
+    else:
+        _partial[grid](
+            *arguments,
+            MODE=mode,
+            PACKED=isinstance(window.ring, PackedRows),
+            WIDE=wide,
+            PER_PAGE=per_page,
+            RING=window.size,
+            REACH=WINDOW,
+            DIM=dim,
+            ROPE=rope,
+            PARTS=_parts(dim - rope),
+            HEADS=t.heads,
+            KEYS=t.keys,
+            SPAN=t.span,
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+    width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
+    _combine[(triton.cdiv(dim, width), heads, rows)](
         *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits),
         MODE=mode,
         REACH=WINDOW,
         DIM=dim,
         ROPE=rope,
-        WIDTH=cut,
-        HEADS=block,
+        WIDTH=width,
         SPAN=t.span,
-        num_warps=4 if block > 1 else 1,
+        SPLITS=triton.next_power_of_2(splits),
+        TAKEN=min(16 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        num_warps=2 if width > 128 else 1,
     )
     return out
 
@@ -441,39 +452,41 @@ def _combine(
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
     SPAN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAKEN: tl.constexpr,
 ):
+    """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
     NOPE: tl.constexpr = DIM - ROPE
-    r = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    d = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    there = h < heads
-    inside = there[:, None] & (d < DIM)[None, :]
+    r = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
+    start = tl.program_id(0) * WIDTH
+    d = start + tl.arange(0, WIDTH)
     _, _, total = _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH)
-    peak = tl.load(sink_ptr + h, mask=there, other=0.0) * 1.4426950408889634
-    weight = tl.full([HEADS], 1.0, tl.float32)
-    acc = tl.zeros([HEADS, WIDTH], tl.float32)
-    turned = tl.zeros([HEADS, WIDTH], tl.float32)
-    rotates = tl.program_id(2) * WIDTH + WIDTH > NOPE
+    used = tl.cdiv(total, SPAN)
+    s = tl.arange(0, SPLITS)
+    line = (r * splits + s) * heads + h
+    peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
+    weights = tl.load(weight_ptr + line, mask=s < used, other=0.0)
+    sink = tl.load(sink_ptr + h) * 1.4426950408889634
+    highest = tl.maximum(tl.max(peaks, 0), sink)
+    weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
     at = d - NOPE
     turns = (at >= 0) & (d < DIM)
     partner = tl.where(turns, NOPE + (at ^ 1), d)
-    for s in tl.range(0, tl.cdiv(total, SPAN), num_stages=3):
-        line = (r * splits + s) * heads + h
-        there_peak = tl.load(peak_ptr + line, mask=there, other=-1.0e30)
-        highest = tl.maximum(peak, there_peak)
-        old = tl.exp2(peak - highest)
-        new = tl.exp2(there_peak - highest)
-        weight = weight * old + tl.load(weight_ptr + line, mask=there, other=0.0) * new
-        x = tl.load(part_ptr + line[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-        acc = acc * old[:, None] + x * new[:, None]
-        if rotates:
-            y = tl.load(part_ptr + line[:, None] * DIM + partner[None, :], mask=inside & turns[None, :], other=0.0)
-            turned = turned * old[:, None] + y * new[:, None]
-        peak = highest
-    cos = tl.load(cos_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=0.0)[None, :]
-    acc = acc * cos + tl.where((at % 2 == 0)[None, :], turned, -turned) * sin
-    acc = acc / weight[:, None]
-    tl.store(out_ptr + (r * heads + h[:, None]) * DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc = tl.zeros([WIDTH], tl.float32)
+    turned = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, used, TAKEN):
+        t = first + tl.arange(0, TAKEN)
+        row = (r * splits + t) * heads + h
+        factor = tl.exp2(tl.load(peak_ptr + row, mask=t < used, other=-1.0e30) - highest)[:, None]
+        there = (t < used)[:, None] & (d < DIM)[None, :]
+        x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
+        acc += tl.sum(x * factor, 0)
+        if start + WIDTH > NOPE:
+            y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
+            turned += tl.sum(y * factor, 0)
+    cos = tl.load(cos_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=0.0)
+    acc = (acc * cos + tl.where(at % 2 == 0, turned, -turned) * sin) / weight
+    tl.store(out_ptr + (r * heads + h) * DIM + d, acc.to(out_ptr.dtype.element_ty), mask=d < DIM)
