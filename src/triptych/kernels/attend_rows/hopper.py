@@ -75,6 +75,15 @@ def _exponents(scales, layout: gl.constexpr):
 
 
 @gluon.jit
+def _ring_row(first, j, RING: gl.constexpr, FLAT: gl.constexpr):
+    """Row of a ring, or of the flat workspace, where the window's key j lies; any row for what is no window key."""
+    if FLAT:
+        return first + gl.minimum(j, 127).to(gl.int64)
+    else:
+        return ((first + j) % RING).to(gl.int64)
+
+
+@gluon.jit
 def _entry(chosen_ptr, j, in_window, end, MODE: gl.constexpr):
     """Number of the entry that key j is, of those before `end`; anything for window rows."""
     j = gl.maximum(gl.minimum(j, end - 1) - in_window, 0)
@@ -113,12 +122,15 @@ def partial(
     chosen_ptr,
     chosen_row,
     chosen_count,
+    sink_ptr,
     part_ptr,
     peak_ptr,
     weight_ptr,
     heads,
     splits,
     MODE: gl.constexpr,
+    FLAT: gl.constexpr,
+    WHOLE: gl.constexpr,
     PER_PAGE: gl.constexpr,
     RING: gl.constexpr,
     REACH: gl.constexpr,
@@ -128,9 +140,15 @@ def partial(
     ROPE: gl.constexpr = 64
     NOPE: gl.constexpr = 448
     r = gl.program_id(2).to(gl.int64)
-    position = gl.load(positions_ptr + r).to(gl.int32)
-    first = gl.maximum(gl.maximum(gl.load(lowest_ptr + r).to(gl.int32), position - (REACH - 1)), 0)
-    in_window = gl.maximum(position - first + 1, 0)
+    line_of = r
+    if FLAT:  # step rows of prefill: their window is a stretch of the workspace, and slots are sequences
+        first = gl.load(positions_ptr + r)
+        in_window = gl.load(lowest_ptr + r).to(gl.int32)
+        line_of = gl.load(slots_ptr + r).to(gl.int64)
+    else:
+        position = gl.load(positions_ptr + r).to(gl.int32)
+        first = gl.maximum(gl.maximum(gl.load(lowest_ptr + r).to(gl.int32), position - (REACH - 1)), 0)
+        in_window = gl.maximum(position - first + 1, 0)
     total = in_window
     if MODE == 1:
         total += gl.minimum(gl.load(visible_ptr + r).to(gl.int32), chosen_count)
@@ -157,13 +175,16 @@ def partial(
     by64x2: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
 
     # where the first tiles lie; entries are known two tiles, pages one tile before they are needed
-    slot = gl.load(slots_ptr + r).to(gl.int64)
-    ring_at = ring_ptr.to(gl.int64) + slot * ring_page
-    ring_scales_at = ring_scales_ptr.to(gl.int64) + slot * ring_scales_page
+    ring_at = ring_ptr.to(gl.int64)
+    ring_scales_at = ring_scales_ptr.to(gl.int64)
+    if not FLAT:
+        slot = gl.load(slots_ptr + r).to(gl.int64)
+        ring_at += slot * ring_page
+        ring_scales_at += slot * ring_scales_page
     pool_at = pool_ptr.to(gl.int64)
     pool_scales_at = pool_scales_ptr.to(gl.int64)
     chosen_ptr += r * chosen_row
-    table_ptr += r * table_row
+    table_ptr += line_of * table_row
     i = gl.arange(0, 64, layout=line)
     entry = _entry(chosen_ptr, begin + i, in_window, end, MODE)
     entry1 = _entry(chosen_ptr, begin + 64 + i, in_window, end, MODE)
@@ -180,24 +201,27 @@ def partial(
     hq = h + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     dq = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
     x = gl.load(here + hq[:, None] * DIM + dq[None, :], mask=(hq < heads)[:, None], other=0.0).to(gl.float32)
-    shrink = gl.rsqrt(gl.sum(x * x, 1) / DIM + eps)
-    q_s.store((x * shrink[:, None]).to(gl.bfloat16))
-    ht = h + gl.arange(0, 64, layout=gl.SliceLayout(1, by64x2))
-    dt = gl.arange(0, ROPE, layout=gl.SliceLayout(0, by64x2))
-    mine = (ht < heads)[:, None]
-    y = gl.load(here + ht[:, None] * DIM + (NOPE + dt)[None, :], mask=mine, other=0.0).to(gl.float32)
-    partner = gl.load(here + ht[:, None] * DIM + (NOPE + (dt ^ 1))[None, :], mask=mine, other=0.0).to(gl.float32)
-    cos = gl.load(cos_ptr + r * (ROPE // 2) + dt // 2)[None, :]
-    sin = gl.load(sin_ptr + r * (ROPE // 2) + dt // 2)[None, :]
-    y = y * cos + gl.where((dt % 2 == 0)[None, :], -partner, partner) * sin
-    y = y * gl.convert_layout(shrink, gl.SliceLayout(1, by64x2))[:, None]
-    gl.thread_barrier()
-    q_s.slice(NOPE, ROPE, dim=1).store(y.to(gl.bfloat16))
+    if FLAT:  # normed and rotated already
+        q_s.store(x.to(gl.bfloat16))
+    else:
+        shrink = gl.rsqrt(gl.sum(x * x, 1) / DIM + eps)
+        q_s.store((x * shrink[:, None]).to(gl.bfloat16))
+        ht = h + gl.arange(0, 64, layout=gl.SliceLayout(1, by64x2))
+        dt = gl.arange(0, ROPE, layout=gl.SliceLayout(0, by64x2))
+        mine = (ht < heads)[:, None]
+        y = gl.load(here + ht[:, None] * DIM + (NOPE + dt)[None, :], mask=mine, other=0.0).to(gl.float32)
+        partner = gl.load(here + ht[:, None] * DIM + (NOPE + (dt ^ 1))[None, :], mask=mine, other=0.0).to(gl.float32)
+        cos = gl.load(cos_ptr + r * (ROPE // 2) + dt // 2)[None, :]
+        sin = gl.load(sin_ptr + r * (ROPE // 2) + dt // 2)[None, :]
+        y = y * cos + gl.where((dt % 2 == 0)[None, :], -partner, partner) * sin
+        y = y * gl.convert_layout(shrink, gl.SliceLayout(1, by64x2))[:, None]
+        gl.thread_barrier()
+        q_s.slice(NOPE, ROPE, dim=1).store(y.to(gl.bfloat16))
 
     # the first tile into shared memory, the second into registers
     for tile in gl.static_range(2):
         j = gl.minimum(begin + tile * 64 + i, end - 1)
-        ring_j = ((first + j) % RING).to(gl.int64)
+        ring_j = _ring_row(first, j, RING, FLAT)
         v = ring_at + ring_j * ring_row
         s_at = ring_scales_at + ring_j * ring_scales_row
         if MODE != 0:
@@ -259,7 +283,7 @@ def partial(
         acc = warpgroup_mma(p_s, k, sums, is_async=True)
         # addresses and bytes of tile t + 2
         j = gl.minimum(begin + (t + 2) * 64 + i, end - 1)
-        ring_j = ((first + j) % RING).to(gl.int64)
+        ring_j = _ring_row(first, j, RING, FLAT)
         v = ring_at + ring_j * ring_row
         s_at = ring_scales_at + ring_j * ring_scales_row
         if MODE != 0:
@@ -281,10 +305,18 @@ def partial(
         sums = warpgroup_mma_wait(0, deps=(acc,))
         gl.thread_barrier()  # both warpgroups have read this tile and its weights
 
-    lane = (r * splits + gl.program_id(1)) * heads + h
     ha = gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout))
     da = gl.arange(0, DIM, layout=gl.SliceLayout(0, a_layout))
-    gl.store(part_ptr + (lane + ha)[:, None] * DIM + da[None, :], sums, mask=(h + ha < heads)[:, None])
     hs = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-    gl.store(peak_ptr + lane + hs, peak, mask=h + hs < heads)
-    gl.store(weight_ptr + lane + hs, weight, mask=h + hs < heads)
+    if WHOLE:
+        sink = gl.load(sink_ptr + h + hs, mask=h + hs < heads, other=0.0) * 1.4426950408889634
+        highest = gl.maximum(peak, sink)
+        shrunk = gl.exp2(peak - highest)
+        factor = shrunk / (weight * shrunk + gl.exp2(sink - highest))
+        sums = sums * gl.convert_layout(factor, gl.SliceLayout(1, a_layout))[:, None]
+    lane = (r * splits + gl.program_id(1)) * heads + h
+    out = sums.to(part_ptr.dtype.element_ty)
+    gl.store(part_ptr + (lane + ha)[:, None] * DIM + da[None, :], out, mask=(h + ha < heads)[:, None])
+    if not WHOLE:
+        gl.store(peak_ptr + lane + hs, peak, mask=h + hs < heads)
+        gl.store(weight_ptr + lane + hs, weight, mask=h + hs < heads)
