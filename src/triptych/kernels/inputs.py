@@ -297,6 +297,13 @@ def _shared_expert(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, D) * 2, _randn(g, 2 * HIDDEN, D), _randn(g, D, HIDDEN), 10.0
 
 
+def _moe_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Dense weights, which the reference serves on every device."""
+    x, w13, w2, limit = _shared_expert(rows, g)
+    moe = Experts(_randn(g, EXPERTS, 2 * HIDDEN, D), _randn(g, EXPERTS, D, HIDDEN), limit)
+    return x, torch.randint(0, VOCAB, (rows,), generator=g), _router(g, hashed=rows % 2 == 0), moe, (w13, w2)
+
+
 def _linear(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, D), _randn(g, HIDDEN, D)
 
@@ -351,6 +358,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "route": _route,
     "experts": _experts,
     "shared_expert": _shared_expert,
+    "moe_rows": _moe_rows,
     "linear": _linear,
     "front_linear": _front_linear,
     "grouped_linear": _grouped_linear,

@@ -43,6 +43,7 @@ class KernelSet:
     route: Any
     experts: Any
     shared_expert: Any
+    moe_rows: Any
     linear: Any
     front_linear: Any
     grouped_linear: Any
@@ -72,6 +73,7 @@ FOLDER = {
     "route": "moe",
     "experts": "moe",
     "shared_expert": "moe",
+    "moe_rows": "moe",
     "linear": "linear",
     "front_linear": "linear",
     "grouped_linear": "linear",
@@ -165,7 +167,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
         "front": ("step_rows", "front_rows"),
-        "moe": ("route", "experts", "shared_expert"),
+        "moe": ("route", "experts", "shared_expert", "moe_rows"),
         "index": ("select_entries",),
         "select_rows": ("select_rows",),
         "attend": ("attend",),

@@ -18,7 +18,7 @@ from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import Residual
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix, Mxfp4Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import DecodeBatch, LayerCache
@@ -138,7 +138,11 @@ class Decoder:
         return self._k.select_rows(queries, keys, shape.index_topk)  # type: ignore[no-any-return]
 
     def _moe(self, x: Tensor, token_ids: Tensor, layer: LayerWeights) -> Tensor:
-        return moe(x.float(), token_ids, layer.moe, self._k, self._n).to(x.dtype)
+        w = layer.moe
+        if isinstance(w.experts.w13, Mxfp4Matrix):
+            shared = (w.shared_w13, w.shared_w2)
+            return self._k.moe_rows(x, token_ids, w.router, w.experts, shared)  # type: ignore[no-any-return]
+        return moe(x.float(), token_ids, w, self._k, self._n).to(x.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._k.linear(hidden.to(self._w.head.dtype), self._w.head).float()  # type: ignore[no-any-return]

@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows.triton import attend_packed
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows
 
 _LOG2E = 1.4426950408889634
 _COMBINED = 128  # dims that one program of the second pass takes: with many splits more would not fit in registers
@@ -47,6 +49,8 @@ def attend(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """See ref.attend."""
+    if isinstance(window.rows, PackedRows):
+        return attend_packed(q, window, entries, selected, attention)
     if entries is not None and selected is None and entries.most == 0:
         entries = None
     mode = _NO_ENTRIES if entries is None else _VISIBLE if selected is None else _SELECTED

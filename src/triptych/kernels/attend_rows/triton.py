@@ -15,6 +15,7 @@ wasted. Values of e4m3 times their power of two are exact in bfloat16.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.config import WINDOW
-from triptych.kernels.attend.ref import Attention
+from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.attend_rows.ref import Queries, RingRows
-from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
@@ -55,56 +56,9 @@ def attend_rows(
     attention: Attention,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """See ref.attend_rows; returns bfloat16. `entries.most` must bound what any row sees."""
-    rows, heads, dim = len(queries.heads), queries.count, queries.dim
-    mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
-    most = WINDOW
-    if entries is not None:
-        assert entries.most is not None
-        most += entries.most if ids is None else ids.shape[1]
-    t = tiling or tiling_for(rows, heads, most, multiprocessors(queries.heads.device))
-    splits = triton.cdiv(most, t.span)
-    device = queries.heads.device
-    out = torch.empty(rows, heads, dim, dtype=torch.bfloat16, device=device)
-    part = torch.empty(rows, splits, heads, dim, device=device)
-    stats = torch.empty(2, rows, splits, heads, device=device)
-    wide = INTERPRETED or window.ring.dtype == torch.float32
-    cos, sin = queries.angles
-    rope = 2 * cos.shape[1]
-    reads = (window.slots, window.positions, window.lowest, *_entry_arguments(window, entries, ids))
-    _partial[(triton.cdiv(heads, t.heads), splits, rows)](
-        *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
-        *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
-        *(*reads, part, stats, stats[1], heads, splits),
-        MODE=mode,
-        PACKED=isinstance(window.ring, PackedRows),
-        WIDE=wide,
-        PER_PAGE=1 if entries is None else entries.pool.shape[1],
-        RING=window.size,
-        REACH=WINDOW,
-        DIM=dim,
-        ROPE=rope,
-        PARTS=_parts(dim - rope),
-        HEADS=t.heads,
-        KEYS=t.keys,
-        SPAN=t.span,
-        num_warps=t.warps,
-        num_stages=t.stages,
-    )
-    block = 4 if rows * heads >= 1024 else 1
-    width = triton.next_power_of_2(dim)
-    cut = width if block > 1 else min(width, 128)
-    _combine[(rows, triton.cdiv(heads, block), width // cut)](
-        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits),
-        MODE=mode,
-        REACH=WINDOW,
-        DIM=dim,
-        ROPE=rope,
-        WIDTH=cut,
-        HEADS=block,
-        SPAN=t.span,
-        num_warps=4 if block > 1 else 1,
-    )
+    """See ref.attend_rows. `entries.most` must bound what any row sees; ids that are not -1 come first."""
+    out = torch.empty(len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device)
+    _launch(queries, window, entries, ids, attention, out, tiling, flat=False)
     return out
 
 
@@ -116,18 +70,131 @@ def attend_rows_deterministic(
     attention: Attention,
 ) -> Tensor:
     """See ref.attend_rows; a row's bits do not depend on its batch mates."""
-    tiling = Tiling(min(64, _tile(queries.count)), 64, _FIXED_SPAN, 8, 2)
-    return attend_rows(queries, window, entries, ids, attention, tiling)
+    return attend_rows(queries, window, entries, ids, attention, _fixed(queries, window))
 
 
-def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling:
-    """Small head tiles and short splits while rows are few, all heads at once where they fill the chip."""
-    large = rows * triton.cdiv(heads, 64) >= 16
-    tile, keys, warps, stages = (64, 64, 8, 2) if large else (16, 32, 4, 3)
+def attend_packed(
+    q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
+) -> Tensor:
+    """attend.ref.attend for step rows whose window rows or entries are packed: q [R, H, c] normed and rotated."""
+    rows, heads, dim = q.shape
+    if entries is not None and selected is None and entries.most == 0:
+        entries = None
+    out = torch.empty_like(q)
+    packed = window.rows if isinstance(window.rows, PackedRows) else entries.pool if entries is not None else None
+    assert isinstance(packed, PackedRows)
+    none = torch.empty(1, packed.format.rope // 2, device=q.device)
+    queries = Queries(q.contiguous().view(rows, heads * dim), heads, dim, (none, none), 0.0)
+    slots = window.first if entries is None else entries.seq
+    ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
+    _launch(queries, ring, entries, selected, attention, out, None, flat=True)
+    return out
+
+
+def _launch(
+    queries: Queries,
+    window: RingRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    out: Tensor,
+    tiling: Tiling | None,
+    *,
+    flat: bool,
+) -> None:
+    """Both launches into `out` [R, H, c]; of a single split the first one writes the result itself if it is `flat`."""
+    rows, heads, dim = out.shape
+    mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
+    most = WINDOW
+    if entries is not None:
+        assert entries.most is not None
+        most += entries.most if ids is None else ids.shape[1]
+    t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    splits = triton.cdiv(most, t.span)
+    whole = flat and splits == 1
+    part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
+    stats = attention.sink if whole else torch.empty(2, rows, splits, heads, device=out.device)
+    cos, sin = queries.angles
+    rope = 2 * cos.shape[1]
+    reads = (window.slots, window.positions, window.lowest, *_entry_arguments(window, entries, ids))
+    _first_launch(t)[(triton.cdiv(heads, t.heads), splits, rows)](
+        *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
+        *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
+        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits),
+        MODE=mode,
+        FLAT=flat,
+        WHOLE=whole,
+        PER_PAGE=1 if entries is None else entries.pool.shape[1],
+        RING=window.size,
+        REACH=WINDOW,
+        SPAN=t.span,
+        **_choices(t, window, dim, rope),
+    )
+    if whole:
+        return
+    width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
+    _combine[(triton.cdiv(dim, width), heads, rows)](
+        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits),
+        MODE=mode,
+        FLAT=flat,
+        REACH=WINDOW,
+        DIM=dim,
+        ROPE=rope,
+        WIDTH=width,
+        SPAN=t.span,
+        SPLITS=triton.next_power_of_2(splits),
+        TAKEN=min(16 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        num_warps=2 if width > 128 else 1,
+    )
+
+
+def _on_hopper(queries: Queries, window: RingRows) -> bool:
+    """Whether hopper.py can serve: its sizes are those of the released models."""
+    fits = isinstance(window.ring, PackedRows) and queries.dim == 512 and window.ring.format.rope == 64
+    return fits and queries.count % 64 == 0 and not INTERPRETED and is_hopper(window.slots.device)
+
+
+def _first_launch(t: Tiling) -> Any:
+    if t.warps:
+        return _partial
+    return importlib.import_module("triptych.kernels.attend_rows.hopper").partial
+
+
+def _choices(t: Tiling, window: RingRows, dim: int, rope: int) -> dict[str, Any]:
+    """What only Triton's own kernel is compiled for."""
+    if not t.warps:
+        return {"num_warps": 8}
+    return {
+        "PACKED": isinstance(window.ring, PackedRows),
+        "WIDE": INTERPRETED or window.ring.dtype == torch.float32,
+        "DIM": dim,
+        "ROPE": rope,
+        "PARTS": _parts(dim - rope),
+        "HEADS": t.heads,
+        "KEYS": t.keys,
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
+
+
+def _fixed(queries: Queries, window: RingRows) -> Tiling:
+    """The one tiling of deterministic mode."""
+    if _on_hopper(queries, window):
+        return Tiling(64, 64, _FIXED_SPAN, 0, 0)
+    return Tiling(min(64, _tile(queries.count)), 32, _FIXED_SPAN, 4, 2)
+
+
+def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: bool = False) -> Tiling:
+    """Small head tiles and short splits while rows are few, all heads at once where they fill the chip.
+
+    No warps: the kernel of hopper.py.
+    """
+    large = hopper or rows * triton.cdiv(heads, 64) >= 16
+    tile, keys, warps, stages = (64, 64, 0 if hopper else 8, 2) if large else (16, 32, 4, 3)
     tile = min(tile, _tile(heads))
     programs = rows * triton.cdiv(heads, tile)
     wanted = processors // programs if large else triton.cdiv(2 * processors, programs)
-    splits = max(1, min(wanted, triton.cdiv(most, 2 * keys)))
+    splits = max(1, min(wanted, triton.cdiv(most, keys)))
     return Tiling(tile, keys, triton.cdiv(triton.cdiv(most, splits), keys) * keys, warps, stages)
 
 
@@ -165,11 +232,27 @@ def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor
 
 
 @triton.jit
-def _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE: tl.constexpr, REACH: tl.constexpr):
-    """First window position of row r, its number of window rows, and of all its keys."""
-    position = tl.load(positions_ptr + r).to(tl.int32)
-    first = tl.maximum(tl.maximum(tl.load(lowest_ptr + r).to(tl.int32), position - (REACH - 1)), 0)
-    in_window = tl.maximum(position - first + 1, 0)
+def _extent(
+    r,
+    positions_ptr,
+    lowest_ptr,
+    visible_ptr,
+    chosen_count,
+    MODE: tl.constexpr,
+    REACH: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """First window position of row r, its number of window rows, and of all its keys.
+
+    FLAT: a row's window is a stretch of the workspace, whose first row and length stand for position and lowest.
+    """
+    if FLAT:
+        first = tl.load(positions_ptr + r)
+        in_window = tl.load(lowest_ptr + r).to(tl.int32)
+    else:
+        position = tl.load(positions_ptr + r).to(tl.int32)
+        first = tl.maximum(tl.maximum(tl.load(lowest_ptr + r).to(tl.int32), position - (REACH - 1)), 0)
+        in_window = tl.maximum(position - first + 1, 0)
     total = in_window
     if MODE == 1:
         total += tl.minimum(tl.load(visible_ptr + r).to(tl.int32), chosen_count)
@@ -272,12 +355,15 @@ def _partial(
     chosen_ptr,
     chosen_row,
     chosen_count,
+    sink_ptr,
     part_ptr,
     peak_ptr,
     weight_ptr,
     heads,
     splits,
     MODE: tl.constexpr,
+    FLAT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     PER_PAGE: tl.constexpr,
@@ -297,7 +383,7 @@ def _partial(
     W2: tl.constexpr = PARTS[2]
     WR: tl.constexpr = 16 if ROPE < 16 else ROPE
     r = tl.program_id(2).to(tl.int64)
-    first, in_window, total = _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH)
+    first, in_window, total = _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
     begin = tl.program_id(1) * SPAN
     if begin >= total:
         return
@@ -316,14 +402,16 @@ def _partial(
         square += tl.sum(q2 * q2, 1)
     qr = _query_part(here, h, heads, 1.0, DIM, NOPE, WR, DIM)
     square += tl.sum(qr * qr, 1)
-    shrink = tl.rsqrt(square / DIM + eps)[:, None]
-    d = tl.arange(0, WR)
-    turns = d < ROPE
-    inside = (h < heads)[:, None] & turns[None, :]
-    partner = tl.load(here + h[:, None] * DIM + NOPE + (d ^ 1)[None, :], mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + r * (ROPE // 2) + d // 2, mask=turns, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + r * (ROPE // 2) + d // 2, mask=turns, other=0.0)[None, :]
-    qr = (qr * cos + tl.where((d % 2 == 0)[None, :], -partner, partner) * sin) * shrink
+    shrink = tl.full([HEADS, 1], 1.0, tl.float32)
+    if not FLAT:  # of prefill they are normed and rotated already
+        shrink = tl.rsqrt(square / DIM + eps)[:, None]
+        d = tl.arange(0, WR)
+        turns = d < ROPE
+        inside = (h < heads)[:, None] & turns[None, :]
+        partner = tl.load(here + h[:, None] * DIM + NOPE + (d ^ 1)[None, :], mask=inside, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + r * (ROPE // 2) + d // 2, mask=turns, other=1.0)[None, :]
+        sin = tl.load(sin_ptr + r * (ROPE // 2) + d // 2, mask=turns, other=0.0)[None, :]
+        qr = (qr * cos + tl.where((d % 2 == 0)[None, :], -partner, partner) * sin) * shrink
     qr = qr.to(kind)
     q0 = (q0 * shrink).to(kind)
     a0 = tl.zeros([HEADS, W0], tl.float32)
@@ -337,14 +425,22 @@ def _partial(
     peak = tl.full([HEADS], -1.0e30, tl.float32)
     weight = tl.zeros([HEADS], tl.float32)
 
+    line_of = r
     slot = tl.load(slots_ptr + r).to(tl.int64)
-    ring_ptr += slot * ring_page
-    ring_scales_ptr += slot * ring_scales_page
+    if FLAT:
+        line_of = slot
+    else:
+        ring_ptr += slot * ring_page
+        ring_scales_ptr += slot * ring_scales_page
     for at in range(begin, end, KEYS):
         j = at + tl.arange(0, KEYS)
         valid = j < end
         windowed = j < in_window
-        ring_at = ((first + j) % RING).to(tl.int64)
+        if FLAT:
+            ring_at = first + j.to(tl.int64)
+        else:
+            ring_at = ((first + j) % RING).to(tl.int64)
+        ring_at = tl.where(windowed, ring_at, first)
         place = ring_ptr + ring_at * ring_row
         scales = ring_scales_ptr + ring_at * ring_scales_row
         if MODE != 0:
@@ -354,7 +450,7 @@ def _partial(
                 valid = valid & (entry >= 0)
             entry = tl.maximum(entry, 0)
             listed = valid & (j >= in_window)
-            page = tl.load(table_ptr + r * table_row + entry // PER_PAGE, mask=listed, other=0).to(tl.int64)
+            page = tl.load(table_ptr + line_of * table_row + entry // PER_PAGE, mask=listed, other=0).to(tl.int64)
             row = (entry % PER_PAGE).to(tl.int64)
             place = tl.where(windowed, place, pool_ptr + page * pool_page + row * pool_row)
             scales = tl.where(
@@ -396,15 +492,22 @@ def _partial(
 
     line = (r * splits + tl.program_id(1)) * heads + h
     there = h < heads
-    tl.store(peak_ptr + line, peak, mask=there)
-    tl.store(weight_ptr + line, weight, mask=there)
+    factor = tl.full([HEADS, 1], 1.0, tl.float32)
+    if WHOLE:
+        sink = tl.load(sink_ptr + h, mask=there, other=0.0) * 1.4426950408889634
+        highest = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - highest)
+        factor = (fade / (weight * fade + tl.exp2(sink - highest)))[:, None]
+    else:
+        tl.store(peak_ptr + line, peak, mask=there)
+        tl.store(weight_ptr + line, weight, mask=there)
     out = part_ptr + line[:, None] * DIM
-    _store_part(out, a0, there, 0, W0, NOPE)
+    _store_part(out, a0 * factor, there, 0, W0, NOPE)
     if W1 > 0:
-        _store_part(out, a1, there, W0, W1, NOPE)
+        _store_part(out, a1 * factor, there, W0, W1, NOPE)
     if W2 > 0:
-        _store_part(out, a2, there, W0 + W1, W2, NOPE)
-    _store_part(out + NOPE, ar, there, 0, WR, ROPE)
+        _store_part(out, a2 * factor, there, W0 + W1, W2, NOPE)
+    _store_part(out + NOPE, ar * factor, there, 0, WR, ROPE)
 
 
 @triton.jit
@@ -413,7 +516,7 @@ def _store_part(out, x, there, START: tl.constexpr, WIDTH: tl.constexpr, END: tl
     mask = there[:, None]
     if START + WIDTH > END:
         mask = mask & (d < END)[None, :]
-    tl.store(out + d[None, :], x, mask=mask)
+    tl.store(out + d[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -437,43 +540,46 @@ def _combine(
     heads,
     splits,
     MODE: tl.constexpr,
+    FLAT: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
     SPAN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAKEN: tl.constexpr,
 ):
+    """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
     NOPE: tl.constexpr = DIM - ROPE
-    r = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    d = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    there = h < heads
-    inside = there[:, None] & (d < DIM)[None, :]
-    _, _, total = _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH)
-    peak = tl.load(sink_ptr + h, mask=there, other=0.0) * 1.4426950408889634
-    weight = tl.full([HEADS], 1.0, tl.float32)
-    acc = tl.zeros([HEADS, WIDTH], tl.float32)
-    turned = tl.zeros([HEADS, WIDTH], tl.float32)
-    rotates = tl.program_id(2) * WIDTH + WIDTH > NOPE
+    r = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
+    start = tl.program_id(0) * WIDTH
+    d = start + tl.arange(0, WIDTH)
+    _, _, total = _extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
+    used = tl.cdiv(total, SPAN)
+    s = tl.arange(0, SPLITS)
+    line = (r * splits + s) * heads + h
+    peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
+    weights = tl.load(weight_ptr + line, mask=s < used, other=0.0)
+    sink = tl.load(sink_ptr + h) * 1.4426950408889634
+    highest = tl.maximum(tl.max(peaks, 0), sink)
+    weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
     at = d - NOPE
-    turns = (at >= 0) & (d < DIM)
+    turns = (at >= 0) & (d < DIM) & (not FLAT)
     partner = tl.where(turns, NOPE + (at ^ 1), d)
-    for s in tl.range(0, tl.cdiv(total, SPAN), num_stages=3):
-        line = (r * splits + s) * heads + h
-        there_peak = tl.load(peak_ptr + line, mask=there, other=-1.0e30)
-        highest = tl.maximum(peak, there_peak)
-        old = tl.exp2(peak - highest)
-        new = tl.exp2(there_peak - highest)
-        weight = weight * old + tl.load(weight_ptr + line, mask=there, other=0.0) * new
-        x = tl.load(part_ptr + line[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-        acc = acc * old[:, None] + x * new[:, None]
-        if rotates:
-            y = tl.load(part_ptr + line[:, None] * DIM + partner[None, :], mask=inside & turns[None, :], other=0.0)
-            turned = turned * old[:, None] + y * new[:, None]
-        peak = highest
-    cos = tl.load(cos_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=0.0)[None, :]
-    acc = acc * cos + tl.where((at % 2 == 0)[None, :], turned, -turned) * sin
-    acc = acc / weight[:, None]
-    tl.store(out_ptr + (r * heads + h[:, None]) * DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc = tl.zeros([WIDTH], tl.float32)
+    turned = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, used, TAKEN):
+        t = first + tl.arange(0, TAKEN)
+        row = (r * splits + t) * heads + h
+        factor = tl.exp2(tl.load(peak_ptr + row, mask=t < used, other=-1.0e30) - highest)[:, None]
+        there = (t < used)[:, None] & (d < DIM)[None, :]
+        x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
+        acc += tl.sum(x * factor, 0)
+        if start + WIDTH > NOPE and not FLAT:
+            y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
+            turned += tl.sum(y * factor, 0)
+    cos = tl.load(cos_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=0.0)
+    acc = (acc * cos + tl.where(at % 2 == 0, turned, -turned) * sin) / weight
+    tl.store(out_ptr + (r * heads + h) * DIM + d, acc.to(out_ptr.dtype.element_ty), mask=d < DIM)

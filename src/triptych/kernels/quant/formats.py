@@ -17,6 +17,7 @@ the sizes allow it, which a GPU's wide loads need. `triton_rows.py` has the same
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,6 +150,9 @@ def packed(memory: Tensor, offset: int, rows: int, form: RowFormat, stretch: int
 
 def write_rows(pool: Rows, index: Index, rows: Tensor) -> None:
     """Write rows [N, dim] at N places, flat or (page, offset), rounded to what the pool keeps."""
+    if isinstance(pool, PackedRows) and pool.device.type == "cuda":
+        importlib.import_module("triptych.kernels.quant.triton_rows").store_rows(pool, index, rows)
+        return
     pool[index] = rows if isinstance(pool, PackedRows) else rows.to(pool.dtype)
 
 

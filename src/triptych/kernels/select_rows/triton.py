@@ -212,17 +212,17 @@ def _scores(
             factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
         elif KIND == 2:
             half = tl.arange(0, DIM // 2)
-            x = tl.load(tl.multiple_of(place, 16)[:, None] + half[None, :], mask=seen[:, None], other=0)
+            pairs = tl.load(tl.multiple_of(place, 16)[:, None] + half[None, :], mask=seen[:, None], other=0)
             word = tl.load(tl.multiple_of(scales, 4).to(tl.pointer_type(tl.int32), bitcast=True), mask=seen, other=0)
             n = tl.arange(0, DIM // 32) * 8
             codes = (word[:, None] >> n[None, :]) & 255
             most = tl.max(codes, 1)
             factor = (tl.maximum(most - 6, 1) << 23).to(tl.float32, bitcast=True)
-            power = ((tl.maximum(codes - most[:, None], -100) + 133) << 23).to(tl.float32, bitcast=True)
-            both = tl.reshape(tl.join(x & 15, x >> 4), [TILE, DIM]).to(tl.int32)
+            relative = ((tl.maximum(codes - most[:, None], -100) + 133) << 23).to(tl.float32, bitcast=True)
+            both = tl.reshape(tl.join(pairs & 15, pairs >> 4), [TILE, DIM]).to(tl.int32)
             # the bits of a magnitude, at the top of float32's mantissa and the foot of its exponent, lack 2^126
             size = (((both & 7) << 22) | ((both & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
-            k = tl.reshape(size, [TILE, DIM // 32, 32]) * power[:, :, None]
+            k = tl.reshape(size, [TILE, DIM // 32, 32]) * relative[:, :, None]
             k = tl.reshape(k, [TILE, DIM]).to(kind)
         else:
             k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(kind)
