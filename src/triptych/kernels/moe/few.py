@@ -154,18 +154,18 @@ def up(
     """
     MMA: gl.constexpr = mma_layout(4)
     X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
-    O: gl.constexpr = gl.SliceLayout(0, MMA)
+    A: gl.constexpr = gl.SliceLayout(0, MMA)
     tile = gl.program_id(1)
     n0 = gl.program_id(0) * 32
     m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
     row = n0 + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER  # a thread's two rows are a gate and its up
-    jx, jo = gl.arange(0, N, X), gl.arange(0, N, O)
+    jx, jo = gl.arange(0, N, X), gl.arange(0, N, A)
     if tile < SHARED:
         first, count = tile * N, gl.minimum(rows - tile * N, N)
         tx, to = gl.minimum(first + jx, rows - 1), gl.minimum(first + jo, rows - 1)
         acc = _fp8_rows(shared_ptr, shared_scale_ptr, x_ptr, xs_ptr, row, tx, to, DIM, N)
         _finish(
-            acc, pairs + first + jo, jo < count, gl.full([N], 1.0, gl.float32, O), n0, tile, limit,
+            acc, pairs + first + jo, jo < count, gl.full([N], 1.0, gl.float32, A), n0, tile, limit,
             h_ptr, hq_ptr, hs_ptr, count_ptr, pairs + first, order_ptr, count, True, INNER, N,
         )  # fmt: skip
     else:
@@ -226,9 +226,8 @@ def _finish(
     if gl.atomic_add(mine, 1, sem="acq_rel") == 3:
         B: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
         i = gl.arange(0, N, gl.SliceLayout(1, B))
-        if PLAIN:
-            p = first + i
-        else:
+        p = first + i
+        if not PLAIN:
             p = gl.load(order_ptr + first + i, mask=i < count, other=0)
         d = group * 128 + gl.arange(0, 128, gl.SliceLayout(0, B))
         there = (i < count)[:, None]
@@ -268,11 +267,11 @@ def down(
     adds them up, in the order of the row's choices and the shared expert last, into out [rows, DIM]."""
     MMA: gl.constexpr = mma_layout(4)
     X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
-    O: gl.constexpr = gl.SliceLayout(0, MMA)
+    A: gl.constexpr = gl.SliceLayout(0, MMA)
     tile = gl.program_id(1)
     n0 = gl.program_id(0) * 64
     row = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
-    jx, jo = gl.arange(0, N, X), gl.arange(0, N, O)
+    jx, jo = gl.arange(0, N, X), gl.arange(0, N, A)
     if tile < SHARED:
         first, count = tile * N, gl.minimum(rows - tile * N, N)
         px, po = pairs + gl.minimum(first + jx, rows - 1), pairs + gl.minimum(first + jo, rows - 1)

@@ -84,6 +84,15 @@ def weight_layout(words, warps):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def wide_layout(warps):  # type: ignore[no-untyped-def]
+    """bf16 weights [16 * warps, 4, 32]: a thread has two rows of 32."""
+    deep = [[0, 0, 1 << i] for i in range(5)]
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([*deep, [8, 0, 0]], lanes, rows, [], [16 * warps, 4, 32])
+
+
+@gluon.constexpr_function
 def row_layout(n, warps):  # type: ignore[no-untyped-def]
     """Activations [n, 4, 32] in f16, the same in every warp."""
     deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
@@ -116,8 +125,15 @@ def from_fp8(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
+def from_bf16(w, ROWS: gl.constexpr, MMA: gl.constexpr):
+    """w [ROWS, 4, 32] bf16 -> the left operand, bf16 [ROWS, 128]."""
+    slots = gl.reshape(gl.permute(gl.reshape(w, [ROWS, 4, 8, 2, 2]), (0, 2, 3, 1, 4)), [ROWS, 128])
+    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
 def from_rows(x, N: gl.constexpr, MMA: gl.constexpr):
-    """Activations x [N, 4, 32] f16 -> the right operand [128, N]."""
+    """Activations x [N, 4, 32], f16 or bf16 -> the right operand [128, N]."""
     slots = gl.reshape(gl.permute(gl.reshape(x, [N, 4, 8, 2, 2]), (2, 3, 1, 4, 0)), [128, N])
     return gl.convert_layout(slots, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
