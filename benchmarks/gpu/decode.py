@@ -3,8 +3,8 @@
     PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--seconds 50] [--cases 1x8192 64x65536 ...]
 
 Weights and caches are random bytes, tokens random, so routing is nearly uniform; how many experts a layer really uses
-is counted and stated. A step is everything between two tokens of the engine's runner: indices, their copy, the graph, the
-sampled tokens' copy back. `graph_ms` is the replay alone. Median of `--steps` steps after warm-up.
+is counted and stated. A step is everything between two tokens of the engine's runner: indices, their copy, the graph,
+the sampled tokens' copy back. `graph_ms` is the replay alone. Median of `--steps` steps after warm-up.
 """
 
 from __future__ import annotations

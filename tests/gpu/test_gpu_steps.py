@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from triptych.engine.runner import Runner
 from triptych.words import FinishReason, Request, SamplingParams
 
 OPTIONS: dict[str, Any] = {
-    **{"device": "cuda", "max_running": 8, "step_tokens": 256, "kv_memory": 256 << 20, "max_context": 8192},
+    **{"device": "cuda", "max_running": 4, "step_tokens": 256, "kv_memory": 256 << 20, "max_context": 2400},
 }
-NATIVE = {"numerics": "native", "weight_dtype": "bfloat16", "kv_format": "fp8"}
+NATIVE = {"numerics": "native", "weight_dtype": "released", "kv_format": "fp8"}
 PROMPTS = [text(NARROW_FLASH, i, n) for i, n in enumerate((1, 5, 127, 129, 600, 2300, 128, 4))]
 
 
@@ -34,7 +35,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
         return random_engine(NARROW_FLASH, **OPTIONS, **options)
 
 
-@pytest.mark.parametrize("options", ({}, NATIVE), ids=("exact", "native"))
+@pytest.mark.parametrize("options", (NATIVE, {}), ids=("native", "exact"))
 def test_graphs_give_the_tokens_of_eager_steps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     engine = random_engine(NARROW_FLASH, **OPTIONS, **options)
     got = engine.generate(PROMPTS, greedy(20))
@@ -58,15 +59,15 @@ def test_drawn_tokens_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> 
         temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, max_tokens=20, ignore_eos=True, seed=7,
         repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1, logit_bias={5: 2.0}, logprobs=3,
     )  # fmt: skip
-    got = random_engine(NARROW_FLASH, **OPTIONS).generate(PROMPTS, params)
-    want = _plain(monkeypatch).generate(PROMPTS, params)
-    assert sum(a.token_ids == b.token_ids for a, b in zip(got, want, strict=True)) >= 7
-    [again] = random_engine(NARROW_FLASH, **OPTIONS).generate(PROMPTS[3:4], replace(params, logprobs=None))
+    got = random_engine(NARROW_FLASH, **OPTIONS, **NATIVE).generate(PROMPTS, params)
+    want = _plain(monkeypatch, **NATIVE).generate(PROMPTS, params)
+    assert sum(a.token_ids == b.token_ids for a, b in zip(got, want, strict=True)) >= 4
+    [again] = random_engine(NARROW_FLASH, **OPTIONS, **NATIVE).generate(PROMPTS[3:4], replace(params, logprobs=None))
     assert again.token_ids == got[3].token_ids
 
 
 def test_an_abort_while_its_rows_run_leaves_nothing_behind() -> None:
-    engine = random_engine(NARROW_FLASH, **OPTIONS)
+    engine = random_engine(NARROW_FLASH, **OPTIONS, **NATIVE)
     [want] = engine.generate([PROMPTS[5]], greedy(10))
     engine.reset_cache()
     loop = engine._loop
@@ -80,3 +81,19 @@ def test_an_abort_while_its_rows_run_leaves_nothing_behind() -> None:
         engine.check_integrity()
         [got] = engine.generate([PROMPTS[5]], greedy(10))
         assert got.token_ids == want.token_ids
+
+
+def test_tiers_bring_back_the_same_tokens(tmp_path: Path) -> None:
+    tiers = {"host_memory": 64 << 20, "disk": str(tmp_path), "kv_memory": 24 << 20}
+    engine = random_engine(NARROW_FLASH, **(OPTIONS | tiers), **NATIVE)
+    prompts = [text(NARROW_FLASH, 50 + i, 2200) for i in range(12)]
+    first = [engine.generate([prompt], greedy(8))[0] for prompt in prompts]
+    engine._loop.settle(20.0)
+    engine.check_integrity()
+    for prompt, want in zip(prompts, first, strict=True):
+        [got] = engine.generate([prompt], greedy(8))
+        assert got.token_ids == want.token_ids
+    engine.check_integrity()
+    stats = engine._loop.stats().cache
+    print({name: value for name, value in stats.items() if "bytes" in name or "fetch" in name})
+    assert stats["host_bytes_in"] > 0 and stats["host_bytes_out"] > 0 and stats["fetches_failed"] == 0

@@ -1,14 +1,14 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
-    demotion   frames --gather--> staging --copies--> pinned host frames     gather in the step's stream, copies in `down`
-    fetch      host frames --copies--> frames                                in `up`; stores fill pinned staging first
-    save       frames --copies--> pinned staging --> store                   in `down`
+    demotion   frames --gather--> staging --copies--> pinned host frames   gathered in the step's stream, then in `down`
+    fetch      host frames --copies--> frames                              in `up`; stores fill pinned staging first
+    save       frames --copies--> pinned staging --> store                 in `down`
 
 Order. What a step writes is enqueued in the compute stream, all steps in order. A demotion is gathered there before the
 step that overwrites its frames, so the step does not wait for the link. Copies of fetches and saves first wait for
-an event that `run` records behind everything enqueued so far, demotions included: frames that were given up a moment ago
-are not overwritten before their last readers and writers have run. A fetch is reported when its copies have ended,
-so that whatever is enqueued afterwards sees them.
+an event that `run` records behind everything enqueued so far, demotions included: frames that were given up a moment
+ago are not overwritten before their last readers and writers have run. A fetch is reported when its copies have
+ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are made when a copy has arrived on the host, in a thread; a fetch of the same object waits for that.
 """
@@ -24,8 +24,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from triptych.cache.jobs import DEVICE, Demotion, FetchPart, Jobs, Save
 from triptych.cache.geometry import CacheGeometry
+from triptych.cache.jobs import DEVICE, Demotion, FetchPart, Jobs, Save
 from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
 from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded

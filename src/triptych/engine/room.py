@@ -35,8 +35,8 @@ def room_for_caches(weights: ModelWeights, config: EngineConfig, geometry: Cache
     room = free - transients - graphs - _MARGIN - geometry.slot_bytes  # of the spare slot
     if room <= 0:
         raise ConfigError(
-            f"Beside the weights {free / 2**30:.1f} GiB of the GPU are free, but a step of {config.step_tokens:,} tokens "
-            f"needs {transients / 2**30:.1f} GiB and decode graphs {graphs / 2**30:.1f} GiB.",
+            f"Beside the weights {free / 2**30:.1f} GiB of the GPU are free, but a step of {config.step_tokens:,} "
+            f"tokens needs {transients / 2**30:.1f} GiB and decode graphs {graphs / 2**30:.1f} GiB.",
             "Lower --step-tokens or --max-running, or use a GPU with more memory.",
         )
     return room
