@@ -1,6 +1,8 @@
-"""A step is planned while the last one runs: no wrong token, nothing lost, and what a stop makes superfluous is dropped."""
+"""A step is planned while the last one runs: no wrong token, nothing lost, and rows beyond a stop are dropped."""
 
 from __future__ import annotations
+
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_drawn_tokens_are_those_of_the_host() -> None:
     want = _run(_engine(overlap=False), PROMPTS, params)
     got = _run(_engine(), PROMPTS, params)
     assert _tokens(got) == _tokens(want)
-    for one, other in zip(sum(got, []), sum(want, []), strict=True):
+    for one, other in zip(chain(*got), chain(*want), strict=True):
         assert one.logprob is not None and other.logprob is not None
         assert one.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
         assert [i for i, _ in one.logprob.top] == [i for i, _ in other.logprob.top]

@@ -87,7 +87,8 @@ class Runner:
 class DeviceRunner(Runner):
     """A runner that enqueues steps. `capture`: decode by CUDA graphs; without them it runs on a processor, for tests.
 
-    `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless somebody has to see every step's logits.
+    `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless
+    somebody has to see every step's logits.
     """
 
     def __init__(
