@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue prompts from arguments, files or standard input.",
+    "plan": "Work out what fits on which hardware, how fast, at what cost.",
     "replay": "Replay a trace through the cache: hit rate, work left, bytes.",
     "demo": "Ask about a long document twice and see what the cache saves.",
     "eval": "Measure whether a model finds facts in a long context.",
