@@ -5,47 +5,80 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from triptych.cli.flags import spread
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
-    from triptych.planner.plan import Plan
+    from triptych.planner import Catalogue, Plan
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command()
-def plan(
-    *,
+@dataclass(frozen=True, slots=True)
+class MachineFlags:
+    """On what it is to run, and how it is laid over it."""
+
+    hardware: Annotated[str, typer.Option(metavar="NAME", help="A node or a device; --list shows all.")] = "hgx-h200"
+    hardware_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML with devices and nodes of your own.")
+    ] = None
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="So many of its devices. Default: the whole node.")] = (
+        None
+    )
+    tp: Annotated[int | None, typer.Option(metavar="N", help="Devices that share heads. Default: most possible.")] = (
+        None
+    )
+    ep: Annotated[int | None, typer.Option(metavar="N", help="Devices that share the experts. Default: all.")] = None
+    latent: Annotated[
+        Literal["replicated", "sharded"], typer.Option(help="Pages whole on each device of a group, or by sequence.")
+    ] = "replicated"
+    running: Annotated[int, typer.Option(metavar="N", help="Requests that run at once in one group.")] = 32
+    step_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of one step.")] = 8192
+    utilisation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the memory to plan with.")] = 0.92
+    price: Annotated[
+        float | None, typer.Option(metavar="USD", help="Per device and hour. Default: the catalogue's.")
+    ] = None
+
+    def check(self) -> None:
+        """ConfigError for values out of range."""
+        for name, value in (("--running", self.running), ("--step-tokens", self.step_tokens)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}.")
+        if not 0.0 < self.utilisation <= 1.0:
+            raise ConfigError(f"--utilisation must be a share above 0 and at most 1, not {self.utilisation}.")
+        if self.price is not None and self.price < 0:
+            raise ConfigError(f"--price must not be negative, as {self.price} is.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlags:
+    """What is to run, in which formats."""
+
     model: Annotated[
         str,
         typer.Option(metavar="MODEL", help="flash, pro, tiny, a checkpoint or config.json; gqa-70b, deepseek-v3.2."),
-    ] = "flash",
-    hardware: Annotated[str, typer.Option(metavar="NAME", help="A node or a device; --list shows all.")] = "hgx-h200",
-    hardware_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML with devices and nodes of your own.")
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="So many of its devices. Default: the whole node.")
-    ] = None,
-    tp: Annotated[
-        int | None, typer.Option(metavar="N", help="Devices that share heads. Default: as many as can.")
-    ] = None,
-    ep: Annotated[int | None, typer.Option(metavar="N", help="Devices that share the experts. Default: all.")] = None,
-    latent: Annotated[
-        Literal["replicated", "sharded"], typer.Option(help="Pages whole on each device of a group, or by sequence.")
-    ] = "replicated",
-    kv_format: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(help="Format of entries.")] = "fp8",
+    ] = "flash"
+    kv_format: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(help="Format of entries.")] = "fp8"
     index_format: Annotated[
         Literal["fp8", "mxfp4", "bfloat16", "float32"] | None, typer.Option(help="Of index keys. Default: as entries.")
-    ] = None,
+    ] = None
     weights: Annotated[
         Literal["released", "bfloat16", "float32"] | None, typer.Option(help="Default: as the checkpoint stores them.")
-    ] = None,
+    ] = None
+
+
+@app.command()
+@spread
+def plan(
+    *,
+    what: ModelFlags,
+    machine: MachineFlags,
     kv_policy: Annotated[
         str, typer.Option(metavar="NAME", help="Which positions stay resumable: adaptive, full, periodic:P, none.")
     ] = "adaptive",
@@ -55,12 +88,6 @@ def plan(
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Context lengths to show, like 8K,128K,1M.")
     ] = "8K,64K,128K,256K,512K,1M",
-    running: Annotated[int, typer.Option(metavar="N", help="Requests that run at once in one group.")] = 32,
-    step_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of one step.")] = 8192,
-    utilisation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the memory to plan with.")] = 0.92,
-    price: Annotated[
-        float | None, typer.Option(metavar="USD", help="Per device and hour. Default: the catalogue's.")
-    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Tokens and floors as PNG or SVG.")] = None,
     list_hardware: Annotated[
         bool, typer.Option("--list", help="Show the hardware catalogue with its sources.")
@@ -79,17 +106,18 @@ def plan(
     from triptych.planner.mixes import mix_named
     from triptych.planner.plan import check_lengths
 
-    known = catalogue(hardware_file)
+    known = catalogue(machine.hardware_file)
     if list_hardware:
         typer.echo(_catalogue(known))
         return
-    _check(running, step_tokens, utilisation, price, plot)
-    node = known.node(hardware, gpus)
-    planned = model_named(os.path.expanduser(model), kv_format, index_format, weights)
-    layout = layout_for(planned, node.count, tp, ep, latent)
-    shown = check_lengths([_tokens(text) for text in lengths.split(",")], planned)
-    usage = Usage(running, step_tokens, min(planned.max_position, max(shown)), utilisation)
-    done = work_out(Wanted(planned, node, layout, usage, mix_named(mix), kv_policy, shown, price))
+    machine.check()
+    _check_plot(plot)
+    node = known.node(machine.hardware, machine.gpus)
+    model = model_named(os.path.expanduser(what.model), what.kv_format, what.index_format, what.weights)
+    layout = layout_for(model, node.count, machine.tp, machine.ep, machine.latent)
+    shown = check_lengths([_tokens(text) for text in lengths.split(",")], model)
+    usage = Usage(machine.running, machine.step_tokens, max(shown), machine.utilisation)
+    done = work_out(Wanted(model, node, layout, usage, mix_named(mix), kv_policy, shown, machine.price))
     _show(done, as_json, plot)
 
 
@@ -104,14 +132,7 @@ def _show(done: Plan, as_json: bool, plot: Path | None) -> None:
         print(f"Plot in {plot}.", file=sys.stderr)
 
 
-def _check(running: int, step: int, utilisation: float, price: float | None, plot: Path | None) -> None:
-    for name, value in (("--running", running), ("--step-tokens", step)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if not 0.0 < utilisation <= 1.0:
-        raise ConfigError(f"--utilisation must be a share above 0 and at most 1, not {utilisation}.")
-    if price is not None and price < 0:
-        raise ConfigError(f"--price must not be negative, as {price} is.")
+def _check_plot(plot: Path | None) -> None:
     if plot is not None:
         if plot.suffix not in (".png", ".svg"):
             raise ConfigError(f"--plot {plot} must end in .png or .svg.")
@@ -128,10 +149,7 @@ def _tokens(text: str) -> int:
     return int(digits) * factor
 
 
-def _catalogue(known: object) -> str:
-    from triptych.planner.hardware import Catalogue
-
-    assert isinstance(known, Catalogue)
+def _catalogue(known: Catalogue) -> str:
     lines = [f"{'device':<14}{'GB':>6}{'TB/s':>7}{'BF16':>7}{'FP8':>7}{'FP4':>7}  USD/h  source"]
     for device in known.devices.values():
         rates = [f"{device.flops[n] / 1e12:.0f}" if n in device.flops else "-" for n in ("bf16", "fp8", "fp4")]
