@@ -24,6 +24,7 @@ from triptych.engine.device import device_for, free_device_memory, kind_of, refu
 from triptych.engine.loop import EngineLoop
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.rates import starting_rates
 from triptych.engine.runner import Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import warm_up
@@ -94,7 +95,11 @@ def build_loop(
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
     policies = Policies(
-        places, retention_named(wanted.retention), quota=wanted.tenant_quota, prefix_cache=wanted.prefix_cache
+        places,
+        retention_named(wanted.retention),
+        starting_rates(shape, config, weights.embed.device),
+        quota=wanted.tenant_quota,
+        prefix_cache=wanted.prefix_cache,
     )
     cache = CacheManager(
         geometry,

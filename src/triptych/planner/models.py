@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import triptych
 from triptych.cache.geometry import CacheGeometry, IndexFormat
 from triptych.config import SHAPES, KvFormat, ModelShape, read_config
 from triptych.errors import ConfigError, nearest
@@ -15,7 +14,7 @@ from triptych.planner.attention import Attention, PanelAttention, PlainAttention
 from triptych.planner.hardware import Numeric
 from triptych.planner.parts import Part, WeightFormat, parts_of
 
-TINY_CONFIG = Path(triptych.__file__).parent / "tiny" / "data" / "config.json"
+TINY_CONFIG = Path(__file__).parents[1] / "tiny" / "data" / "config.json"
 COMPARED = ("gqa-70b", "deepseek-v3.2")
 
 
