@@ -72,13 +72,13 @@ MIXES = {
         Mix(
             "rl-rollout",
             cached=0,
-            append=256,
+            append=365,
             output=8_192,
             steps=1,
             snapshots=1,
             ttl=0,
             source="DeepSeek-R1 report (arXiv 2501.12948): 16 samples a question, at most 32,768 tokens, answers that "
-            "grow to some 8K to 10K in training; a task is one sample",
+            "grow to some 8K to 10K in training; questions as the rollout workload draws them; a task is one sample",
         ),
     )
 }
