@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Continue prompts from arguments, files or standard input.",
     "plan": "Work out what fits on which hardware, how fast, at what cost.",
     "replay": "Replay a trace through the cache: hit rate, work left, bytes.",
+    "bench": "Load a server or an engine with a workload: latencies, hit rate, cost per task.",
     "demo": "Ask about a long document twice and see what the cache saves.",
     "eval": "Measure whether a model finds facts in a long context.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",
