@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from triptych.config import PAGE
+from triptych.config import CSA_RATIO, PAGE
 from triptych.errors import ConfigError
 from triptych.planner.hardware import Node
 from triptych.planner.layout import Layout, weights_by_part
@@ -91,10 +91,10 @@ def activation_bytes(model: PlannedModel, layout: Layout, usage: Usage) -> float
 
 def score_bytes(model: PlannedModel, usage: Usage) -> float:
     """FP32 scores of the indexer for the rows that are scored at a time, of one layer."""
-    candidates = {work.name: work for work in model.attention.work(float(usage.context))}
-    if "indexer" not in candidates or not candidates["indexer"].flops:
+    indexer = [work for work in model.attention.work(float(usage.context)) if work.name == "indexer"]
+    if not indexer or not indexer[0].flops:
         return 0.0
-    ratio = 4 if model.shape is not None else 1
+    ratio = CSA_RATIO if model.shape is not None else 1
     return float(min(SCORES_AT_ONCE, usage.step * usage.context // ratio * 4))
 
 

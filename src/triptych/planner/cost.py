@@ -130,6 +130,8 @@ def tiers_of(given: Priced, cost: Cost) -> tuple[Tier, ...]:
         ("host", given.node.device.host_link, DRAM_MONTH, mix.ttl),
         ("disk", DISK_BANDWIDTH, DISK_MONTH, _KEPT),
     ):
+        if not ttl:
+            continue
         keeping = size / 1e9 * month * ttl / _MONTH
         value = None if cost.price is None else again * cost.price * given.node.count / 3600
         chance = None if value is None else keeping / value

@@ -161,7 +161,7 @@ def _length_row(wanted: Wanted, memory: Memory, tokens: int) -> LengthRow:
     kept = snapshots_named(wanted.policy, wanted.mix.snapshots)
     sessions = sessions_of(model, layout, memory.cache, kept, tokens)
     batch = max(1, min(wanted.usage.running, sessions // layout.dp))
-    whole = prefill(model, device, layout, 0, tokens, wanted.usage.step)
+    whole = prefill(model, device, layout, 0, tokens, min(tokens, wanted.usage.step))  # this prompt alone
     return LengthRow(
         tokens=tokens,
         sessions=sessions,

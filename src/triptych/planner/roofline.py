@@ -54,19 +54,20 @@ def decode_step(model: PlannedModel, device: Device, layout: Layout, batch: int,
     return _step(model, device, layout, batch, [float(context)], batch, reads)
 
 
-def prefill_step(model: PlannedModel, device: Device, layout: Layout, start: int, end: int) -> Step:
-    """Tokens [start, end) of one prompt in every group, in one step; what is cached is read once for the whole step."""
+def prefill_step(model: PlannedModel, device: Device, layout: Layout, start: int, end: int, prompts: int = 1) -> Step:
+    """Tokens [start, end) of `prompts` prompts in every group, in one step, for which what is cached is read once."""
     rows = end - start
     reads = dict(model.attention.reads(end))
     if model.shape is not None:  # the rows choose different CSA entries: together nearly all of them
         chosen = min(model.shape.index_topk, end / CSA_RATIO)
         reads["CSA entries"] *= max(1.0, min(end / CSA_RATIO, rows * chosen) / max(chosen, 1.0))
-    return _step(model, device, layout, rows, _points(start, end), 1, sum(reads.values()) / layout.latent_share)
+    read = prompts * sum(reads.values()) / layout.latent_share
+    return _step(model, device, layout, prompts * rows, _points(start, end), prompts, read)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """A prompt in steps: seconds at the floor, what bounds most of them, tokens per second of the whole node."""
+    """Prompts in steps: seconds at the floor, what bounds most of them, tokens per second of the whole node."""
 
     seconds: float
     bound: str
@@ -74,13 +75,15 @@ class Prefill:
 
 
 def prefill(model: PlannedModel, device: Device, layout: Layout, start: int, end: int, chunk: int) -> Prefill:
-    """Floor of tokens [start, end) of a prompt in steps of `chunk`, one prompt in every group."""
+    """Floor of tokens [start, end) of a prompt in steps of `chunk`, in every group as many prompts as fill a step."""
     by_bound: dict[str, float] = {}
+    prompts = max(1, chunk // (end - start))
     for at in range(start, end, chunk):
-        step = prefill_step(model, device, layout, at, min(end, at + chunk))
+        step = prefill_step(model, device, layout, at, min(end, at + chunk), prompts)
         by_bound[step.bound] = by_bound.get(step.bound, 0.0) + step.seconds
     seconds = sum(by_bound.values())
-    return Prefill(seconds, max(by_bound, key=lambda name: by_bound[name]), layout.dp * (end - start) / seconds)
+    tokens = layout.dp * prompts * (end - start)
+    return Prefill(seconds, max(by_bound, key=lambda name: by_bound[name]), tokens / seconds)
 
 
 def _points(start: int, end: int) -> list[float]:
