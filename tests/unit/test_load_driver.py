@@ -15,6 +15,8 @@ from triptych.errors import ConfigError
 from triptych.words import TokenIds
 from triptych.workload.clients import AnswerError, Counts, OverHttp, Piece
 from triptych.workload.load import Load, LoadSettings, Timing, scaled
+from triptych.workload.load_page import write_page
+from triptych.workload.load_pairs import pair_lines, paired
 from triptych.workload.load_report import Slo, spread, summary, table
 from triptych.workload.named import workload
 from triptych.workload.sessions import Part, SessionRequest, as_sessions
@@ -237,3 +239,39 @@ def test_what_is_no_answer_is_said(reply: bytes, sentence: str) -> None:
 def test_addresses_are_checked() -> None:
     with pytest.raises(ConfigError, match="is no address"):
         OverHttp("ftp://x", "m", decode=None)
+
+
+def timing(session: str, first: float, total: float, error: str | None = None) -> Timing:
+    arrivals = [(first, 1), (total, 4)]
+    return Timing(session, 0.0, 0.0, arrivals, total, Counts(10, 0, 0, 5), error)
+
+
+def test_pairs_compare_each_request_with_itself() -> None:
+    one = [timing(f"s{i // 2}", 0.1 * (i + 1), 1.0 * (i + 2)) for i in range(10)]
+    other = [timing(f"s{i // 2}", 0.05 * (i + 1), 0.9 * (i + 2)) for i in range(10)]
+    found = paired(one, other)
+    assert found["pairs"] == 10
+    assert found["ttft_s"]["ratio"] == pytest.approx(0.5)
+    assert found["ttft_s"]["ratio_95"] == pytest.approx([0.5, 0.5])
+    assert found["end_to_end_s"]["ratio"] == pytest.approx(0.9)
+    assert "0.500" in pair_lines(found, "first", "second")
+    other[3] = timing("s1", 9.0, 9.0, "no")
+    assert paired(one, other)["pairs"] == 9
+    assert paired([], [])["ttft_s"] is None
+
+
+def test_a_page_names_its_axes_and_settings_and_escapes_what_it_was_given(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    timings = [timing(f"s{i}", 0.1 * (i + 1), 1.0 + i) for i in range(8)]
+    path = tmp_path / "page.html"
+    found = summary(timings, Slo(), hourly=3.0)
+    write_page(path, {"<a>": (found, timings), "b": (found, timings)}, {"workload": "chat", "command": "<x>"})
+    text = path.read_text()
+    assert "&lt;a&gt;" in text and "&lt;x&gt;" in text and "<x>" not in text
+    for label in ("seconds to the first token", "share of requests", "prompt tokens, by where they came from"):
+        assert label in text
+    assert "http" not in text.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", ""), "the page loads nothing"
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_page(tmp_path / "no" / "page.html", {"a": (found, timings)}, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -54,6 +55,26 @@ class LoadFlags:
             raise ConfigError(f"--text {self.text} is no directory.")
 
 
+@dataclass(frozen=True, slots=True)
+class ResultFlags:
+    """What is computed and where it goes."""
+
+    ttft: Annotated[float, typer.Option(metavar="S", help="Accepted seconds to the first token.")] = 2.0
+    tpot: Annotated[float, typer.Option(metavar="S", help="Accepted seconds per further token.")] = 0.1
+    price: Annotated[
+        float | None, typer.Option(metavar="USD", help="Per hour of all that answers; for cost per session.")
+    ] = None
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write figures and every request as JSON.")] = None
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots (HTML).")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
+
+    def check(self) -> None:
+        """ConfigError for files that cannot be written."""
+        for name, path in (("--out", self.out), ("--report", self.report)):
+            if path is not None and not path.parent.is_dir():
+                raise ConfigError(f"{name} {path} cannot be written: there is no directory {path.parent}.")
+
+
 @app.command()
 @spread
 def bench(
@@ -65,6 +86,9 @@ def bench(
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="A server of the OpenAI API. Default: an engine of this process.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="URL", help="A second server, sent the same: requests are compared in pairs.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A checkpoint, or the server's name for its model.")
     ] = None,
@@ -73,15 +97,7 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="Counts lengths at a server: tiny, deepseek or a directory.")
     ] = None,
     load: LoadFlags,
-    ttft: Annotated[float, typer.Option(metavar="S", help="Accepted seconds to the first token.")] = 2.0,
-    tpot: Annotated[float, typer.Option(metavar="S", help="Accepted seconds per further token.")] = 0.1,
-    price: Annotated[
-        float | None, typer.Option(metavar="USD", help="Per hour of all that answers; for cost per session.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures and every request as JSON.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    results: ResultFlags,
     engine: EngineFlags,
 ) -> None:
     """Load a server or an engine with a workload: latencies, hit rate, cost per task.
@@ -90,21 +106,68 @@ def bench(
     a turn that repeats an answer repeats what was really answered.
     """
     load.check()
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out} cannot be written: there is no directory {out.parent}.")
-    from triptych.workload.load_report import Slo, summary, table
-
+    results.check()
+    if against is not None and url is None:
+        raise ConfigError("--against compares two servers.", "Name the first with --url.")
     requests, closed = _requests(workload, load)
     run = _Run(requests, closed, load)
-    timings = run.in_process(model or "tiny", engine) if url is None else run.over_http(url, model, key, tokenizer)
-    found = {"workload": workload, "url": url, "seed": load.seed, "arrivals": load.arrivals, "speed": load.speed}
-    found |= {"scale": load.scale} | summary(timings, Slo(ttft, tpot), price)
-    if out is not None:
-        rows = [_row(timing) for timing in timings]
-        out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    typer.echo(json.dumps(found, indent=2) if as_json else table(found))
-    if found["failed"] == found["requests"]:
+    if url is None:
+        runs = {f"engine {model or 'tiny'}": run.in_process(model or "tiny", engine)}
+    else:
+        runs = {url: run.over_http(url, model, key, tokenizer)}
+    if against is not None:
+        runs[against] = run.over_http(against, model, key, tokenizer)
+    about = {"workload": workload, "requests": load.requests, "seed": load.seed, "arrivals": load.arrivals}
+    _show(runs, about | {"speed": load.speed, "scale": load.scale}, results)
+
+
+def _show(runs: dict[str, list[Timing]], about: dict[str, Any], results: ResultFlags) -> None:
+    """Print the figures; write the files that were asked for. TriptychError if nothing was answered."""
+    from triptych.workload.load_pairs import pair_lines, paired
+    from triptych.workload.load_report import Slo, summary, table
+
+    slo = Slo(results.ttft, results.tpot)
+    figures = {name: summary(timings, slo, results.price) for name, timings in runs.items()}
+    found: dict[str, Any] = dict(about)
+    pairs = None
+    if len(runs) == 1:
+        found |= next(iter(figures.values()))
+    else:
+        one, other = runs
+        pairs = paired(runs[one], runs[other])
+        found |= {"runs": figures, "paired": pairs}
+    if results.out is not None:
+        rows = {name: [_row(timing) for timing in timings] for name, timings in runs.items()}
+        results.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if results.as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        titles = [f"{name}\n" if pairs else "" for name in figures]
+        typer.echo("\n\n".join(title + table(one) for title, one in zip(titles, figures.values(), strict=True)))
+        typer.echo("\n" + pair_lines(pairs, "first", "second") if pairs else "", nl=pairs is not None)
+    if results.report is not None:  # last, so that a page that fails takes no numbers with it
+        from triptych.workload.load_page import write_page
+
+        write_page(results.report, {name: (figures[name], runs[name]) for name in runs}, about | _machine())
+    if any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
+
+
+def _machine() -> dict[str, str]:
+    """Where the driver ran, for whoever reads the page later."""
+    import platform
+    import sys
+    from datetime import UTC, datetime
+
+    from triptych import __version__
+
+    shown = re.sub(r"(--key[= ])\S+", r"\1...", " ".join(sys.argv[1:]))  # pages are passed on, keys are not
+    return {
+        "command": f"triptych {shown}",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "driver's machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "triptych": __version__,
+    }
 
 
 def _requests(name: str, load: LoadFlags) -> tuple[list[SessionRequest], int]:
