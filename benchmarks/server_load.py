@@ -122,7 +122,7 @@ class Seen:
 
 
 async def ask(port: int, text: str, tokens: int, *, leave_after: float = 1e9, pause: float = 0.0) -> Seen:
-    """One streaming completion over its own socket. After `leave_after` events it hangs up; it may pause at each read."""
+    """One streaming completion over its own socket. After `leave_after` events it hangs up; it may pause at reads."""
     body = {"model": "tiny", "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096 if pause else 2**16)

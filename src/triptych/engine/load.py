@@ -24,6 +24,7 @@ from triptych.engine.device import device_for, free_device_memory, kind_of, refu
 from triptych.engine.loop import EngineLoop
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.rates import starting_rates
 from triptych.engine.runner import Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import warm_up
@@ -96,6 +97,7 @@ def build_loop(
     policies = Policies(
         places,
         retention_named(wanted.retention),
+        starting_rates(shape, config, weights.embed.device),
         quota=wanted.tenant_quota,
         shares=wanted.tenant_shares,
         prefix_cache=wanted.prefix_cache,
