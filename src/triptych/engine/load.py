@@ -99,6 +99,7 @@ def build_loop(
         retention_named(wanted.retention),
         starting_rates(shape, config, weights.embed.device),
         quota=wanted.tenant_quota,
+        shares=wanted.tenant_shares,
         prefix_cache=wanted.prefix_cache,
     )
     cache = CacheManager(
