@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,9 @@ from triptych.config import SHAPES
 from triptych.planner.capacity import Usage, fit, memory_of, snapshots_named
 from triptych.planner.hardware import catalogue
 from triptych.planner.layout import layout_for
+from triptych.planner.mixes import MIXES
 from triptych.planner.models import fp8_equivalent_flops, model_named, of_shape
-from triptych.planner.plan import compared_with
+from triptych.planner.plan import Wanted, compared_with, plan
 from triptych.planner.roofline import REACHED, decode_step, prefill
 
 MILLION = 1 << 20
@@ -102,3 +104,25 @@ def test_the_reached_shares_are_those_of_the_measured_engine() -> None:
     steps = [1e3 * decode_step(model, device, layout, batch, 65_536).seconds for batch in (16, 64)]
     decode = (steps[0] / 11.94 + steps[1] / 24.76) / 2
     assert {"prefill": round(fresh, 2), "decode": round(decode, 2)} == REACHED
+
+
+def test_the_page_on_planning_shows_these_figures() -> None:
+    """docs/planning.md has a table of them; it must not drift from what is planned."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    node, model = catalogue().node("hgx-b200"), model_named("pro")
+    fits = plan(Wanted(model, node, layout_for(model, node.count), Usage(), MIXES["coding-agent"])).fits
+    tokens = {one.policy: one.tokens / 1e6 for one in fits}
+    lines = [f"| {tokens['full']:.2f}M; {tokens['adaptive']:.1f}M, with the ceiling at {tokens['none']:.1f}M |"]
+    shares = {name: compared_with(model_named(name, "fp8", "mxfp4")) for name in ("pro", "flash")}
+    v32 = [100 * shares[name]["deepseek-v3.2"]["bytes"] for name in ("pro", "flash")]
+    same = [100 * shares[name]["gqa-8, same depth"]["bytes"] for name in ("pro", "flash")]
+    flops = [100 * shares[name]["deepseek-v3.2"]["flops"] for name in ("pro", "flash")]
+    lines += [
+        f"| {v32[0]:.1f} % / {v32[1]:.1f} % (FP4 index keys) |",
+        f"| {same[0]:.1f} % / {same[1]:.1f} % |",
+        f"| {flops[0]:.1f} % / {flops[1]:.1f} % |",
+    ]
+    for line in lines:
+        assert line in page, line
+    for name, share in REACHED.items():
+        assert f"{share:.0%}".replace("%", " %") in page, name

@@ -16,7 +16,7 @@ from triptych.workload.load import Timing
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
+td:first-child,th:first-child,.set td{text-align:left}h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
 figure{margin:1em 0}figcaption{color:#555;font-size:.9em}svg{max-width:100%;height:auto}
 """
 _ROWS = (
@@ -39,7 +39,7 @@ def write_page(
         f"<h1>{html.escape(title)}</h1>",
         *(_figures(name, found) for name, (found, _) in runs.items()),
         *_plots(runs),
-        "<h2>How it was run</h2><table>",
+        "<h2>How it was run</h2><table class=set>",
         *(f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}" for key, value in about.items()),
         "</table></html>",
     ]
@@ -83,7 +83,7 @@ def _plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
     except ImportError:
         raise ConfigError("The report's plots need matplotlib.", "pip install 'triptych[bench]'.") from None
     figure, ((first, gaps), (over, tokens)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -101,6 +101,7 @@ def _plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[
         axes.set_xlabel(label)
         axes.set_ylabel("share of requests")
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or labels of one decade run into each other
     over.set_xlabel("intended time of the request, s")
     over.set_ylabel("seconds to the first token")
     tokens.set_xlabel("prompt tokens, by where they came from")
