@@ -19,8 +19,9 @@ from triptych.server.state import ServerState
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_OPEN = frozenset({"/health", "/health/live"})  # for load balancers, which have no key
-_ADMIN = ("/metrics", "/dashboard")
+# for load balancers, which have no key; and the dashboard's page, which asks for one and holds nothing
+_OPEN = frozenset({"/health", "/health/live", "/dashboard", "/dashboard/style.css", "/dashboard/page.js"})
+_ADMIN = ("/metrics", "/dashboard/data")
 
 
 class Gate:
