@@ -185,9 +185,10 @@ class ResponsesAgent(Agent):
         for item in turn.raw:
             if item.type == "message":
                 self.messages.append({"role": "assistant", "content": item.content[0].text})
-        for (call, name, arguments), result in zip(turn.calls, results, strict=True):
+        for call, name, arguments in turn.calls:
             arguments = _other_spelling(arguments)
             self.messages.append({"type": "function_call", "call_id": call, "name": name, "arguments": arguments})
+        for (call, _, _), result in zip(turn.calls, results, strict=True):
             self.messages.append({"type": "function_call_output", "call_id": call, "output": result})
 
 
@@ -251,4 +252,4 @@ def test_thirty_turns(
 def test_a_few_turns(start: Callable[[], Served], kind: type[Agent], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with a shorter prompt, of which what is new in a turn is a larger share."""
     shares = run(start, kind("", True, SYSTEM[:9_000]), Puppet(monkeypatch), 6)
-    assert min(shares) >= 0.88, [round(share, 4) for share in shares]
+    assert min(shares) >= 0.95, [round(share, 4) for share in shares]
