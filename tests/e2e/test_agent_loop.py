@@ -236,6 +236,7 @@ def run(start: Callable[[], Served], agent: Agent, puppet: Puppet, turns: int) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("kind", "thinking"),
     [(ChatAgent, True), (ClaudeAgent, True), (ResponsesAgent, True), (ChatAgent, False)],
