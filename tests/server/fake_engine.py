@@ -22,7 +22,9 @@ from triptych.words import (
     CacheHints,
     Delta,
     EngineStats,
+    Facts,
     FinishReason,
+    Panels,
     SamplingParams,
     TokenIds,
     TokenLogprob,
@@ -62,6 +64,8 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self._words = [tokenizer.encode(word).tolist() for word in WORDS]
+        self.panels = Panels({"csa": 60, "index": 30, "hca": 10}, 800, 2000, {"device": 1 << 20})
+        self.told = Facts()
         self.script: list[str] = []  # what the next answers say, each ended by the end of sequence
         self.prompts: list[TokenIds] = []
         self.token_delay = 0.0
@@ -81,6 +85,9 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    async def facts(self) -> Facts:
+        return self.told
 
     def stats(self) -> EngineStats:
         return EngineStats(
