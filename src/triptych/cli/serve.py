@@ -64,7 +64,7 @@ class ServerFlags:
     ] = "info"
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Log lines for people or for machines.")] = "text"
     log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Write prompts and answers into the log. Never without consent.")
+        bool, typer.Option("--log-prompts", help="Write request bodies, prompts and all, into the log.")
     ] = False
 
     def options(self) -> dict[str, Any]:
