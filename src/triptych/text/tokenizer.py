@@ -137,6 +137,11 @@ class Tokenizer:
         """True for tokens that decoding hides: BOS, EOS, padding and placeholders."""
         return token_id in self._hidden
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of all control tokens, which no text is ever encoded to."""
+        return frozenset(self._controls.values())
+
     def control_id(self, spelling: str) -> int:
         """The id of a control token such as `</think>`. RequestError if this tokenizer has none of that name."""
         found = self._controls.get(spelling)
