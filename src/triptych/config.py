@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -416,7 +416,8 @@ class CacheConfig:
     `kv_memory` None means a quarter of the free RAM, or most of what a GPU has left beside the weights. `policy` says
     which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
     `host_memory` and `disk` (a directory of at most `disk_memory`) hold what the device gave up; `remote` is a
-    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room.
+    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room;
+    `tenant_shares` say otherwise for tenants by their salt.
     `canary`: the share of resumed requests that are computed again in idle time and compared.
     """
 
@@ -430,6 +431,7 @@ class CacheConfig:
     disk_memory: int = 64 << 30
     remote: str | None = None
     tenant_quota: float = 1.0
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
     canary: float = 0.0
 
     def __post_init__(self) -> None:

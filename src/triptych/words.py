@@ -332,7 +332,8 @@ class StepResult:
 class Delta:
     """What one sample of a request gained: text that is safe to show, the tokens behind it, and the end.
 
-    `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta.
+    `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta; so does
+    `stop`, the stop string that ended the sample, if one did.
     """
 
     index: int
@@ -342,6 +343,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,9 @@ class CacheManager:
         self.retention = policies.retention
         self.rates = policies.rates
         self.clock = clock
-        self.memory = Memory(capacity.frames, geometry.snapshot_frames, self.retention, clock, policies.quota)
+        self.memory = Memory(
+            capacity.frames, geometry.snapshot_frames, self.retention, clock, policies.quota, policies.shares
+        )
         self.planner = Planner(layers, self.rates, self.places.replay)
         self.leases = Leases(self.memory)
         self.tiers = Tiers(self.memory, geometry, self.rates, below)

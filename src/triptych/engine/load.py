@@ -98,7 +98,11 @@ def build_loop(
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
     policies = Policies(
-        places, retention_named(wanted.retention), quota=wanted.tenant_quota, prefix_cache=wanted.prefix_cache
+        places,
+        retention_named(wanted.retention),
+        quota=wanted.tenant_quota,
+        shares=wanted.tenant_shares,
+        prefix_cache=wanted.prefix_cache,
     )
     cache = CacheManager(
         geometry,
