@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from triptych.config import EngineConfig, ModelShape
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, SamplingParams, TokenIds
 
@@ -18,6 +19,10 @@ class ServingEngine(Protocol):
     config: EngineConfig
     tokenizer: Tokenizer
     max_context: int
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """Where grammars are compiled; None where answers cannot be constrained."""
 
     async def start(self) -> None:
         """Become ready for `stream`."""

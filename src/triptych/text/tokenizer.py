@@ -11,6 +11,7 @@ Two decisions shape this file:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -136,6 +137,11 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """True for tokens that decoding hides: BOS, EOS, padding and placeholders."""
         return token_id in self._hidden
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what each id spells."""
+        return hashlib.blake2b(b"\0".join(self._bytes), digest_size=16).hexdigest()
 
     @property
     def control_ids(self) -> frozenset[int]:
