@@ -53,13 +53,21 @@ class Drawn:
         out: list[SampledToken | str] = []
         for row, (draw, token, peak) in enumerate(zip(draws, tokens, peaks, strict=True)):
             state = draw.state
-            if not np.isfinite(peak):
-                at = state.generated
-                out.append(f"The model gave no usable logits (maximum {peak}) for output token {at}.")
+            failed = state.broken or _failure(state, peak)
+            if failed is not None:
+                out.append(failed)
                 continue
             logprob = _logprob(int(token), extra[row], state.params.logprobs or 0) if row in extra else None
             out.append(SampledToken(state.request_id, int(token), logprob))
         return out
+
+
+def _failure(state: SamplerState, peak: float) -> str | None:
+    if np.isfinite(peak):
+        return None
+    if state.mask is not None and peak == -np.inf:
+        return f"The grammar and the model agree on no token for output token {state.generated}."
+    return f"The model gave no usable logits (maximum {peak}) for output token {state.generated}."
 
 
 def _logprob(token: int, line: list[float], top: int) -> TokenLogprob:
@@ -93,8 +101,10 @@ class DeviceSampler:
         if rows:
             at = to_device(np.asarray(rows), device)
             some = [draws[i] for i in rows]
-            picked = self._choose(logits.index_select(0, at).double(), slots.index_select(0, at), some)
+            picked, peak = self._choose(logits.index_select(0, at).double(), slots.index_select(0, at), some)
+            before = chosen[1].index_select(0, at)
             chosen[0].index_copy_(0, at, picked.double())
+            chosen[1].index_copy_(0, at, torch.where(before.isfinite(), peak, before))
         tokens = chosen[0].long()
         self._tokens.index_copy_(0, slots, tokens)
         self._count(tokens, slots, draws)
@@ -104,12 +114,12 @@ class DeviceSampler:
 
     # ---- one token each
 
-    def _choose(self, x: Tensor, slots: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Tokens [n] for x [n, V] float64, which is overwritten."""
+    def _choose(self, x: Tensor, slots: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and highest adjusted logits [n] for x [n, V] float64, which is overwritten."""
         device = x.device
         self._adjust(x, slots, draws)
         params = [draw.state.params for draw in draws]
-        greedy = x.argmax(dim=1)
+        peak, greedy = x.max(dim=1)
         table = np.asarray(
             [
                 (p.temperature or 1.0, draw.state.uniform(draw.ahead), p.top_k, p.top_p, min(p.min_p, 1.0), p.greedy)
@@ -117,12 +127,12 @@ class DeviceSampler:
             ]
         )
         temperature, uniform, top_k, top_p, min_p, is_greedy = to_device(table.T, device).unsqueeze(2).unbind()
-        x -= x.amax(dim=1, keepdim=True)
+        x -= peak[:, None]
         x /= temperature
         weights = x.exp_()
         cut = [not p.greedy and (0 < p.top_k < self._vocab or p.top_p < 1.0 or p.min_p > 0.0) for p in params]
         if not any(cut):
-            return torch.where(is_greedy[:, 0] > 0, greedy, _pick(weights.cumsum(dim=1), uniform, None))
+            return torch.where(is_greedy[:, 0] > 0, greedy, _pick(weights.cumsum(dim=1), uniform, None)), peak
         whole = _pick(weights.cumsum(dim=1), uniform, None)
         weights = torch.where(weights >= min_p, weights, 0.0)
         ranked, ids = weights.sort(dim=1, descending=True, stable=True)
@@ -133,7 +143,7 @@ class DeviceSampler:
         at = _pick(mass, uniform, mass.gather(1, last))
         token = ids.gather(1, at[:, None])[:, 0]
         token = torch.where(to_device(np.asarray(cut), device), token, whole)
-        return torch.where(is_greedy[:, 0] > 0, greedy, token)
+        return torch.where(is_greedy[:, 0] > 0, greedy, token), peak
 
     def _adjust(self, x: Tensor, slots: Tensor, draws: Sequence[Draw]) -> None:
         """Bias and penalties, as SamplerState.adjusted."""
@@ -154,6 +164,13 @@ class DeviceSampler:
             presence = _column([draw.state.params.presence_penalty for draw in draws], device)
             x -= torch.where(counts > 0, frequency * counts + presence, 0.0)
         x.clamp_(max=LARGEST)
+        masked = [(i, draw.state.mask) for i, draw in enumerate(draws) if draw.state.mask is not None]
+        if masked:
+            bits = to_device(np.stack([mask for _, mask in masked]), device)
+            allowed = (bits[:, :, None] >> torch.arange(32, device=device)) & 1
+            rows = to_device(np.asarray([i for i, _ in masked]), device)
+            kept = x.index_select(0, rows).masked_fill(allowed.flatten(1)[:, : self._vocab] == 0, -torch.inf)
+            x.index_copy_(0, rows, kept)
 
     # ---- what penalties count
 

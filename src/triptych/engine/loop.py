@@ -16,9 +16,11 @@ from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
 from triptych.engine.canary import PREFIX, Canary
 from triptych.engine.device_sampler import Draw
+from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
 from triptych.engine.runner import Flight, Runner
 from triptych.engine.sampler import SamplerState
+from triptych.errors import Unsupported
 from triptych.model.transformer import Transformer
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
@@ -73,6 +75,7 @@ class EngineLoop:
         self._samplers: dict[str, SamplerState] = {}
         self._flights: deque[Flight] = deque()
         self._owners: dict[int, SamplerState] = {}  # whose tokens were last counted on the device, by slot
+        self.masks: Masks | None = None  # set where there is a tokenizer, without which no grammar means anything
 
     @property
     def model(self) -> Transformer:
@@ -90,7 +93,10 @@ class EngineLoop:
         )
 
     def add(self, request: Request, sample_index: int = 0) -> None:
-        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait."""
+        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait.
+
+        A grammar that was not compiled before (`GrammarCache.check`) is compiled now, or refused.
+        """
         state = SamplerState(
             request.request_id,
             request.params,
@@ -98,6 +104,10 @@ class EngineLoop:
             prompt_ids=request.prompt_ids,
             sample_index=sample_index,
         )
+        if request.params.grammar is not None:
+            if self.masks is None:
+                raise Unsupported("A grammar needs a tokenizer, which this checkpoint lacks.", param="grammar")
+            state.grammar = self.masks.grammars.start(request.params.grammar)
         self.scheduler.add(request)
         self._samplers[request.request_id] = state
 
@@ -118,12 +128,13 @@ class EngineLoop:
         """
         self._take_in()
         self._watch_over()
-        events = self._land(0) if self.scheduler.strained else []
+        depth = self._depth()
+        events = self._land(0) if self.scheduler.strained or not depth else []
         plan = self.scheduler.plan()
         self._mover.run(self.cache.due())  # before the step, which writes into frames that are demoted here
         if plan is not None:
-            self._flights.append(self._runner.start(plan, self._draws(plan)))
-            return events + self._land(self._runner.depth)
+            self._flights.append(self._start(plan))
+            return events + self._land(depth)
         self._runner.save(self.scheduler.take_saves())
         if self._flights:
             return events + self._land(0)
@@ -145,6 +156,8 @@ class EngineLoop:
     def close(self) -> None:
         """Let go of threads and stores; copies that were not finished are lost."""
         self._mover.close()
+        if self.masks is not None:
+            self.masks.close()
 
     def _take_in(self, timeout: float = 0.0) -> None:
         """Copies that have ended; waits for the first of those under way."""
@@ -209,6 +222,22 @@ class EngineLoop:
             prefill_rows=s.prefill_rows,
             cache=cache,
         )
+
+    def _depth(self) -> int:
+        """Steps that may be under way when the next is planned: a grammar must know the token before."""
+        if any(state.grammar is not None for state in self._samplers.values()):
+            return 0
+        return self._runner.depth
+
+    def _start(self, plan: StepPlan) -> Flight:
+        """Start a step; masks are computed while the model runs."""
+        draws = self._draws(plan)
+        states = [draw.state for draw in draws]
+        if self.masks is None:
+            return self._runner.start(plan, draws)
+        self.masks.begin(states)
+        masks = self.masks
+        return self._runner.start(plan, draws, lambda: masks.finish(states))
 
     def _draws(self, plan: StepPlan) -> list[Draw]:
         """What the sampler needs to know of the chunks that sample."""

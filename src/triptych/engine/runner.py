@@ -49,11 +49,15 @@ class Runner:
         self.model = Transformer(weights, kernels, config.numerics)
         self.pools = pools
 
-    def start(self, plan: StepPlan, draws: Sequence[Draw]) -> Flight:
-        """Run the step and sample: draws[i] is for the i-th chunk that samples."""
+    def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
+        """Run the step and sample: draws[i] is for the i-th chunk that samples.
+
+        `ready` is called when the model runs, and completes what the draws need.
+        """
         started = time.perf_counter()
         logits = self.logits(plan)
         seconds = time.perf_counter() - started
+        ready()
         return Flight(plan, draws, lambda: (sample(logits, [draw.state for draw in draws]), seconds), logits)
 
     def logits(self, plan: StepPlan) -> Tensor:
@@ -103,7 +107,7 @@ class DeviceRunner(Runner):
         self._cuda = pools.device.type == "cuda"
 
     @torch.inference_mode()
-    def start(self, plan: StepPlan, draws: Sequence[Draw]) -> Flight:
+    def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
         """Enqueue the step; `Flight.finish` waits for it."""
         begun = self._mark()
         self._prepare(plan)
@@ -121,11 +125,13 @@ class DeviceRunner(Runner):
             if not self.depth:  # somebody looks at logits, whose buffer the next step overwrites
                 rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
 
-        if decodes:
-            take(*self.steps.run(decodes), decodes)
-        if rest:
-            batch = on_device(build_batch(rest, self.pools), self.pools.device)
-            take(self.model.forward(batch, self.pools.layers), None, rest)
+        decoded = self.steps.run(decodes) if decodes else None
+        prefilled = self._chunks(rest) if rest else None
+        ready()
+        if decoded is not None:
+            take(*decoded, decodes)
+        if prefilled is not None:
+            take(prefilled, None, rest)
         ended = self._mark()
 
         def finish() -> tuple[list[SampledToken | str], float]:
@@ -135,6 +141,11 @@ class DeviceRunner(Runner):
 
         logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
         return Flight(plan, draws, finish, logits)
+
+    def _chunks(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits of chunks that do not fit a graph."""
+        batch = on_device(build_batch(chunks, self.pools), self.pools.device)
+        return self.model.forward(batch, self.pools.layers)
 
     def _mark(self) -> torch.cuda.Event | float:
         """A point in time on the device."""
