@@ -51,7 +51,7 @@ def main() -> None:
     keys = [ObjectKey("page", i.to_bytes(32, "little")) for i in range(given.pages)]
     before = frames[: 1 << 10].clone()
     demotions = tuple(Demotion(key, (frame,), (at,)) for at, (key, frame) in enumerate(zip(keys, order, strict=True)))
-    for attempt in range(2):
+    for _ in range(2):
         torch.cuda.synchronize()
         started = time.perf_counter()
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
