@@ -70,7 +70,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     device = device_for(config)
     config = with_defaults(config, device)
-    _refuse_too_much(config.cache.host_memory + (config.cache.kv_memory or 0), reader, config, device)
+    _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released" and config.numerics != "native":
         raise ConfigError(
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
@@ -171,9 +171,10 @@ def _cache_memory(weights: ModelWeights, config: EngineConfig, geometry: CacheGe
     return wanted or room
 
 
-def _refuse_too_much(needed: int, reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
+def _refuse_too_much(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
     """ConfigError before anything is loaded: weights that a GPU cannot hold, caches that the RAM cannot."""
     free = free_device_memory(device)
+    needed = config.cache.host_memory + (config.cache.kv_memory or free // 4)
     if kind_of(device) == "cuda":
         weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
         if weights > free:
