@@ -150,6 +150,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
+        "linear": ("linear", "front_linear", "grouped_linear"),
         "moe": ("route", "experts", "shared_expert"),
         "index": ("select_entries",),
         "attend": ("attend",),

@@ -63,10 +63,11 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     sp = xs_ptr + xrow_of * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, w1, w2, w3 = gl.load(wp), gl.load(wp + 16), gl.load(wp + 32), gl.load(wp + 48)
-    e0, e1, e2, e3 = gl.load(cp), gl.load(cp + 4), gl.load(cp + 8), gl.load(cp + 12)
+    w0, e0 = gl.load(wp), gl.load(cp)
+    w1, e1 = gl.load(wp + 16, mask=BLOCKS > 1, other=0), gl.load(cp + 4, mask=BLOCKS > 1, other=0)
+    w2, e2 = gl.load(wp + 32, mask=BLOCKS > 2, other=0), gl.load(cp + 8, mask=BLOCKS > 2, other=0)
+    w3, e3 = gl.load(wp + 48, mask=BLOCKS > 3, other=0), gl.load(cp + 12, mask=BLOCKS > 3, other=0)
     for at in range(0, BLOCKS, 4):
-        more = at + 4 < BLOCKS
         for step in gl.static_range(4):
             w = w0
             e = e0
@@ -77,10 +78,12 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
             e1 = e2
             e2 = e3
             nxt = at + step + 4
+            more = nxt < BLOCKS if BLOCKS % 4 else at + 4 < BLOCKS
+            here = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 4 else at + step  # beyond the last, weights are zero
             w3 = gl.load(wp + nxt * 16, mask=more, other=0)
             e3 = gl.load(cp + nxt * 4, mask=more, other=0)
-            x = gl.load(xp + (at + step) * 128)
-            s = gl.load(sp + at + step)
+            x = gl.load(xp + here * 128)
+            s = gl.load(sp + here)
             shift = gl.maximum(e.to(gl.int32) - down[:, None], 0) * 0x04040404
             part = mma_v2(from_mxfp4(w, shift, 64, MMA), from_rows(x, N, MMA), zero)
             acc += part * s[None, :]
@@ -108,18 +111,16 @@ def _fp8_rows(w_ptr, ws_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr,
     fp = ws_ptr + (row // 128) * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, w1 = gl.load(wp), gl.load(wp + 32)
-    for at in range(0, BLOCKS, 2):
-        more = at + 2 < BLOCKS
-        for step in gl.static_range(2):
-            w = w0
-            w0 = w1
-            w1 = gl.load(wp + (at + step + 2) * 32, mask=more, other=0)
-            x = gl.load(xp + (at + step) * 128)
-            s = gl.load(sp + at + step)
-            f = gl.load(fp + at + step)
-            part = mma_v2(from_fp8(w, 64, MMA), from_rows(x, N, MMA), zero)
-            acc += part * (f[:, None] * s[None, :])
+    w0, w1 = gl.load(wp), gl.load(wp + 32, mask=BLOCKS > 1, other=0)
+    for at in range(0, BLOCKS):
+        w = w0
+        w0 = w1
+        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < BLOCKS, other=0)
+        x = gl.load(xp + at * 128)
+        s = gl.load(sp + at)
+        f = gl.load(fp + at)
+        part = mma_v2(from_fp8(w, 64, MMA), from_rows(x, N, MMA), zero)
+        acc += part * (f[:, None] * s[None, :])
     return acc
 
 
