@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,31 +113,39 @@ def profile(name: str, router: Router, moe: Experts, shared: tuple[Any, Any], ro
 
 def time() -> None:
     """Microseconds a layer, uniform routing, with what reading the weights alone would take."""
-    print(
-        f"{torch.cuda.get_device_name()}\n{'shape':6} {'rows':>4} {'us':>8} {'floor':>8} {'share':>6} {'routed only floor'}"
-    )
+    print(torch.cuda.get_device_name(), "\nshape  rows       us    floor  share  distinct experts", flush=True)
     with Path(os.environ.get("OUT", "."), "experts.jsonl").open("a", encoding="utf-8") as file:
         for name in ("flash", "pro"):
-            router, moe, shared = layer(name)
-            others = [shared] + [(fp8(*s.shape), fp8(*t.shape)) for s, t in [shared] * 3]
+            weights = layer(name)
+            shared = [weights[2], *((fp8(*s.shape), fp8(*t.shape)) for s, t in [weights[2]] * 3)]
             for rows in (1, 2, 4, 8, 16, 32, 64, 128):
-                many = 8 if rows <= 8 else 3
-                xs = [torch.randn(rows, SHAPES[name][0], device="cuda").bfloat16() for _ in range(many)]
-                tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
-                distinct = sum(len(ref.route(x.float(), tokens, router)[0].unique()) for x in xs) / many
-                took = replayed(
-                    [lambda x=x, s=others[i % 4]: moe_rows(x, tokens, router, moe, s) for i, x in enumerate(xs)]
-                )
-                floor = bytes_read(name, rows, distinct) / READ * 1e6
-                row = {"shape": name, "rows": rows, "us": round(took, 1), "floor_us": round(floor, 1)}
+                row = timed(name, rows, weights[0], weights[1], shared)
                 print(
-                    f"{name:6} {rows:4} {took:8.1f} {floor:8.1f} {floor / took:6.0%} distinct {distinct:.1f}",
-                    flush=True,
+                    "{shape:6} {rows:4} {us:8.1f} {floor_us:8.1f} {share:6.0%} {distinct:.1f}".format(**row), flush=True
                 )
-                file.write(json.dumps({"benchmark": "gpu.experts", **row, "distinct": round(distinct, 1)}) + "\n")
+                file.write(json.dumps({"benchmark": "gpu.experts", **row}) + "\n")
             for rows in (1, 64) if name == "flash" else ():
-                profile(name, router, moe, shared, rows)
-            del router, moe, shared, others
+                profile(name, *weights, rows)
+            del weights, shared
+
+
+def timed(name: str, rows: int, router: Router, moe: Experts, shared: list[Any]) -> dict[str, Any]:
+    """One row of the table. Inputs rotate, so that no weight is still in the L2 from the call before."""
+    many = 8 if rows <= 8 else 3
+    xs = [torch.randn(rows, SHAPES[name][0], device="cuda").bfloat16() for _ in range(many)]
+    tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    distinct = sum(len(ref.route(x.float(), tokens, router)[0].unique()) for x in xs) / many
+    calls = [partial(moe_rows, x, tokens, router, moe, shared[i % 4]) for i, x in enumerate(xs)]
+    took = replayed(calls)
+    floor = bytes_read(name, rows, distinct) / READ * 1e6
+    return {
+        "shape": name,
+        "rows": rows,
+        "us": round(took, 1),
+        "floor_us": round(floor, 1),
+        "share": round(floor / took, 3),
+        "distinct": round(distinct, 1),
+    }
 
 
 if __name__ == "__main__":

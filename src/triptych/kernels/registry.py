@@ -169,6 +169,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
         "front": ("step_rows", "front_rows"),
+        "linear": ("linear", "front_linear", "grouped_linear"),
         "moe": ("route", "experts", "shared_expert", "moe_rows"),
         "index": ("select_entries",),
         "select_rows": ("select_rows",),
