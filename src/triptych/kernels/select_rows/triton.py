@@ -124,7 +124,18 @@ def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def _queries(q_ptr, cos_ptr, sin_ptr, h, heads, ROUNDS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _queries(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    h,
+    heads,
+    ROUNDS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Queries of a row [HEADS, DIM] in float32 and the power of two [HEADS] that they lack."""
     d = tl.arange(0, DIM)
     mine = (h < heads)[:, None] & (d < DIM)[None, :]
@@ -188,9 +199,8 @@ def _scores(
     if begin >= visible:
         return
     h = tl.arange(0, HEADS)
-    x, power = _queries(
-        q_ptr + r * q_row, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE
-    )  # fmt: skip
+    turn = r * (ROPE // 2)
+    x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE)
     weight = tl.load(weight_ptr + r * weight_row + h, mask=h < heads, other=0.0).to(tl.float32)
     weight = weight * ((127 + power) << 23).to(tl.float32, bitcast=True)
     eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE
@@ -207,7 +217,8 @@ def _scores(
         factor = tl.full([TILE], 1.0, tl.float32)
         if KIND == 1:
             place = tl.multiple_of(place, 16)
-            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0).to(tl.float8e4nv, bitcast=True).to(kind)
+            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0)
+            k = k.to(tl.float8e4nv, bitcast=True).to(kind)
             scales = tl.multiple_of(scales, 4)
             factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
         elif KIND == 2:
