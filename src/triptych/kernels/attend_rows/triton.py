@@ -57,7 +57,9 @@ def attend_rows(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """See ref.attend_rows. `entries.most` must bound what any row sees; ids that are not -1 come first."""
-    out = torch.empty(len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device)
+    out = torch.empty(
+        len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device
+    )
     _launch(queries, window, entries, ids, attention, out, tiling, flat=False)
     return out
 
@@ -204,13 +206,14 @@ def _tile(heads: int) -> int:
 
 def _parts(nope: int) -> tuple[int, int, int]:
     """Three widths, powers of two of at least 16 or 0, that cover the dims before the rotated ones."""
-    out, left = [], nope
-    while left > 0 and len(out) < 2:
-        width = max(16, 1 << (left.bit_length() - 1))
-        out.append(width)
-        left -= width
-    out.append(max(16, int(triton.next_power_of_2(left))) if left > 0 else 0)
-    first, second, third = (*out, 0, 0)[:3]
+    parts = [0, 0, 0]
+    left = nope
+    for n in range(2):
+        if left > 0:
+            parts[n] = max(16, 1 << (left.bit_length() - 1))
+            left -= parts[n]
+    parts[2] = max(16, int(triton.next_power_of_2(left))) if left > 0 else 0
+    first, second, third = parts
     return first, second, third
 
 
@@ -327,7 +330,7 @@ def _key_part(
 
 
 @triton.jit
-def _partial(
+def _partial(  # noqa: C901  (branches that the compiler resolves)
     heads_ptr,
     heads_row,
     cos_ptr,
@@ -453,9 +456,7 @@ def _partial(
             page = tl.load(table_ptr + line_of * table_row + entry // PER_PAGE, mask=listed, other=0).to(tl.int64)
             row = (entry % PER_PAGE).to(tl.int64)
             place = tl.where(windowed, place, pool_ptr + page * pool_page + row * pool_row)
-            scales = tl.where(
-                windowed, scales, pool_scales_ptr + page * pool_scales_page + row * pool_scales_row
-            )
+            scales = tl.where(windowed, scales, pool_scales_ptr + page * pool_scales_page + row * pool_scales_row)
         bits = valid.to(tl.int64)
         if PACKED:
             place = tl.multiple_of(place, 16)

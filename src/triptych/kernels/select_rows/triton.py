@@ -13,19 +13,20 @@ not fit, its scores are searched instead: slower, and the same ids.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.quant.formats import PackedRows
+from triptych.kernels.quant.formats import PackedRows, Rows
 from triptych.kernels.select_rows.ref import IndexQueries
 
-_GROUP = 16  # scores that share a maximum
+_GROUP = 16  # scores that share a maximum, and members that a group of the selection has at most
 _TILE = 128  # keys of one product
-_LISTED = 16384  # scores or maxima that the second launch holds in registers
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
@@ -49,11 +50,14 @@ def ordered_scores(queries: IndexQueries, keys: PagedEntries, stretch: int | Non
     scores = torch.empty(rows, total, dtype=torch.int32, device=device)
     tops = torch.empty(rows, total // _GROUP, dtype=torch.int32, device=device)
     if stretch is None:
-        programs = max(1, 4 * multiprocessors(device) // rows)
-        stretch = min(8192, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        programs = max(1, 3 * multiprocessors(device) // rows)
+        stretch = min(2048, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
+    if _on_hopper(queries, pool):
+        _hopper_scores(raw, queries, keys, scores, tops, stretch)
+        return scores, tops
     kind = pool.format.kind if isinstance(pool, PackedRows) else "dense"
     if isinstance(pool, PackedRows):
         place = (pool.values, *pool.values.stride()[:2], pool.scales, *pool.scales.stride()[:2])
@@ -76,23 +80,67 @@ def ordered_scores(queries: IndexQueries, keys: PagedEntries, stretch: int | Non
     return scores, tops
 
 
+def _on_hopper(queries: IndexQueries, pool: Rows) -> bool:
+    """Whether hopper.py can serve: packed keys of the released models' size, and queries that e4m3 holds."""
+    fits = isinstance(pool, PackedRows) and queries.rounds and queries.dim == 128 and queries.count <= 64
+    return fits and not INTERPRETED and is_hopper(queries.heads.device)
+
+
+def _hopper_scores(
+    raw: Tensor, queries: IndexQueries, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
+) -> None:
+    """ordered_scores in two launches: the queries of all rows, then scores."""
+    rows, heads, dim = len(raw), queries.count, queries.dim
+    cos, sin = queries.angles
+    q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
+    power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
+    _prepare[(rows, triton.cdiv(heads, 16))](
+        *(raw, raw.stride(0), cos, sin, q, power, heads),
+        ROUNDS=True,
+        HEADS=16,
+        DIM=dim,
+        ROPE=2 * cos.shape[1],
+        num_warps=4,
+    )
+    stream_scores(q, power, queries.weights, keys, scores, tops, stretch)
+
+
+def stream_scores(
+    q: Tensor, power: Tensor, weights: Tensor, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
+) -> None:
+    """Ordered scores of e4m3 queries [B, Hi, 128] that lack 2^power [B, Hi], by hopper.py."""
+    pool = keys.pool
+    assert isinstance(pool, PackedRows)
+    total = scores.shape[1]
+    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
+    launch[(triton.cdiv(total, stretch), len(q))](
+        *(q, power, weights, weights.stride(0), pool.values, *pool.values.stride()[:2]),
+        *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.visible),
+        *(scores, tops, total, q.shape[1], stretch),
+        KIND=1 if pool.format.kind == "fp8" else 2,
+        PER_PAGE=pool.shape[1],
+        STAGES=4,
+        num_warps=4,
+    )
+
+
 def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     """Ids [B, k] int32, ascending, -1 behind, of the k highest of the first visible[r] ordered scores of each row."""
     rows, total = scores.shape
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
-    room = max(1024, 4 * triton.next_power_of_2(k))
-    groups = max(1024, 2 * triton.next_power_of_2(k))
-    scratch = torch.empty(rows, 2 * room + groups, dtype=torch.int32, device=scores.device)
-    listed = min(_LISTED, max(1024, triton.next_power_of_2(total)))
-    while triton.cdiv(total, _GROUP) > listed:
+    wide = triton.next_power_of_2(k)
+    listed = 4 * wide  # groups searched at once; all steps in which groups grow leave at least k of them
+    while total > 64 * listed:
         listed *= 2
+    room = 4 * wide
+    scratch = torch.empty(rows, 2 * room + 4 * wide, dtype=torch.int32, device=scores.device)
     _highest[(rows,)](
         *(scores, tops, visible, out, scratch, total, k),
-        GROUP=_GROUP,
+        GROUPED=total > listed,
         LISTED=listed,
-        GROUPS=groups,
+        GROUPS=2 * wide,
         ROOM=room,
-        num_warps=4 if listed <= 2048 else 16,
+        num_warps=16 if total > listed else 8,
     )
     return out
 
@@ -124,7 +172,18 @@ def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def _queries(q_ptr, cos_ptr, sin_ptr, h, heads, ROUNDS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _queries(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    h,
+    heads,
+    ROUNDS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Queries of a row [HEADS, DIM] in float32 and the power of two [HEADS] that they lack."""
     d = tl.arange(0, DIM)
     mine = (h < heads)[:, None] & (d < DIM)[None, :]
@@ -149,6 +208,33 @@ def _queries(q_ptr, cos_ptr, sin_ptr, h, heads, ROUNDS: tl.constexpr, HEADS: tl.
         x, power = _rounded_e2m1(x, HEADS, DIM)
         power -= 6
     return x, power
+
+
+@triton.jit
+def _prepare(
+    q_ptr,
+    q_row,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    power_ptr,
+    heads,
+    ROUNDS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Queries of a row as e4m3 that lack a power of two a head."""
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    turn = r * (ROPE // 2)
+    x, power = _queries(
+        q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, False
+    )
+    d = tl.arange(0, DIM)
+    out = out_ptr + (r * heads + h)[:, None] * DIM + d[None, :]
+    tl.store(out, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=(h < heads)[:, None])
+    tl.store(power_ptr + r * heads + h, power, mask=h < heads)
 
 
 @triton.jit
@@ -188,9 +274,8 @@ def _scores(
     if begin >= visible:
         return
     h = tl.arange(0, HEADS)
-    x, power = _queries(
-        q_ptr + r * q_row, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE
-    )  # fmt: skip
+    turn = r * (ROPE // 2)
+    x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE)
     weight = tl.load(weight_ptr + r * weight_row + h, mask=h < heads, other=0.0).to(tl.float32)
     weight = weight * ((127 + power) << 23).to(tl.float32, bitcast=True)
     eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE
@@ -207,7 +292,8 @@ def _scores(
         factor = tl.full([TILE], 1.0, tl.float32)
         if KIND == 1:
             place = tl.multiple_of(place, 16)
-            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0).to(tl.float8e4nv, bitcast=True).to(kind)
+            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0)
+            k = k.to(tl.float8e4nv, bitcast=True).to(kind)
             scales = tl.multiple_of(scales, 4)
             factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
         elif KIND == 2:
@@ -237,21 +323,93 @@ def _scores(
 
 
 @triton.jit
-def _kth(x, extra_ptr, extra, n, k, least, low: tl.constexpr, ROOM: tl.constexpr):
-    """`least` with its bits from 31 (or from 15 if `low`) down set where k of x, and of the rest, are not below it.
+def _add3(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
-    The rest are the tiles 1 .. extra of scores [n] at extra_ptr, for rows whose candidates do not fit.
-    """
+
+@triton.jit
+def _pair(x, low, high):
+    """How many of x are not below `low`, and 2^16 times how many are not below `high`."""
+    return (x >= low).to(tl.int32) + ((x >= high).to(tl.int32) << 16)
+
+
+@triton.jit
+def _kth(x, k, STEPS: tl.constexpr):
+    """The k-th highest of x [< 2^15]: its two top bits, then three at a time; the bits after STEPS are 0."""
+    least = tl.full([], -2147483648, tl.int32)
+    for n in range(STEPS):
+        step = tl.full([], 1, tl.int32) << (30 - 3 * n)
+        counts = tl.reduce(
+            (
+                _pair(x, least + step, least + 2 * step),
+                _pair(x, least + 3 * step, least + 4 * step),
+                _pair(x, least + 5 * step, least + 6 * step),
+                (x >= least + 7 * step).to(tl.int32),
+            ),
+            0,
+            _add3,
+        )
+        digit = ((counts[0] & 0xFFFF) >= k).to(tl.int32) + ((counts[0] >> 16) >= k).to(tl.int32)
+        digit += ((counts[1] & 0xFFFF) >= k).to(tl.int32)
+        if n > 0:
+            digit += ((counts[1] >> 16) >= k).to(tl.int32) + ((counts[2] & 0xFFFF) >= k).to(tl.int32)
+            digit += ((counts[2] >> 16) >= k).to(tl.int32) + (counts[3] >= k).to(tl.int32)
+        least += digit * step
+    return least
+
+
+@triton.jit
+def _kth_of_all(scores_ptr, n, k, ROOM: tl.constexpr):
+    """The k-th highest of scores [n] in memory, bit by bit: for rows whose candidates do not fit."""
     i = tl.arange(0, ROOM)
-    for step in range(low, 32):
-        trial = least + (tl.full([], 1, tl.int32) << (31 - step))
-        count = tl.sum((x >= trial).to(tl.int32), 0)
-        for tile in range(1, extra):
-            g = tile * ROOM + i
-            more = tl.load(extra_ptr + g, mask=g < n, other=-2147483648)
-            count += tl.sum(((more >= trial) & (g < n)).to(tl.int32), 0)
+    least = tl.full([], -2147483648, tl.int32)
+    for bit in range(32):
+        trial = least + (tl.full([], 1, tl.int32) << (31 - bit))
+        count = tl.full([], 0, tl.int32)
+        for at in range(0, n, ROOM):
+            x = tl.load(scores_ptr + at + i, mask=at + i < n, other=-2147483648)
+            count += tl.sum(((x >= trial) & (at + i < n)).to(tl.int32), 0)
         least = tl.where(count >= k, trial, least)
     return least
+
+
+@triton.jit
+def _expand(source_ptr, list_ptr, found, n, bound, put_ptr, value_ptr, MEMBERS: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr, members):  # fmt: skip
+    """Members of the `found` groups listed at list_ptr, of `members` (<= MEMBERS) each, that are not below `bound`.
+
+    Their numbers go to put_ptr in order, their values to value_ptr; returns how many there are, of which ROOM fit.
+    """
+    i = tl.arange(0, GROUPS * MEMBERS)
+    group = i // MEMBERS
+    member = i % MEMBERS
+    there = (group < found) & (member < members)
+    at = tl.load(list_ptr + group, mask=there, other=0) * members + member
+    there = there & (at < n)
+    x = tl.load(source_ptr + at, mask=there, other=-2147483648)
+    among = (there & (x >= bound)).to(tl.int32)
+    place = tl.cumsum(among, 0) - among
+    fits = (among > 0) & (place < ROOM)
+    tl.store(put_ptr + place, at, mask=fits)
+    tl.store(value_ptr + place, x, mask=fits)
+    return tl.sum(among, 0)
+
+
+@triton.jit
+def _group_tops(scores_ptr, tops_ptr, i, n, size):
+    """The highest of each group i of `size` scores (1, 4, 16 or 64) of the first n."""
+    low = tl.full([], -2147483648, tl.int32)
+    source = scores_ptr
+    many = n
+    if size >= 16:
+        source = tops_ptr
+        many = tl.cdiv(n, 16)
+    if (size == 1) | (size == 16):
+        x = tl.load(source + i, mask=i < many, other=low)
+    else:
+        x = tl.load(source + 4 * i, mask=4 * i < many, other=low)
+        for j in tl.static_range(1, 4):
+            x = tl.maximum(x, tl.load(source + 4 * i + j, mask=4 * i + j < many, other=low))
+    return x
 
 
 @triton.jit
@@ -263,7 +421,7 @@ def _highest(
     scratch_ptr,
     total,
     k,
-    GROUP: tl.constexpr,
+    GROUPED: tl.constexpr,
     LISTED: tl.constexpr,
     GROUPS: tl.constexpr,
     ROOM: tl.constexpr,
@@ -271,81 +429,86 @@ def _highest(
     r = tl.program_id(0).to(tl.int64)
     n = tl.load(visible_ptr + r).to(tl.int32)
     scores_ptr += r * total
+    tops_ptr += r * (total // 16)
     out_ptr += r * k
-    scratch_ptr += r * (2 * ROOM + GROUPS)
     lowest = tl.full([], -2147483648, tl.int32)
     if n <= k:
-        for at in range(0, k, ROOM):
-            i = at + tl.arange(0, ROOM)
-            tl.store(out_ptr + i, tl.where(i < n, i, -1), mask=i < k)
+        for first in range(0, k, ROOM):
+            j = first + tl.arange(0, ROOM)
+            tl.store(out_ptr + j, tl.where(j < n, j, -1), mask=j < k)
         return
 
-    # a lower bound of the k-th highest in 16 bits, from all scores or from the highest of each group
-    grouped = n > LISTED
-    m = tl.where(grouped, tl.cdiv(n, GROUP), n)
-    source = scores_ptr
-    if grouped:
-        source = tops_ptr + r * (total // GROUP)
     i = tl.arange(0, LISTED)
-    x = tl.load(source + i, mask=i < m, other=-2147483648)
-    bound = lowest
-    one = tl.full([], 1, tl.int32)
-    for bit in range(16):
-        trial = bound + (one << (31 - bit))
-        bound = tl.where(tl.sum((x >= trial).to(tl.int32), 0) >= k, trial, bound)
-    above = ((x >= bound) & (i < m)).to(tl.int32)
-    place = tl.cumsum(above, 0) - above
-    found = tl.sum(above, 0)
-    fits = found <= ROOM
-    if grouped:
-        fits = found <= GROUPS
+    if n <= LISTED:
+        x = tl.load(scores_ptr + i, mask=i < n, other=lowest)
+        least = _kth(x, k, 11)
+        _write(x, i, i < n, least, k, out_ptr)
+    elif GROUPED:
+        # a lower bound of the k-th highest in 17 bits, from the highest of each group
+        scratch_ptr += r * (2 * ROOM + 2 * GROUPS)
         list_ptr = scratch_ptr + 2 * ROOM
+        size = tl.where(n <= 4 * LISTED, 4, tl.where(n <= 16 * LISTED, 16, 64))
+        x = _group_tops(scores_ptr, tops_ptr, i, n, size)
+        bound = _kth(x, k, 6)
+        above = ((x >= bound) & (i < tl.cdiv(n, size))).to(tl.int32)
+        place = tl.cumsum(above, 0) - above
+        found = tl.sum(above, 0)
+        fits = found <= GROUPS
         tl.store(list_ptr + place, i, mask=(above > 0) & (place < GROUPS))
         tl.debug_barrier()
-        j = tl.arange(0, GROUPS)
-        group = tl.load(list_ptr + j, mask=j < found, other=0)
-        g = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [GROUPS * GROUP])
-        there = tl.reshape(tl.broadcast_to((j < found)[:, None], [GROUPS, GROUP]), [GROUPS * GROUP]) & (g < n)
-        y = tl.load(scores_ptr + g, mask=there, other=-2147483648)
-        among = (there & (y >= bound)).to(tl.int32)
-        at = tl.cumsum(among, 0) - among
-        tl.store(scratch_ptr + at, y, mask=(among > 0) & (at < ROOM))
-        tl.store(scratch_ptr + ROOM + at, g, mask=(among > 0) & (at < ROOM))
-        found = tl.sum(among, 0)
-        fits = fits & (found <= ROOM)
-    else:
-        tl.store(scratch_ptr + place, x, mask=(above > 0) & (place < ROOM))
-        tl.store(scratch_ptr + ROOM + place, i, mask=(above > 0) & (place < ROOM))
-    tl.debug_barrier()
-
-    # the k-th highest among the candidates, or among all scores where they do not fit
-    c = tl.arange(0, ROOM)
-    tiles = 1
-    if fits:
-        z = tl.load(scratch_ptr + c, mask=c < found, other=-2147483648)
-    else:
-        tiles = tl.cdiv(n, ROOM)
-        found = n
-        z = tl.load(scores_ptr + c, mask=c < n, other=-2147483648)
-    least = _kth(z, scores_ptr, tiles, n, k, lowest, 0, ROOM)
-    higher = tl.sum((z > least).to(tl.int32), 0)
-    for tile in range(1, tiles):
-        t = tile * ROOM + c
-        higher += tl.sum((tl.load(scores_ptr + t, mask=t < n, other=-2147483648) > least).to(tl.int32), 0)
-    equal = k - higher
-    start = tl.full([], 0, tl.int32)
-    for tile in range(0, tiles):
-        t = tile * ROOM + c
-        inside = t < found
-        ids = t
-        if fits:
-            ids = tl.load(scratch_ptr + ROOM + c, mask=inside, other=0)
+        if size == 64:
+            found = _expand(
+                tops_ptr, list_ptr, tl.minimum(found, GROUPS), tl.cdiv(n, 16), bound,
+                list_ptr + GROUPS, scratch_ptr, 4, GROUPS, GROUPS, 4,
+            )  # fmt: skip
+            fits = fits & (found <= GROUPS)
+            list_ptr += GROUPS
+            tl.debug_barrier()
+        found = _expand(
+            scores_ptr, list_ptr, tl.minimum(found, GROUPS), n, bound,
+            scratch_ptr + ROOM, scratch_ptr, 16, GROUPS, ROOM, tl.minimum(size, 16),
+        )  # fmt: skip
+        tl.debug_barrier()
+        if fits & (found <= ROOM):
+            c = tl.arange(0, ROOM)
+            z = tl.load(scratch_ptr + c, mask=c < found, other=lowest)
+            ids = tl.load(scratch_ptr + ROOM + c, mask=c < found, other=0)
+            least = _kth(z, k, 11)
+            _write(z, ids, c < found, least, k, out_ptr)
         else:
-            z = tl.load(scores_ptr + t, mask=inside, other=-2147483648)
-        ties = ((z == least) & inside).to(tl.int32)
+            least = _kth_of_all(scores_ptr, n, k, ROOM)
+            _write_all(scores_ptr, n, least, k, out_ptr, ROOM)
+
+
+@triton.jit
+def _write(x, ids, there, least, k, out_ptr):
+    """The ids of those above `least`, and of as many equal to it as are missing, the first ones, in order."""
+    higher = (there & (x > least)).to(tl.int32)
+    ties = (there & (x == least)).to(tl.int32)
+    wanted = k - tl.sum(higher, 0)
+    both = tl.cumsum(higher | (ties << 16), 0)
+    rank = (both >> 16) - ties
+    place = (both & 0xFFFF) - higher + tl.minimum(rank, wanted)
+    taken = (higher > 0) | ((ties > 0) & (rank < wanted))
+    tl.store(out_ptr + place, ids, mask=taken & (place < k))
+
+
+@triton.jit
+def _write_all(scores_ptr, n, least, k, out_ptr, ROOM: tl.constexpr):
+    """_write for scores [n] in memory."""
+    i = tl.arange(0, ROOM)
+    wanted = k
+    for at in range(0, n, ROOM):
+        x = tl.load(scores_ptr + at + i, mask=at + i < n, other=-2147483648)
+        wanted -= tl.sum(((x > least) & (at + i < n)).to(tl.int32), 0)
+    start = tl.full([], 0, tl.int32)
+    for at in range(0, n, ROOM):
+        there = at + i < n
+        x = tl.load(scores_ptr + at + i, mask=there, other=-2147483648)
+        ties = (there & (x == least)).to(tl.int32)
         rank = tl.cumsum(ties, 0) - ties
-        taken = (inside & ((z > least) | ((ties > 0) & (rank < equal)))).to(tl.int32)
-        put = start + tl.cumsum(taken, 0) - taken
-        tl.store(out_ptr + put, ids, mask=(taken > 0) & (put < k))
+        taken = (there & ((x > least) | ((ties > 0) & (rank < wanted)))).to(tl.int32)
+        place = start + tl.cumsum(taken, 0) - taken
+        tl.store(out_ptr + place, at + i, mask=(taken > 0) & (place < k))
         start += tl.sum(taken, 0)
-        equal -= tl.minimum(tl.sum(ties, 0), equal)
+        wanted -= tl.minimum(tl.sum(ties, 0), wanted)
