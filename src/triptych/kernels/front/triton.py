@@ -242,6 +242,33 @@ def _pooled_part(here, ring_ptr, ape_ptr, position, d, dim, RATIO: tl.constexpr)
 
 
 @triton.jit
+def _group(
+    here, ring_ptr, ape_ptr, pooled_ptr, met_ptr, position, part, dim, half,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Keeps a compressor row. Returns whether this program is to finish the row's group, and it pooled [DIM]."""
+    done = (position + 1) % RATIO == 0
+    x = tl.zeros([DIM], tl.float32)
+    d = tl.arange(0, DIM)
+    if PARTS == 1:
+        if done:
+            x = _pooled(here, ring_ptr, ape_ptr, position, d, dim, half, RATIO, OVERLAP, DIM)
+        _keep(here, ring_ptr, ape_ptr, position, tl.arange(0, 2 * DIM if OVERLAP else DIM), half, RATIO, OVERLAP)
+    else:
+        some = part * (DIM // PARTS) + tl.arange(0, DIM // PARTS)
+        if done:
+            tl.store(pooled_ptr + some, _pooled_part(here, ring_ptr, ape_ptr, position, some, dim, RATIO))
+            tl.debug_barrier()  # all threads have stored before one says so
+            done = tl.atomic_add(met_ptr, 1, sem="acq_rel") == PARTS - 1
+            tl.debug_barrier()
+        _keep(here, ring_ptr, ape_ptr, position, some, half, RATIO, OVERLAP)
+        if done:
+            tl.store(met_ptr, 0)
+            x = tl.load(pooled_ptr + d, mask=d < dim, other=0.0, cache_modifier=".cg")
+    return done, x
+
+
+@triton.jit
 def _query(
     front_ptr,
     qr_ptr,
@@ -300,33 +327,18 @@ def _front(
     elif job - 2 < PARTS:
         if RATIO > 1:
             here, state = front_ptr + compress_at, state_ptr + slot * state_stride * (2 * half)
-            d = tl.arange(0, DIM)
-            last = done
-            x = tl.zeros([DIM], tl.float32)
-            if PARTS > 1:
-                part = (job - 2) * (DIM // PARTS) + tl.arange(0, DIM // PARTS)
-                if done:
-                    some = _pooled_part(here, state, ape_ptr, position, part, dim, RATIO)
-                    tl.store(pooled_ptr + r * DIM + part, some)
-                    tl.debug_barrier()  # all threads have stored before one says so
-                    last = tl.atomic_add(met_ptr + r, 1, sem="acq_rel") == PARTS - 1
-                _keep(here, state, ape_ptr, position, part, half, RATIO, OVERLAP)
-            elif done:
-                x = _pooled(here, state, ape_ptr, position, d, dim, half, RATIO, OVERLAP, DIM)
+            last, x = _group(
+                here, state, ape_ptr, pooled_ptr + r * DIM, met_ptr + r, position, job - 2, dim, half,
+                RATIO, OVERLAP, PARTS, DIM,
+            )  # fmt: skip
             if last:
-                if PARTS > 1:
-                    tl.debug_barrier()
-                    tl.store(met_ptr + r, 0)
-                    x = tl.load(pooled_ptr + r * DIM + d, mask=d < dim, other=0.0, cache_modifier=".cg")
+                d = tl.arange(0, DIM)
                 x = _normed(x, d, dim, norm_ptr, eps)
                 x = _rotated(x, late_cos_ptr + r * pairs, late_sin_ptr + r * pairs, dim, width, DIM)
                 page = tl.load(table_ptr + r * table_stride + group // per_page).to(tl.int64)
                 values = entries_ptr + page * entry_page + (group % per_page) * entry_row
                 scales = entry_scales_ptr + page * entry_scales_page + (group % per_page) * entry_scales_row
                 put_entry(x, d, dim, width, values, scales, ENTRY_KIND, NATIVE, DIM)
-            if PARTS == 1:
-                columns = tl.arange(0, 2 * DIM if OVERLAP else DIM)
-                _keep(here, state, ape_ptr, position, columns, half, RATIO, OVERLAP)
     else:
         if KEY > 1:
             here, state = front_ptr + index_at, key_state_ptr + slot * state_stride * (4 * key_dim)
