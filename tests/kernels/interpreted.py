@@ -27,9 +27,7 @@ def main() -> None:
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
-            print(
-                json.dumps({"what": f"native front rows {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0})
-            )
+            print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))

@@ -19,89 +19,57 @@ import triton.language as tl
 
 
 @triton.jit
-def _mixed(y, x0, x1, x2, x3, post_ptr, comb_ptr, r, live, k: tl.constexpr):
-    """Stream k: post_k y + sum_j comb_jk X_j. All of y and X [ROWS, BLOCK] in float32."""
-    x = y * tl.load(post_ptr + r * 4 + k, mask=live, other=0.0)[:, None]
-    comb_ptr += r * 16 + k
-    x += x0 * tl.load(comb_ptr, mask=live, other=0.0)[:, None]
-    x += x1 * tl.load(comb_ptr + 4, mask=live, other=0.0)[:, None]
-    x += x2 * tl.load(comb_ptr + 8, mask=live, other=0.0)[:, None]
-    return x + x3 * tl.load(comb_ptr + 12, mask=live, other=0.0)[:, None]
-
-
-@triton.jit
-def _times(share, x, fn, NARROW: tl.constexpr):
-    """share [MAPS, ROWS] + fn [MAPS, BLOCK] x [ROWS, BLOCK]^T; x as the streams keep it.
-
-    The maps are on the left so that four warps share the product in pairs: an operand is held twice, not four times.
-    """
-    if NARROW:
-        high = fn.to(tl.bfloat16)
-        low = (fn - high.to(tl.float32)).to(tl.bfloat16)
-        share = tl.dot(high, tl.trans(x), share)
-        return tl.dot(low, tl.trans(x), share)
-    else:
-        return tl.dot(fn, tl.trans(x), share, input_precision="tf32x3")
-
-
-@triton.jit
-def _squares(x):
-    x = x.to(tl.float32)
-    return tl.sum(x * x, 1)
-
-
-@triton.jit
 def _expand(
     y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
     FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """New streams of one slice, and its share of the maps [MAPS - 1] and of the sum of squares (last column).
 
-    All that is read is read first: behind the first store no load could move up.
+    Tiles are [4 streams, rows or maps, dims], so that each warp multiplies one stream. All that is read is read first.
     """
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, 4)[:, None, None]
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = row[None, :, None]
+    d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
     m = tl.arange(0, MAPS)
-    live = r < rows
-    inside = live[:, None] & (d < dim)[None, :]
-    fn_ptr += m[:, None] * (4 * dim) + d[None, :]
-    mapped = (m < maps)[:, None] & (d < dim)[None, :]
-    fn0 = tl.load(fn_ptr, mask=mapped, other=0.0)
-    fn1 = tl.load(fn_ptr + dim, mask=mapped, other=0.0)
-    fn2 = tl.load(fn_ptr + 2 * dim, mask=mapped, other=0.0)
-    fn3 = tl.load(fn_ptr + 3 * dim, mask=mapped, other=0.0)
+    inside = (r < rows) & (d < dim)
+    at = fn_ptr + m[None, :, None] * (4 * dim) + k * dim + d
+    fn = tl.load(at, mask=(m < maps)[None, :, None] & (d < dim), other=0.0)
     source = r
     if FIRST:  # y is the embedding table
-        source = tl.load(ids_ptr + r, mask=live, other=0)
-    y = tl.load(y_ptr + source[:, None] * dim + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    at = r[:, None] * (4 * dim) + d[None, :]
-    kind: tl.constexpr = streams_ptr.dtype.element_ty
+        source = tl.load(ids_ptr + r, mask=r < rows, other=0)
+    y = tl.load(y_ptr + source * dim + d, mask=inside, other=0.0)
     if FIRST:
-        x0 = y.to(kind)
-        x1 = x0
-        x2 = x0
-        x3 = x0
+        x = tl.broadcast_to(y.to(tl.float32), [4, ROWS, BLOCK])
     else:
-        b0 = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        b1 = tl.load(before_ptr + at + dim, mask=inside, other=0.0).to(tl.float32)
-        b2 = tl.load(before_ptr + at + 2 * dim, mask=inside, other=0.0).to(tl.float32)
-        b3 = tl.load(before_ptr + at + 3 * dim, mask=inside, other=0.0).to(tl.float32)
-        x0 = _mixed(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 0).to(kind)
-        x1 = _mixed(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 1).to(kind)
-        x2 = _mixed(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 2).to(kind)
-        x3 = _mixed(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 3).to(kind)
-    tl.store(streams_ptr + at, x0, mask=inside)
-    tl.store(streams_ptr + at + dim, x1, mask=inside)
-    tl.store(streams_ptr + at + 2 * dim, x2, mask=inside)
-    tl.store(streams_ptr + at + 3 * dim, x3, mask=inside)
-    share = _times(tl.zeros([MAPS, ROWS], tl.float32), x0, fn0, NARROW)
-    share = _times(share, x1, fn1, NARROW)
-    share = _times(share, x2, fn2, NARROW)
-    share = _times(share, x3, fn3, NARROW)
-    square = _squares(x0) + _squares(x1) + _squares(x2) + _squares(x3)
+        before_ptr += r * (4 * dim) + d
+        b0 = tl.load(before_ptr, mask=inside, other=0.0)
+        b1 = tl.load(before_ptr + dim, mask=inside, other=0.0)
+        b2 = tl.load(before_ptr + 2 * dim, mask=inside, other=0.0)
+        b3 = tl.load(before_ptr + 3 * dim, mask=inside, other=0.0)
+        comb_ptr += r * 16 + k
+        post = tl.load(post_ptr + r * 4 + k, mask=r < rows, other=0.0)
+        c0 = tl.load(comb_ptr, mask=r < rows, other=0.0)
+        c1 = tl.load(comb_ptr + 4, mask=r < rows, other=0.0)
+        c2 = tl.load(comb_ptr + 8, mask=r < rows, other=0.0)
+        c3 = tl.load(comb_ptr + 12, mask=r < rows, other=0.0)
+        x = post * y.to(tl.float32) + c0 * b0.to(tl.float32) + c1 * b1.to(tl.float32)
+        x = x + c2 * b2.to(tl.float32) + c3 * b3.to(tl.float32)
+    stored = x.to(streams_ptr.dtype.element_ty)
+    tl.store(streams_ptr + r * (4 * dim) + k * dim + d, stored, mask=inside)
+    x = stored.to(tl.float32)
+    square = tl.sum(tl.sum(x * x, 2), 0)
+    if NARROW:
+        high = fn.to(tl.bfloat16)
+        low = (fn - high.to(tl.float32)).to(tl.bfloat16)
+        turned = tl.permute(stored, [0, 2, 1])
+        each = tl.dot(low, turned, tl.dot(high, turned))
+    else:
+        each = tl.dot(fn, tl.permute(x, [0, 2, 1]), input_precision="tf32x3")
+    share = tl.sum(each, 0)
     share = tl.where((m == MAPS - 1)[:, None], square[None, :], share)
-    at = share_ptr + (r[None, :] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[:, None]
-    tl.store(at, share, mask=live[None, :])
+    at = share_ptr + (row[None, :] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[:, None]
+    tl.store(at, share, mask=(row < rows)[None, :])
 
 
 @triton.jit
