@@ -108,6 +108,7 @@ def scores(
     scales_row,
     table_ptr,
     table_row,
+    seq_ptr,
     visible_ptr,
     out_ptr,
     tops_ptr,
@@ -139,7 +140,7 @@ def scores(
         keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, 64], plain)
         wide_s = gl.allocate_shared_memory(gl.uint8, [128, 128], eight)
 
-    table_ptr += r * table_row
+    table_ptr += gl.load(seq_ptr + r).to(gl.int64) * table_row
     end = gl.minimum(begin + stretch, visible)
     tiles = (end - begin + 127) // 128
     rows = gl.arange(0, 128, layout=gl.SliceLayout(1, copied))
@@ -185,9 +186,7 @@ def scores(
             target = wide_s._reinterpret(
                 gl.int32, [128, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
             )
-            most = _unpacked(
-                target, keys_s.index(t % STAGES), words, gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-            )
+            most = _unpacked(target, keys_s.index(t % STAGES), words, gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
             fence_async_shared()
             keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
             factor = (gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True)
