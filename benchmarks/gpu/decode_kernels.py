@@ -1,6 +1,6 @@
 """Where a decode step's time goes: a few layers of V4-Flash with random released weights, by kernel.
 
-    python -m benchmarks.gpu.decode [--layers N] [--batch N ...] [--context N ...]
+    python -m benchmarks.gpu.decode_kernels [--layers N] [--batch N ...] [--context N ...]
 
 Prints for each case the median of graph replays, launches a layer, and the kernels by their time in the profiler.
 """
