@@ -105,11 +105,10 @@ def test_decode_steps_are_the_processors(storage: Storage, index_format: str) ->
 
 
 def test_prompts_in_chunks_are_the_processors() -> None:
-    """The general path in bf16 tensors: prompts in chunks of 100, all logits."""
+    """The general path in bf16 tensors: two prompts in chunks of 150 and 100, all logits."""
     cpu, gpu = runner_on("cpu", "released", "fp8", "fp8"), runner_on("cuda", "released", "fp8", "fp8")
     want, got = [], []
-    for start in range(0, 250, 100):
-        end = min(start + 100, 250)
+    for start, end in ((0, 150), (150, 250)):
         chunks = []
         for s in range(2):
             tokens = np.random.default_rng(s).integers(0, 1024, 250)[start:end].astype(np.int32)
