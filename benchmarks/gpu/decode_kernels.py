@@ -169,8 +169,8 @@ def profiled(run: Callable[[], Any], name: str, options: argparse.Namespace) -> 
             spent[event.name[:60]] += event.device_time
     total = sum(count.values())
     print(f"{name}, {options.layers} layers, {total} launches, {total / options.layers:.1f} a layer")
-    for kernel, time in spent.most_common(options.table):
-        print(f"  {time:9.1f} us {count[kernel]:4d} x {time / count[kernel]:7.2f}  {kernel}", flush=True)
+    for kernel, us in spent.most_common(options.table):
+        print(f"  {us:9.1f} us {count[kernel]:4d} x {us / count[kernel]:7.2f}  {kernel}", flush=True)
 
 
 if __name__ == "__main__":
