@@ -1,7 +1,8 @@
 """python -m benchmarks dashboard_cost: what people who watch the dashboard cost an engine.
 
 Look: facts about a full engine, ids only: 256 live requests, conversations of a million tokens each, on the device, the
-host and a store, and how long one look holds the engine thread up, without and with its time budget. Decode: tokens per
+host and a store: how long one look holds the engine thread up, per conversation and with its time budget, and what it
+takes to remember a conversation when its request ends. Decode: tokens per
 second of the bundled model while nobody, one person (a look a second) and twenty scripts (as many as possible) look.
 Thread CPU time for looks, wall clock for decoding, medians.
 """
@@ -20,6 +21,7 @@ from benchmarks import rows
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.cache.manager import CacheManager
 from triptych.cache.policies import Below
+from triptych.cache.sessions import Sessions
 from triptych.cache.store.memory import MemoryStore
 from triptych.cache.store.protocol import ObjectKey
 from triptych.config import PAGE, SHAPES, EngineConfig
@@ -61,14 +63,17 @@ def look_milliseconds(rounds: int) -> dict[str, float]:
     capacity = CacheCapacity(SESSIONS * (PAGES + 40 * geometry.snapshot_frames), 4)
     cache = CacheManager(geometry, capacity, geometry.layers, below=Below(1000, (store,)))
     random = np.random.default_rng(0)
+    ends: list[float] = []
     for number in range(SESSIONS):
         tokens = random.integers(0, 129_280, PAGES * PAGE).astype(np.int32)
         assert cache.admit(str(number), tokens, "", len(tokens) + PAGE) is not None
         assert cache.grow(str(number), len(tokens))
         cache.snapshot_writes(str(number), 0, len(tokens))
         cache.advance(str(number), tokens, len(tokens))
+        holding = cache.holdings[str(number)]
+        ends.append(_timed(lambda h=holding: Sessions().ended(h)))
         cache.release(str(number))
-    for session in tuple(cache.sessions._sessions.values())[: SESSIONS // 2]:  # half of each older one has left
+    for session in tuple(cache.sessions._sessions)[: SESSIONS // 2]:  # half of each older one has left
         for at, key in reversed(tuple(enumerate(session.keys))):
             if at >= PAGES // 2:
                 store._objects[ObjectKey("page", key)] = b""  # type: ignore[assignment]
@@ -80,6 +85,7 @@ def look_milliseconds(rounds: int) -> dict[str, float]:
     whole = [_timed(lambda: cache.sessions.look(cache, watch.label, budget=60.0)) for _ in range(rounds)]
     budgeted = [_timed(watch.gather) for _ in range(rounds)]
     return {
+        "remember": round(statistics.median(ends), 4),
         "conversation": round(statistics.median(whole) / len(cache.sessions), 4),
         "gather": round(statistics.median(budgeted), 3),
         "gather_worst": round(max(budgeted), 3),

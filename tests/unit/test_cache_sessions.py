@@ -60,7 +60,7 @@ def test_what_was_evicted_is_told_by_tier() -> None:
     assert any("host" in one.by_tier for one in older)
     memory, host = cache.memory.tree.nodes, cache.tiers.host
     assert host is not None
-    for session, facts in zip(reversed(cache.sessions._sessions.values()), (newest, *older), strict=True):
+    for session, facts in zip(reversed(cache.sessions._sessions), (newest, *older), strict=True):
         whole = 0
         for key in session.keys:
             if key not in memory and ("page", key) not in host:
@@ -102,7 +102,7 @@ def test_what_is_remembered_is_bounded_and_forgotten_by_a_reset() -> None:
     assert len(cache.sessions) == 3
     serve(cache, "long", text(14 * 128, seed=9))
     assert len(cache.sessions) == 1, "many pages push out the older ones"
-    assert cache.sessions._room == 2 and len(cache.sessions._anchors) == 1
+    assert cache.sessions._room == 2 and len(cache.sessions._index) <= 2
     cache.reset()
     assert look(cache) == () and cache.sessions._room == 16
 

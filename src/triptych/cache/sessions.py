@@ -49,8 +49,8 @@ class Sessions:
     def __init__(self, limit: int = 128, pages: int = 1 << 17) -> None:
         self._limit = limit
         self._room = pages
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # by the last key
-        self._anchors: dict[bytes, Session] = {}
+        self._sessions: OrderedDict[Session, None] = OrderedDict()
+        self._index: dict[bytes, Session] = {}  # by the last page, and by the last of the prompt
         self._names: dict[tuple[str, str], Session] = {}
 
     def __len__(self) -> int:
@@ -64,39 +64,38 @@ class Sessions:
         name = (salt, hint) if hint is not None else None
         older = self._names.get(name) if name is not None else None
         if older is None:
-            older = next((found for key in reversed(keys) if (found := self._known(key)) is not None), None)
+            older = next((self._index[key] for key in reversed(keys) if key in self._index), None)
         if older is not None:
             self._forget(older)
         title = hint or (older.title if older is not None else keys[-1].hex())
         new = Session(keys, keys[prompt - 1], title, name, holding.branch)
-        self._sessions[keys[-1]] = self._anchors[new.anchor] = new
+        self._sessions[new] = None
+        self._index[keys[-1]] = self._index[new.anchor] = new
         if name is not None:
             self._names[name] = new
         self._room -= len(keys)
         while len(self._sessions) > self._limit or (self._room < 0 and len(self._sessions) > 1):
-            self._forget(next(iter(self._sessions.values())))
-
-    def _known(self, key: bytes) -> Session | None:
-        return self._sessions.get(key) or self._anchors.get(key)
+            self._forget(next(iter(self._sessions)))
 
     def _forget(self, session: Session) -> None:
         self._room += len(session.keys)
-        del self._sessions[session.keys[-1]]
-        if self._anchors.get(session.anchor) is session:
-            del self._anchors[session.anchor]
+        del self._sessions[session]
+        for key in (session.keys[-1], session.anchor):
+            if self._index.get(key) is session:
+                del self._index[key]
         if session.name is not None and self._names.get(session.name) is session:
             del self._names[session.name]
 
     def clear(self) -> None:
         """Nothing that was cached is served any more."""
         while self._sessions:
-            self._forget(next(iter(self._sessions.values())))
+            self._forget(next(iter(self._sessions)))
 
     def look(
         self, manager: CacheManager, label: Callable[[str], str], *, most: int = 64, budget: float = 1e-3
     ) -> tuple[SessionFacts, ...]:
         """The newest `most`, newest first. After `budget` seconds the rest is told as it was when last looked at."""
-        shown = [session for session, _ in zip(reversed(self._sessions.values()), range(most), strict=False)]
+        shown = [session for session, _ in zip(reversed(self._sessions), range(most), strict=False)]
         pins, now = manager.leases.pinned_until, manager.clock()
         deadline = time.perf_counter() + budget
         for session in sorted(shown, key=lambda one: one.looked):
