@@ -54,7 +54,7 @@ class Recent:
         self._values.append((time.monotonic(), seconds))
 
     def lately(self, seconds: float) -> dict[str, float]:
-        """Count, median and 95th percentile of what came in the last `seconds`, of 512 values at most; no more if none."""
+        """How many came in the last `seconds` (512 are remembered), their median and 95th percentile if any."""
         since = time.monotonic() - seconds
         values = sorted(value for then, value in self._values if then >= since)
         if not values:
