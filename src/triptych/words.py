@@ -56,11 +56,24 @@ def token_ids(ids: object, *, vocab_size: int | None = None, param: str = "promp
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match: a grammar in llguidance's dialect of Lark, over text and control tokens.
+
+    `after`: the token from which on it holds (the end of thinking, say); None holds from the first token on. With
+    `optional` an answer may also end before that token came.
+    """
+
+    lark: str
+    after: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Temperature 0 is greedy. Invalid values raise RequestError naming the field.
 
     `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
-    `seed` makes one request's draws reproducible whatever shares its batch.
+    `seed` makes one request's draws reproducible whatever shares its batch. `grammar`: what the answer must match.
     """
 
     max_tokens: int | None = None
@@ -78,6 +91,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _int_in("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Iterator
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
 from triptych.errors import ContextTooLong, QueueFull, Unavailable
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
 from triptych.text.tools import DSML
 from triptych.words import (
@@ -63,6 +64,7 @@ class FakeEngine:
         self.config = EngineConfig(max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self.max_context = max_context
+        self.grammars = GrammarCache(tokenizer, SHAPE.vocab_size, [tokenizer.eos_id or 0])
         self._words = [tokenizer.encode(word).tolist() for word in WORDS]
         self.panels = Panels({"csa": 60, "index": 30, "hca": 10}, 800, 2000, {"device": 1 << 20})
         self.told = Facts()

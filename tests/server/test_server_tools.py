@@ -12,7 +12,7 @@ import pytest
 from conftest import Server
 from fake_engine import FakeEngine
 
-from triptych.text.tools import DSML, ToolCall, calls_block
+from triptych.text.tools import DSML, OPENER, ToolCall, calls_block
 
 PARAMETERS = {"type": "object", "properties": {"path": {"type": "string"}, "lines": {"type": "integer"}}}
 TOOLS = [
@@ -148,7 +148,7 @@ def test_a_turn_that_comes_back_is_the_tokens_that_were_sampled(client: openai.O
 
 
 def test_a_forced_call_begins_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
-    rest = f'<{DSML}parameter name="path" string="true">x</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>'
+    rest = calls_block([ToolCall("", "list", '{"path": "x"}')]).removeprefix(OPENER)
     ask = ASK | {"reasoning_effort": "none"}
     named = {"type": "function", "function": {"name": "list"}}
     for stream in (False, True):
@@ -161,7 +161,7 @@ def test_a_forced_call_begins_the_answer(client: openai.OpenAI, engine: FakeEngi
             [call] = answer.choices[0].message.tool_calls
             name, arguments = call.function.name, call.function.arguments
         assert (name, json.loads(arguments)) == ("list", {"path": "x"})
-    engine.script = ['read">\n' + rest]
+    engine.script = [rest.replace("list", "read")]
     [call] = client.chat.completions.create(**ask, tool_choice="required").choices[0].message.tool_calls
     assert call.function.name == "read"
 

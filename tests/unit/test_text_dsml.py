@@ -101,6 +101,10 @@ _BITS = [
         f'<{DSML}parameter name="a" string="false">',
         " ",
         "x" * 1100,
+        "｜DS",
+        "ML｜",
+        "<thi",
+        "nk>",
     ),
 ]
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from triptych.errors import RequestError
-from triptych.text.render import Prompt, Style, render_turns
+from triptych.text.render import Prompt, render_turns
+from triptych.text.spell import Style
 from triptych.text.tokenizer import Tokenizer
 from triptych.text.tools import parse_tools
 from triptych.text.turns import parse_turns

@@ -87,7 +87,7 @@ def serve(
     server: ServerFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's and Anthropic's clients speak it.
+    """Serve a model to the clients of OpenAI and Anthropic.
 
     Stops gracefully on SIGTERM and Ctrl-C: running requests end, new ones are refused.
     """

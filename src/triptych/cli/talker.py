@@ -80,7 +80,8 @@ class LocalTalker:
     async def answer(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncGenerator[Piece, None]:
         """See Talker."""
         from triptych.text.dsml import OutputParser
-        from triptych.text.render import Style, render_turns
+        from triptych.text.render import render_turns
+        from triptych.text.spell import Style
         from triptych.words import CacheHints
 
         style = Style(thinking=self._thinking != "off", effort="low" if self._thinking == "off" else self._thinking)

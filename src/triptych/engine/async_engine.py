@@ -26,6 +26,7 @@ from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
+from triptych.text.grammar import GrammarCache
 from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, FinishReason, SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class AsyncEngine:
     def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
         """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
         return cls(load(model, EngineConfig.from_options(**options)))
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """The compiled grammars; None without a tokenizer."""
+        return self._loop.masks.grammars if self._loop.masks is not None else None
 
     def describe(self) -> str:
         """A few lines: the model, the cache and what it holds."""
@@ -142,6 +148,8 @@ class AsyncEngine:
         """
         if not self._accepting:
             raise Unavailable("The server is shutting down.", "Retry elsewhere or later.")
+        if params.grammar is not None and self.grammars is not None:
+            await asyncio.to_thread(self.grammars.check, params.grammar)  # so that no step has to wait for it
         samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
         queue: asyncio.Queue[Delta] = asyncio.Queue()
         for sample in samples:

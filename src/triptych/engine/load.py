@@ -22,8 +22,10 @@ from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
 from triptych.engine.device import device_for, free_device_memory, kind_of, refuse_tiers
 from triptych.engine.loop import EngineLoop
+from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.rates import starting_rates
 from triptych.engine.runner import Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import warm_up
@@ -32,6 +34,7 @@ from triptych.kernels import parallel
 from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,8 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     limit = config.max_context or shape.max_position
     max_context = min(limit, shape.max_position, capacity.tokens)
     tokenizer = _tokenizer(directory, shape)
+    if tokenizer is not None:
+        loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
     banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
     return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner)
 
@@ -96,6 +101,7 @@ def build_loop(
     policies = Policies(
         places,
         retention_named(wanted.retention),
+        starting_rates(shape, config, weights.embed.device),
         quota=wanted.tenant_quota,
         shares=wanted.tenant_shares,
         prefix_cache=wanted.prefix_cache,

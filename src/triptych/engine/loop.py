@@ -14,9 +14,11 @@ from torch import Tensor
 from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
 from triptych.engine.canary import PREFIX, Canary
+from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
 from triptych.engine.runner import Runner
 from triptych.engine.sampler import SamplerState, sample
+from triptych.errors import Unsupported
 from triptych.model.transformer import Transformer
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
@@ -69,6 +71,7 @@ class EngineLoop:
         self._shape = shape
         self._runner = runner
         self._samplers: dict[str, SamplerState] = {}
+        self.masks: Masks | None = None  # set where there is a tokenizer, without which no grammar means anything
 
     @property
     def model(self) -> Transformer:
@@ -81,7 +84,10 @@ class EngineLoop:
         return self.scheduler.busy or self.cache.tiers.busy or (self._canary is not None and self._canary.waiting)
 
     def add(self, request: Request, sample_index: int = 0) -> None:
-        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait."""
+        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait.
+
+        A grammar that was not compiled before (`GrammarCache.check`) is compiled now, or refused.
+        """
         state = SamplerState(
             request.request_id,
             request.params,
@@ -89,6 +95,10 @@ class EngineLoop:
             prompt_ids=request.prompt_ids,
             sample_index=sample_index,
         )
+        if request.params.grammar is not None:
+            if self.masks is None:
+                raise Unsupported("A grammar needs a tokenizer, which this checkpoint lacks.", param="grammar")
+            state.grammar = self.masks.grammars.start(request.params.grammar)
         self.scheduler.add(request)
         self._samplers[request.request_id] = state
 
@@ -129,6 +139,8 @@ class EngineLoop:
     def close(self) -> None:
         """Let go of threads and stores; copies that were not finished are lost."""
         self._mover.close()
+        if self.masks is not None:
+            self.masks.close()
 
     def _take_in(self, timeout: float = 0.0) -> None:
         """Copies that have ended; waits for the first of those under way."""
@@ -190,13 +202,18 @@ class EngineLoop:
         )
 
     def _run(self, plan: StepPlan) -> StepResult:
+        sampled = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+        states = [self._samplers[request_id] for request_id in sampled]
+        if self.masks is not None:
+            self.masks.begin(states)
         started = time.perf_counter()
         logits = self._runner.logits(plan)
         self._learn(plan, time.perf_counter() - started)
         if self._canary is not None:
             self._show(self._canary, plan, logits)
-        sampled = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        drawn = sample(logits, [self._samplers[request_id] for request_id in sampled])
+        if self.masks is not None:
+            self.masks.finish(states)
+        drawn = sample(logits, states)
         tokens = tuple(one for one in drawn if isinstance(one, SampledToken))
         failed = {
             request_id: one for request_id, one in zip(sampled, drawn, strict=True) if not isinstance(one, SampledToken)

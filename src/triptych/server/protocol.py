@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from triptych.config import EngineConfig, ModelShape
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, Panels, SamplingParams, TokenIds
 
@@ -19,6 +20,10 @@ class ServingEngine(Protocol):
     tokenizer: Tokenizer
     max_context: int
     panels: Panels
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """Where grammars are compiled; None where answers cannot be constrained."""
 
     async def start(self) -> None:
         """Become ready for `stream`."""

@@ -34,7 +34,7 @@ class ServerState:
         self.keys = keys
         self.bodies = Bodies(options)
         self.responses = ResponseStore(options.store_memory)
-        self.history = History(file=_history_file(engine))
+        self.history = History(file=_history_file(engine), name=_tokenizer_name(engine))
         self.metrics = Metrics(engine)
         self.draining = False
         self.born = int(time.time())
@@ -106,3 +106,8 @@ def _history_file(engine: ServingEngine) -> Path | None:
     if disk is None:
         return None
     return Path(disk).expanduser() / f"turns-{engine.model_name.replace('/', '_')}-{engine.shape.vocab_size}.jsonl"
+
+
+def _tokenizer_name(engine: ServingEngine) -> str:
+    """What turns of other token ids must not be mixed with."""
+    return f"{engine.shape.vocab_size} {engine.tokenizer.fingerprint}"

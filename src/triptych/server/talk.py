@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from triptych.errors import RequestError, Unsupported, nearest
+from triptych.errors import RequestError, nearest
 from triptych.server.ask import Desk
 from triptych.server.fields import wrong
 from triptych.server.pieces import Answer, PlainReader, Reader, Step
 from triptych.server.sampling import blaming
+from triptych.text.constraint import Wanted, answer_grammar, text_rules
 from triptych.text.dsml import OutputParser
-from triptych.text.render import EFFORTS, Prompt, Style, format_block, render_turns
-from triptych.text.tools import ToolCall, call_start, parse_tools
+from triptych.text.grammar import available
+from triptych.text.render import Prompt, render_turns
+from triptych.text.spell import EFFORTS, Style
+from triptych.text.tools import OPENER, ToolCall, call_start, parse_tools
 from triptych.text.turns import Assistant, parse_turns
 from triptych.words import Delta, SamplingParams, TokenIds
 
@@ -48,14 +52,25 @@ class Ready:
 def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     """What the engine needs for `talk`. Tokenises: not for the event loop. Raises RequestError."""
     turns = parse_turns(talk.messages)
-    style = _style(talk)
+    style, choice = _style(talk)
     limit = desk.engine.max_context - 1
     with blaming("messages"):
         prompt = render_turns(turns, desk.engine.tokenizer, style, limit=limit, history=desk.history, salt=desk.salt)
-    callable_ = [] if talk.tool_choice == "none" else [str(function["name"]) for function in style.functions]
+    names = [] if choice == "none" else [str(function["name"]) for function in style.functions]
+    grammars = desk.engine.grammars
+    if grammars is not None:
+        wanted = Wanted(
+            thinking=style.thinking and not style.begin,
+            functions=style.functions,
+            choice=choice,
+            parallel=talk.parallel_tool_calls,
+            response_format=talk.response_format,
+            opened=style.begin == OPENER,
+        )
+        params = replace(params, grammar=answer_grammar(wanted, grammars, desk.engine.tokenizer))
 
     def reader() -> Reader:
-        parser = OutputParser(thinking=style.thinking, tools=callable_, parallel=talk.parallel_tool_calls)
+        parser = OutputParser(thinking=style.thinking, tools=names, parallel=talk.parallel_tool_calls)
         return ChatReader(parser, style)
 
     return Ready(prompt.ids, prompt.boundaries, params, reader, _keeper(prompt, desk))
@@ -81,9 +96,7 @@ class ChatReader:
 
     def __init__(self, parser: OutputParser, style: Style) -> None:
         self._parser = parser
-        self._before = []
-        if style.force is not None:
-            self._before = parser.push(("</think>" if style.thinking else "") + call_start(style.force or None))
+        self._before = parser.push(style.begin)
 
     def read(self, delta: Delta) -> Step:
         """What this delta adds."""
@@ -98,7 +111,8 @@ class ChatReader:
         return Step(pieces, delta.token_ids, delta.logprobs, finish, delta.stop, delta.usage)
 
 
-def _style(talk: Talk) -> Style:
+def _style(talk: Talk) -> tuple[Style, str]:
+    """How to render, and which tool may be called: auto, none, required or the name of one."""
     functions = parse_tools(talk.tools)
     effort = talk.effort
     if effort is not None and effort not in EFFORTS and effort != "none":
@@ -108,23 +122,33 @@ def _style(talk: Talk) -> Style:
             param="reasoning_effort",
         )
     thinking = talk.thinking if talk.thinking is not None else effort not in (None, "none")
-    return Style(
-        thinking=thinking and effort != "none",
+    thinking = thinking and effort != "none"
+    choice = _choice(talk.tool_choice, [str(function["name"]) for function in functions])
+    begin = ""
+    if choice not in ("auto", "none"):
+        if not available():  # then the answer is begun for the model, which costs its thoughts
+            begin = ("</think>" if thinking else "") + call_start(None if choice == "required" else choice)
+        elif not thinking:
+            begin = OPENER
+    style = Style(
+        thinking=thinking,
         effort=effort or "low",
         functions=functions,  # also where none may be called, so that the prompt's beginning stays the same
-        response_format=_format(talk.response_format),
-        force=_force(talk.tool_choice, [str(function["name"]) for function in functions]),
+        response=_told(talk.response_format),
+        begin=begin,
     )
+    return style, choice
 
 
-def _force(choice: object, names: list[str]) -> str | None:
-    """None, or the tool that must be called; "" is any of several."""
-    if choice in (None, "auto", "none"):
-        return None
+def _choice(choice: object, names: list[str]) -> str:
+    if choice is None:
+        return "auto"
+    if choice in ("auto", "none"):
+        return str(choice)
     if choice == "required":
         if not names:
             raise RequestError("tool_choice is required, but there are no tools.", "Send tools.", param="tool_choice")
-        return names[0] if len(names) == 1 else ""
+        return "required"
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise wrong("tool_choice", "auto, none, required or a function by name", choice)
@@ -138,21 +162,8 @@ def _force(choice: object, names: list[str]) -> str | None:
     return str(name)
 
 
-def _format(raw: object) -> str:
-    if raw is None or (isinstance(raw, dict) and raw.get("type") == "text"):
-        return ""
-    if not isinstance(raw, dict) or raw.get("type") not in ("json_object", "json_schema"):
-        raise wrong("response_format", 'an object whose type is "text", "json_object" or "json_schema"', raw)
-    if raw["type"] == "json_object":
-        return format_block(None)
-    inner = raw.get("json_schema")
-    schema = inner.get("schema") if isinstance(inner, dict) else None
-    if not isinstance(schema, dict):
-        raise wrong("response_format.json_schema.schema", "an object", schema)
-    if isinstance(inner, dict) and inner.get("strict"):
-        raise Unsupported(
-            "response_format.json_schema.strict needs grammars, which are not built in.",
-            "Leave it out: the schema is then part of the prompt.",
-            param="response_format.json_schema.strict",
-        )
-    return format_block(schema)
+def _told(raw: object) -> dict[str, Any] | None:
+    """The response format that the prompt tells the model about; others only the grammar knows."""
+    if text_rules(raw) is None or not isinstance(raw, dict):
+        return None
+    return raw if raw["type"] in ("json_object", "json_schema") else None

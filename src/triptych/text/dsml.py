@@ -11,13 +11,15 @@ import re
 import uuid
 from collections.abc import Callable, Collection
 
+from triptych.text.numbers import loads
 from triptych.text.pieces import CallBegin, CallText, Content, Piece, Reasoning
-from triptych.text.tools import DSML, loads
+from triptych.text.tools import DSML
 
 _OPEN, _CLOSE = f"<{DSML}", f"</{DSML}"
 _THINK, _END_THINK = "<think>", "</think>"
 _END_VALUE = f"</{DSML}parameter>"
 _MARKERS = (_OPEN, _CLOSE, _THINK, _END_THINK, DSML)
+_LONGEST_MARKER = max(map(len, _MARKERS))
 _LONGEST_TAG = 1024  # characters; what is longer is no tag
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
@@ -47,6 +49,7 @@ class OutputParser:
         self._parallel = parallel
         self._call_id = call_id
         self._buffer = ""
+        self._tail = ""  # what was shown last
         self._out: list[Piece] = []
         self._ended = False
         self.calls = 0
@@ -93,35 +96,45 @@ class OutputParser:
     # -- states: each takes from the buffer and returns True if there may be more to do
 
     def _reasoning(self) -> bool:
-        found = _MARKER.search(self._buffer)
-        self._emit(Reasoning, found.start() if found else self._safe(newlines=False))
-        if found is None:
-            return False
-        return self._marker(found[0])
+        return self._said(Reasoning)
 
     def _content(self) -> bool:
-        found = _MARKER.search(self._buffer)
+        return self._said(Content)
+
+    def _said(self, kind: type[Content] | type[Reasoning]) -> bool:
+        """Text up to the next marker, and that marker.
+
+        What was shown last is looked at too: where a marker was taken out, its neighbours may make up another one.
+        """
+        shown = len(self._tail)
+        joined = self._tail + self._buffer
+        found = _MARKER.search(joined)
         if found is None:
-            self._emit(Content, self._safe(newlines=True))
+            self._emit(kind, self._safe(joined, newlines=kind is Content) - shown)
             return False
-        before = self._buffer[: found.start()]
-        if found[0] in (_OPEN, _CLOSE):  # the blank line before a call belongs to it
+        if found.start() < shown:
+            self._buffer = joined[found.end() :]
+            return True
+        before, self._buffer = joined[shown : found.start()], joined[found.start() :]
+        if kind is Content and found[0] in (_OPEN, _CLOSE):  # the blank line before a call belongs to it
             before = before.removesuffix("\n\n")
-        self._buffer = before + self._buffer[found.start() :]
-        self._emit(Content, len(before))
-        return self._marker(found[0])
+        self._say_text(kind, before)
+        state = self._read
+        taken = self._marker(found[0])
+        if self._read != state:
+            self._tail = ""
+        return taken
 
     def _marker(self, marker: str) -> bool:
-        if marker == _END_THINK:
-            self._read = self._content
-            self._buffer = self._buffer.removeprefix(marker)
-            return True
+        """Take the marker that the buffer begins with; False if its tag is not whole yet."""
         if marker in (_OPEN, _CLOSE):
             tag = self._tag()
             if tag is not None:
                 self._enter(tag)
             return tag is not None
-        self._buffer = self._buffer.removeprefix(marker)  # it says nothing here
+        self._buffer = self._buffer.removeprefix(marker)  # alone it says nothing, unless it ends the thoughts
+        if marker == _END_THINK:
+            self._read = self._content
         return True
 
     def _calls(self) -> bool:
@@ -219,9 +232,11 @@ class OutputParser:
             self._say('"')
         else:
             text = "".join(self._raw)
-            value = loads(text)
-            good = value is not None or text.strip() == "null"
-            self._say(text.strip() if good and _finite(text) else json.dumps(text, ensure_ascii=False))
+            try:
+                loads(text)
+                self._say(text.strip())
+            except ValueError:
+                self._say(json.dumps(text, ensure_ascii=False))
         self._dropped = False
 
     def _say(self, text: str) -> None:
@@ -231,17 +246,22 @@ class OutputParser:
     # -- text
 
     def _emit(self, kind: type[Content] | type[Reasoning], end: int) -> None:
-        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        if end > 0:
+            text, self._buffer = self._buffer[:end], self._buffer[end:]
+            self._say_text(kind, text)
+
+    def _say_text(self, kind: type[Content] | type[Reasoning], text: str) -> None:
         if text:
             self._out.append(kind(text))
+            self._tail = (self._tail + text)[-_LONGEST_MARKER:]
 
-    def _safe(self, *, newlines: bool) -> int:
-        """How much of the buffer can be no beginning of markup."""
+    def _safe(self, text: str, *, newlines: bool) -> int:
+        """How much of `text` can be no beginning of markup."""
         if self._ended:
-            return len(self._buffer) - _overlap(self._buffer, (_OPEN, _CLOSE, DSML), least=2)
-        end = len(self._buffer) - _overlap(self._buffer, _MARKERS)
+            return len(text) - _overlap(text, (_OPEN, _CLOSE, DSML), least=2)
+        end = len(text) - _overlap(text, _MARKERS)
         if newlines:
-            end -= min(2, end - len(self._buffer[:end].rstrip("\n")))
+            end -= min(2, end - len(text[:end].rstrip("\n")))
         return end
 
 
@@ -252,8 +272,3 @@ def _overlap(text: str, markers: Collection[str], least: int = 1) -> int:
         if any(marker.startswith(text[-length:]) for marker in markers):
             return length
     return 0
-
-
-def _finite(text: str) -> bool:
-    """JSON has no NaN and no Infinity, though Python reads them."""
-    return not re.search(r"\b(NaN|Infinity)\b", re.sub(r'"(?:[^"\\]|\\.)*"', "", text))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.errors import RequestError, UnknownField, Unsupported, nearest
+from triptych.text.numbers import dumps, loads
 
 DSML = "\uff5cDSML\uff5c"
+OPENER = f"\n\n<{DSML}tool_calls>\n"
+"""How a block of calls begins, and the prompt ends where an answer has to be calls."""
 _NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 _BLOCK = f"""## Tools
@@ -91,18 +93,27 @@ def _function(raw: object, at: str) -> dict[str, object]:
 
 def tools_block(functions: Sequence[dict[str, object]]) -> tuple[str, str, str]:
     """What the system prompt says about the tools: our words, the schemas, our words, with control tokens."""
-    lines = [json.dumps(function, ensure_ascii=False) for function in functions]
+    lines = [
+        dumps(
+            {
+                "name": function["name"],
+                "description": function.get("description") or "",
+                "parameters": function.get("parameters") or {},
+            }
+        )
+        for function in functions
+    ]
     before, after = _BLOCK.split("SCHEMAS")
     return before, "\n".join(lines), after
 
 
 def calls_parts(calls: Sequence[ToolCall]) -> list[tuple[str, bool]]:
     """Calls as the model writes them: pieces of text, and whether control tokens in them are meant as such."""
-    out = [(f"\n\n<{DSML}tool_calls>\n", True)]
+    out = [(OPENER, True)]
     for call in calls:
         out += [(f'<{DSML}invoke name="', True), (call.name, False), ('">\n', True)]
         for key, value in _arguments(call.arguments).items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else dumps(value)
             kind = "true" if isinstance(value, str) else "false"
             out += [(f'<{DSML}parameter name="', True), (key, False), (f'" string="{kind}">', True), (text, False)]
             out.append((f"</{DSML}parameter>\n", True))
@@ -117,19 +128,14 @@ def calls_block(calls: Sequence[ToolCall]) -> str:
 
 def call_start(name: str | None) -> str:
     """How an answer begins that must call a tool: this one, or one that the model names."""
-    start = f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="'
+    start = f'{OPENER}<{DSML}invoke name="'
     return start if name is None else f'{start}{name}">\n'
 
 
 def _arguments(text: str) -> dict[str, object]:
     """The arguments by name; what is no JSON object becomes one parameter."""
-    value = loads(text)
-    return value if isinstance(value, dict) else {"arguments": text}
-
-
-def loads(text: str) -> object:
-    """JSON text as a value; None for what is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        value = loads(text)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"arguments": text}

@@ -18,8 +18,15 @@ class System:
 
 
 @dataclass(slots=True)
+class Reminder:
+    """What holds for the next answer only, said without a role's turn."""
+
+    text: str
+
+
+@dataclass(slots=True)
 class User:
-    """What the user says and what tools returned, in the order of the encoding."""
+    """What tools returned, then what the user says."""
 
     texts: list[str] = field(default_factory=list)
     results: dict[str, str] = field(default_factory=dict)  # tool_call_id -> result
@@ -29,23 +36,27 @@ class User:
         known = [name for name in order if name in self.results]
         rest = [name for name in self.results if name not in known]
         results = [f"<tool_result>{self.results[name]}</tool_result>" for name in [*known, *rest]]
-        return JOINT.join([*results, *self.texts])
+        body = JOINT.join(results)
+        for text in self.texts:
+            body = body + JOINT + text if body else text
+        return body
 
 
 @dataclass(slots=True)
 class Assistant:
-    """What the model said. `reasoning` is None where the client did not send it back."""
+    """What the model said. `reasoning` is None where it was not sent back; `open`: the answer goes on with it."""
 
     text: str
     reasoning: str | None = None
     calls: tuple[ToolCall, ...] = ()
+    open: bool = False
 
 
-Turn = System | User | Assistant
+Turn = System | User | Reminder | Assistant
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _FIELDS = {
-    "assistant": {"tool_calls", "reasoning_content", "reasoning"},
+    "assistant": {"tool_calls", "reasoning_content", "reasoning", "prefix"},
     "tool": {"tool_call_id"},
 }
 # labels, and what clients echo of an earlier answer
@@ -67,12 +78,19 @@ def parse_turns(raw: object) -> list[Turn]:
         if role == "system":
             system.append(_content(message.get("content"), f"{at}.content"))
         elif role == "assistant":
-            turns.append(_assistant(message, at, called))
+            turns.append(_assistant(message, at, called, last=i + 1 == len(raw)))
+        elif role == "latest_reminder":
+            turns.append(Reminder(_content(message.get("content"), f"{at}.content")))
         else:
-            if not turns or not isinstance(turns[-1], User):
-                turns.append(User())
-            _said(turns[-1], role, message, at, called)  # type: ignore[arg-type]
-    return [System(JOINT.join(system)), *turns] if system else turns
+            last = turns[-1] if turns else None
+            if not isinstance(last, User) or (role == "tool" and last.texts):
+                last = User()
+                turns.append(last)
+            _said(last, role, message, at, called)
+    if turns and isinstance(turns[-1], Assistant) and turns[-1].open and not (turns[-1].text or turns[-1].reasoning):
+        turns.pop()  # nothing to go on with
+    text = JOINT.join(filter(None, system))
+    return [System(text), *turns] if text else turns
 
 
 def _role(raw: object, at: str) -> str:
@@ -112,7 +130,7 @@ def _said(turn: User, role: str, raw: dict[str, object], at: str, called: set[st
     turn.results[name] = text
 
 
-def _assistant(raw: dict[str, object], at: str, called: set[str]) -> Assistant:
+def _assistant(raw: dict[str, object], at: str, called: set[str], *, last: bool) -> Assistant:
     items = raw.get("tool_calls") or []
     if not isinstance(items, list):
         raise RequestError(f"{at}.tool_calls must be a list.", param=f"{at}.tool_calls")
@@ -124,7 +142,13 @@ def _assistant(raw: dict[str, object], at: str, called: set[str]) -> Assistant:
         raise RequestError(f"{at}.reasoning_content must be a string.", param=f"{at}.reasoning_content")
     content = raw.get("content")
     text = "" if content is None and calls else _content(content, f"{at}.content", parts="")
-    return Assistant(text, reasoning, calls)
+    is_open = raw.get("prefix")
+    if is_open is not None and not isinstance(is_open, bool):
+        raise RequestError(f"{at}.prefix must be true or false.", param=f"{at}.prefix")
+    if is_open and (calls or not last):
+        why = "has tool calls" if calls else "is not the last"
+        raise RequestError(f"{at}.prefix is set, but the message {why}.", "Leave it out.", param=f"{at}.prefix")
+    return Assistant(text, reasoning, calls, bool(is_open))
 
 
 def _call(raw: object, at: str) -> ToolCall:
