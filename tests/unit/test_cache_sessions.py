@@ -124,4 +124,4 @@ def test_a_look_at_long_conversations_takes_microseconds_each() -> None:
         [one] = look(cache)
         seconds.append(time.thread_time() - begin)
     assert one.tokens == 8192 * 128
-    assert min(seconds) < 0.005  # about 30 microseconds; walking all pages takes more
+    assert min(seconds) < 0.005  # about 30 microseconds here
