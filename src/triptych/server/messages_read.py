@@ -81,6 +81,9 @@ def read_conversation(fields: Fields) -> tuple[Talk, float | None]:
         raise RequestError("messages must be a non-empty list of objects with role and content.", param="messages")
     for i, message in enumerate(raw):
         messages += reader.message(message, f"messages[{i}]")
+    last = messages[-1]
+    if isinstance(last, dict) and last["role"] == "assistant":
+        last["prefix"] = True  # the answer goes on from what is put into the model's mouth
     tools = [reader.tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.items("tools", _MOST_TOOLS))]
     choice, parallel = _tool_choice(fields)
     thinking, effort = _thinking(fields)
