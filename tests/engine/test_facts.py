@@ -116,6 +116,25 @@ def test_stop_answers_who_still_asks(loaded: LoadedEngine) -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_starts_again_tells_facts_again(loaded: LoadedEngine) -> None:
+    engine = AsyncEngine(loaded)
+
+    async def once() -> None:
+        await engine.start()
+        left = asyncio.create_task(engine.facts())  # nobody waits for it
+        await asyncio.sleep(0)
+        await engine.stop()
+        left.cancel()
+
+    async def again() -> None:
+        await engine.start()
+        assert (await asyncio.wait_for(engine.facts(), 5)).requests == ()
+        await engine.stop()
+
+    asyncio.run(once())
+    asyncio.run(again())
+
+
 def test_panels_are_the_sizes_of_the_geometry(loaded: LoadedEngine) -> None:
     engine, cache = AsyncEngine(loaded), loaded.loop.cache
     panels = engine.panels

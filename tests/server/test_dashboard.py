@@ -188,6 +188,15 @@ def test_nothing_that_anyone_said_is_told(client: openai.OpenAI, http: httpx.Cli
     assert SECRET not in told and str(said.choices[0].message.content) not in told
 
 
+def test_the_wait_for_a_first_token_is_told(client: openai.OpenAI, http: httpx.Client, engine: FakeEngine) -> None:
+    assert figures(http)["first_token"] == {"count": 0}
+    engine.prefill_delay = 0.05
+    for _ in range(3):
+        client.completions.create(model="fake", prompt=[1, 2], max_tokens=2)
+    told = figures(http)["first_token"]
+    assert told["count"] == 3 and 0.05 <= told["p50"] <= told["p95"] < 5
+
+
 def test_an_engine_that_tells_little_is_no_error(http: httpx.Client) -> None:
     data = figures(http)
     assert data["memory"]["device"]["padding"] == 1 << 20 and data["facts"]["requests"] == []

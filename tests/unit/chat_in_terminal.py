@@ -19,6 +19,8 @@ from triptych.words import SamplingParams, Usage
 class Echo:
     """Says what it heard, with control characters as they came."""
 
+    thinking: str | None = None
+
     def describe(self) -> str:
         """What stands above the conversation."""
         return "Model    echo"

@@ -118,8 +118,10 @@ def test_a_look_takes_its_budget_and_goes_on_next_time() -> None:
 def test_a_look_at_long_conversations_takes_microseconds_each() -> None:
     cache = manager(frames=9000)
     serve(cache, "long", text(8192 * 128))
-    look(cache)
-    begin = time.perf_counter()
-    [one] = look(cache)
+    seconds = []
+    for _ in range(5):
+        begin = time.thread_time()
+        [one] = look(cache)
+        seconds.append(time.thread_time() - begin)
     assert one.tokens == 8192 * 128
-    assert time.perf_counter() - begin < 0.02  # about 50 microseconds; the rest is for a busy machine
+    assert min(seconds) < 0.005  # about 30 microseconds here

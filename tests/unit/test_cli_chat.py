@@ -333,6 +333,16 @@ def test_thoughts_are_not_part_of_the_answer(
     assert saved[1] == {"role": "assistant", "content": "yes", "reasoning_content": "let me see"}
 
 
+def test_thinking_can_be_changed_between_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Thinker("yes", "hm</think>no")
+    think(monkeypatch, engine, ["a", "/thinking", "/thinking low", "b", "/thinking lwo"], "off")
+    out, err = capsys.readouterr()
+    assert out == "yes\n(thinking: off)\n(thinking: low)\nno\n"
+    assert err == "triptych: /thinking is one of off, low, high, max, not 'lwo'. Did you mean 'low'?\n"
+
+
 def test_an_answer_comes_back_as_the_tokens_that_were_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Letter by letter is not how a tokenizer would spell it, but it is what the cache holds."""
     engine = Thinker("indeed", "so")

@@ -32,6 +32,7 @@ HELP = {
     "/file PATH": "put the text of a file in front of the next message",
     "/save PATH": "write the conversation to a file: Markdown, or messages as JSON if it ends in .json",
     "/system TEXT": "set the system message, from the next answer on; alone shows it, none removes it",
+    "/thinking EFFORT": "how hard to think before an answer: off, low, high, max; alone shows it",
     "/retry": "take the last answer back and ask again",
     "/clear": "forget the conversation, not the system message",
     "/stats": "what the answers cost: tokens found by tier, times, tokens per second",
@@ -76,8 +77,8 @@ def chat(
     from triptych.words import SamplingParams
 
     params = SamplingParams(**sampling.values())
-    if thinking is not None and thinking not in THINKING:
-        raise ConfigError(f"--thinking is one of {', '.join(THINKING)}, not {thinking!r}.", nearest(thinking, THINKING))
+    if thinking is not None:
+        _check_effort("--thinking", thinking)
     if _is_url(model):
         _refuse(engine.arguments(), f"says how an engine here runs, but {model} has its own.", "Leave it out.")
         talker: Talker = RemoteTalker(model, api_key, served_model, thinking)
@@ -93,6 +94,11 @@ def chat(
 
 def _is_url(model: str) -> bool:
     return model.startswith(("http://", "https://"))
+
+
+def _check_effort(name: str, effort: str) -> None:
+    if effort not in THINKING:
+        raise ConfigError(f"{name} is one of {', '.join(THINKING)}, not {effort!r}.", nearest(effort, THINKING))
 
 
 def _refuse(flags: list[str], sentence: str, remedy: str) -> None:
@@ -119,6 +125,7 @@ class Conversation:
             "/file": self._attach,
             "/save": self._save,
             "/system": self._set_system,
+            "/thinking": self._set_thinking,
             "/clear": self._clear,
             "/stats": self._show_costs,
             "/help": self._show_help,
@@ -203,6 +210,12 @@ class Conversation:
             self._system = "" if text == "none" else text
         self._screen.note(f"(system message: {self._system or 'none'})")
 
+    def _set_thinking(self, effort: str) -> None:
+        if effort:
+            _check_effort("/thinking", effort)
+            self._talker.thinking = effort
+        self._screen.note(f"(thinking: {self._talker.thinking or 'as the server likes'})")
+
     def _clear(self, rest: str) -> None:
         self._turns = []
         self._attached.clear()
@@ -230,7 +243,7 @@ class Conversation:
 
     def _show_help(self, rest: str) -> None:
         for usage, what in HELP.items():
-            self._screen.note(f"  {usage:<14}{what}")
+            self._screen.note(f"  {usage:<18}{what}")
         self._screen.note(f"  {_KEYS}")
 
     # ---- answers

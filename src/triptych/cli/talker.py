@@ -34,7 +34,9 @@ class Piece:
 
 
 class Talker(Protocol):
-    """Answers conversations."""
+    """Answers conversations. `thinking`, one of THINKING, may be changed between answers; None: as a server likes."""
+
+    thinking: str | None
 
     def describe(self) -> str:
         """A few lines on who answers."""
@@ -54,13 +56,13 @@ THINKING = ("off", "low", "high", "max")
 
 
 class LocalTalker:
-    """An engine in this process. `thinking` is one of THINKING."""
+    """An engine in this process."""
 
-    def __init__(self, engine: AsyncEngine, thinking: str = "off") -> None:
+    def __init__(self, engine: AsyncEngine, thinking: str | None = "off") -> None:
         from triptych.text.history import History
 
         self._engine = engine
-        self._thinking = thinking
+        self.thinking = thinking
         self._history = History()
         self._answers = 0
         self._session = f"chat-{uuid.uuid4().hex}"
@@ -84,7 +86,8 @@ class LocalTalker:
         from triptych.text.spell import Style
         from triptych.words import CacheHints
 
-        style = Style(thinking=self._thinking != "off", effort="low" if self._thinking == "off" else self._thinking)
+        effort = self.thinking or "off"
+        style = Style(thinking=effort != "off", effort="low" if effort == "off" else effort)
         prompt = await asyncio.to_thread(
             lambda: render_turns(
                 turns, self._engine.tokenizer, style, limit=self._engine.max_context - 1, history=self._history
@@ -164,7 +167,7 @@ class RemoteTalker:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._model = model
-        self._thinking = thinking
+        self.thinking = thinking
         self._session = f"chat-{uuid.uuid4().hex}"
 
     def describe(self) -> str:
@@ -226,7 +229,7 @@ class RemoteTalker:
             "stream_options": {"include_usage": True},
             "prompt_cache_key": self._session,
             **({"stop": list(params.stop)} if params.stop else {}),
-            **({"reasoning_effort": {"off": "none"}.get(self._thinking, self._thinking)} if self._thinking else {}),
+            **({"reasoning_effort": {"off": "none"}.get(self.thinking, self.thinking)} if self.thinking else {}),
             **given,
         }
 

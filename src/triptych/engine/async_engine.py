@@ -89,6 +89,7 @@ class AsyncEngine:
         """Start the engine thread; deltas will arrive on the running event loop."""
         self._events = asyncio.get_running_loop()
         self._accepting, self._stopping = True, False
+        self._facts = None  # what an earlier event loop waited for nobody will tell
         self._thread = threading.Thread(target=self._run, name="triptych-engine", daemon=True)
         self._thread.start()
 

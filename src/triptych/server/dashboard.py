@@ -163,6 +163,7 @@ class Dashboard:
             "sources": by.sources(stats),
             "plans": by.plans(stats),
             "moved": by.moved(stats, panels),
+            "first_token": state.metrics.first_token.lately(EVERY * KEPT),
             "totals": {name: stats.cache[name] for name in _TOTALS if name in stats.cache},
             "facts": self._facts,
             "facts_age": round(min(time.monotonic() - self._gathered, 1e6), 1),

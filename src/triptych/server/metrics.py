@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import deque
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,6 +41,28 @@ _CACHE_COUNTERS = {
 }
 
 
+class Recent:
+    """A histogram that also remembers its last values, for people who want a median now and not a bucket."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._values: deque[tuple[float, float]] = deque(maxlen=512)
+
+    def observe(self, seconds: float) -> None:
+        """One more."""
+        self._histogram.observe(seconds)
+        self._values.append((time.monotonic(), seconds))
+
+    def lately(self, seconds: float) -> dict[str, float]:
+        """How many came in the last `seconds` (512 are remembered), their median and 95th percentile if any."""
+        since = time.monotonic() - seconds
+        values = sorted(value for then, value in self._values if then >= since)
+        if not values:
+            return {"count": 0}
+        last = len(values) - 1
+        return {"count": len(values), "p50": values[round(0.5 * last)], "p95": values[round(0.95 * last)]}
+
+
 class Metrics:
     """Histograms and counters that the server feeds, beside the engine's own figures."""
 
@@ -54,11 +78,13 @@ class Metrics:
         self.in_flight = Gauge(
             "triptych_requests_in_flight", "Generation requests being answered.", registry=self._registry
         )
-        self.first_token = Histogram(
-            "triptych_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.first_token = Recent(
+            Histogram(
+                "triptych_time_to_first_token_seconds",
+                "From the request's arrival to its first token.",
+                buckets=_SECONDS,
+                registry=self._registry,
+            )
         )
         self.between_tokens = Histogram(
             "triptych_inter_token_seconds",

@@ -39,11 +39,12 @@ function bytes(n) {
   return whole(n) + " B";
 }
 function span(seconds) {
-  if (seconds < 10) return seconds.toFixed(1) + " s";
-  if (seconds < 120) return Math.round(seconds) + " s";
-  if (seconds < 7200) return Math.round(seconds / 60) + " min";
-  if (seconds < 172800) return (seconds / 3600).toFixed(1) + " h";
-  return Math.round(seconds / 86400) + " days";
+  if (seconds && seconds < 1) return Math.max(1, Math.round(seconds * 1000)) + "\u00a0ms";
+  if (seconds < 10) return seconds.toFixed(1) + "\u00a0s";
+  if (seconds < 120) return Math.round(seconds) + "\u00a0s";
+  if (seconds < 7200) return Math.round(seconds / 60) + "\u00a0min";
+  if (seconds < 172800) return (seconds / 3600).toFixed(1) + "\u00a0h";
+  return Math.round(seconds / 86400) + "\u00a0days";
 }
 
 // ---- small builders
@@ -194,11 +195,13 @@ function tiles(data) {
   const used = room - (device.free || 0);
   const tile = (name, value, unit, more) => make("div", "tile", make("div", "name", name),
     make("div", "value", value, unit ? make("span", "unit", unit) : null), make("div", "more", more));
+  const wait = data.first_token;
   byId("tiles").replaceChildren(
     tile("Running", whole(data.running), "", `of ${whole(data.limits.running)} at most`),
     tile("Waiting", whole(data.waiting), "", `of ${whole(data.limits.waiting)} at most`),
     tile("Prefill", rate(per("prefill")), "tokens/s", `${short(data.prefilled)} since start`),
     tile("Decode", rate(per("decode")), "tokens/s", `${short(data.generated)} since start`),
+    tile("First token", wait.count ? span(wait.p50) : "–", "", wait.count ? `median; 95 % in ${span(wait.p95)}` : "no answer lately"),
     tile("Found in the cache", percent(found, all), "", all ? `of ${short(all)} prompt tokens` : "no prompt yet"),
     tile("Device cache", percent(used, room), "used", `${bytes(data.evictable)} of it may be evicted`),
   );
