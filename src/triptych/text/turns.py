@@ -36,10 +36,8 @@ class User:
         known = [name for name in order if name in self.results]
         rest = [name for name in self.results if name not in known]
         results = [f"<tool_result>{self.results[name]}</tool_result>" for name in [*known, *rest]]
-        body = JOINT.join(results)
-        for text in self.texts:
-            body = body + JOINT + text if body else text
-        return body
+        said = JOINT.join(filter(None, self.texts))
+        return JOINT.join([*results, said] if self.texts else results)
 
 
 @dataclass(slots=True)
