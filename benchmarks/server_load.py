@@ -27,7 +27,11 @@ from typing import Any
 
 from benchmarks import rows
 from triptych.engine.api import Engine
-from triptych.words import SamplingParams
+from triptych.text.dsml import OutputParser
+from triptych.text.pieces import Content
+from triptych.text.render import Style, render_turns
+from triptych.text.turns import parse_turns
+from triptych.words import SamplingParams, TokenIds
 
 _FLAGS = {"max_running": 32, "step_tokens": 512, "kv_memory": 1 << 30}
 _TEXTS = [
@@ -122,8 +126,10 @@ class Seen:
 
 
 async def ask(port: int, text: str, tokens: int, *, leave_after: float = 1e9, pause: float = 0.0) -> Seen:
-    """One streaming completion over its own socket. After `leave_after` events it hangs up; it may pause at each read."""
-    body = {"model": "tiny", "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    """One streaming answer over its own socket. After `leave_after` events it hangs up; it may pause at each read."""
+    messages = [{"role": "user", "content": text}]
+    body: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": tokens, "temperature": 0}
+    body |= {"stream": True, "ignore_eos": True}
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096 if pause else 2**16)
     seen, begin = Seen(), time.perf_counter()
@@ -131,14 +137,16 @@ async def ask(port: int, text: str, tokens: int, *, leave_after: float = 1e9, pa
     raw: list[bytes] = []
     try:
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(data)
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+            % len(data)
         )
         writer.write(data)
         events = 0
         while piece := await reader.read(512 if pause else 2**16):
             now = time.perf_counter()
-            seen.first = seen.first or now - begin
-            seen.worst, last = max(seen.worst, now - last), now
+            if b"data: " in piece:
+                seen.first = seen.first or now - begin
+                seen.worst, last = max(seen.worst, now - last), now
             raw.append(piece)
             events += piece.count(b"data: ")
             if events >= leave_after:
@@ -162,10 +170,24 @@ def _read(raw: bytes, seen: Seen) -> None:
             seen.whole = True
             continue
         value = json.loads(event)
-        parts += [choice["text"] for choice in value["choices"]]
+        parts += [choice["delta"].get("content") or "" for choice in value["choices"]]
         if value.get("usage"):
             seen.tokens = value["usage"]["completion_tokens"]
     seen.text = "".join(parts)
+
+
+def rendered(text: str, engine: Engine) -> TokenIds:
+    """The prompt that the server makes of one user message."""
+    assert engine.tokenizer is not None
+    turns = parse_turns([{"role": "user", "content": text}])
+    return render_turns(turns, engine.tokenizer, Style(), limit=engine.max_context).ids
+
+
+def said(text: str) -> str:
+    """What a chat shows of `text`."""
+    parser = OutputParser()
+    pieces = parser.push(text) + parser.finish()
+    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
 
 
 # ---- overhead
@@ -176,6 +198,7 @@ def overhead(given: argparse.Namespace) -> dict[str, Any]:
     params = SamplingParams(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
     prompts = [f"{i} bottles stand on the wall. " * 3 for i in range(given.streams)]
     engine = Engine.load("tiny", **_FLAGS)
+    ids = [rendered(prompt, engine) for prompt in prompts]
     total = given.streams * given.tokens
     through: list[dict[str, float]] = []
     inside: list[dict[str, float]] = []
@@ -186,9 +209,9 @@ def overhead(given: argparse.Namespace) -> dict[str, Any]:
             http = time.perf_counter() - begin
             cpu, client = server.usage()["cpu_s"] - used, time.process_time() - mine
             begin, mine = time.perf_counter(), time.process_time()
-            outputs = engine.generate(prompts, params)
+            outputs = engine.generate(ids, params)
             alone, alone_cpu = time.perf_counter() - begin, time.process_time() - mine
-            assert [s.text for s in seen] == [out.text for out in outputs], "answers differ"
+            assert [s.text for s in seen] == [said(out.text) for out in outputs], "answers differ"
             assert sum(s.tokens for s in seen) == total
             if round_:  # the first warms both up
                 through.append({"tok_s": total / http, "cpu_s": cpu, "client_cpu_s": client})
@@ -233,7 +256,8 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
     """Clients come and go; then everything must be as before."""
     engine = Engine.load("tiny", **_FLAGS)
     params = SamplingParams(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
-    right = {text: out.text for text, out in zip(_TEXTS, engine.generate(_TEXTS, params), strict=True)}
+    outputs = engine.generate([rendered(text, engine) for text in _TEXTS], params)
+    right = {text: said(out.text) for text, out in zip(_TEXTS, outputs, strict=True)}
     engine.close()
     tally = Tally()
     with serving() as server:

@@ -347,10 +347,84 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Panels:
+    """Bytes of what the caches keep, which never change: one page of 128 tokens by kind of entry (and what pads
+    it), one snapshot, one window slot, and the room of each tier, fastest first (0 where nobody knows it).
+    """
+
+    page: Mapping[str, int] = field(default_factory=dict)
+    snapshot: int = 0
+    slot: int = 0
+    room: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """One live request, without a word of its text. Tokens, and seconds since it came (None if nobody knows).
+
+    `state`: waiting, fetching (its pages come up from a lower tier), prefill or decode. `processed` of the known tokens
+    have run or need not. `tenant` and `session` are labels of this process, not the names that the caller gave.
+    """
+
+    request_id: str
+    state: str
+    prompt_tokens: int
+    processed: int
+    generated: int
+    limit: int
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    resume: str = ""
+    preempted: int = 0
+    tenant: str = ""
+    session: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What is left of one conversation that has ended, in tokens and seconds.
+
+    Its `tokens` are whole pages; `by_tier` says where the unbroken beginning of them lies, the rest is gone.
+    `resumes_at`: the deepest boundary whose windows are stored, in the tier `resumes_from`; 0 if they would be rebuilt,
+    which costs `rebuild` tokens. `ttl` and `pin`: what is left of them, None without. `expired`: it goes first.
+    """
+
+    session: str
+    tenant: str
+    turns: int
+    tokens: int
+    by_tier: Mapping[str, int]
+    resumes_at: int
+    resumes_from: str
+    rebuild: int
+    idle: float
+    ttl: float | None = None
+    pin: float | None = None
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One look at what runs and at what could be resumed; `seconds` is what gathering it took between two steps.
+
+    Lists are bounded: `running`, `waiting` and `remembered` count also what is not listed.
+    """
+
+    requests: tuple[RequestFacts, ...] = ()
+    sessions: tuple[SessionFacts, ...] = ()
+    running: int = 0
+    waiting: int = 0
+    remembered: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """One look at a running engine: requests now, steps and tokens since start, gauges of the cache by name.
 
     Token totals count prompts as they finish their prefill; `cache` holds what `CacheStats` says, as plain numbers.
+    `prefill_rows`: rows of prompts that ran, those that were run again among them.
     """
 
     running: int = 0
@@ -360,4 +434,5 @@ class EngineStats:
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
+    prefill_rows: int = 0
     cache: Mapping[str, float] = field(default_factory=dict)

@@ -23,7 +23,9 @@ from triptych.words import (
     CacheHints,
     Delta,
     EngineStats,
+    Facts,
     FinishReason,
+    Panels,
     SamplingParams,
     TokenIds,
     TokenLogprob,
@@ -64,6 +66,8 @@ class FakeEngine:
         self.max_context = max_context
         self.grammars = GrammarCache(tokenizer, SHAPE.vocab_size, [tokenizer.eos_id or 0])
         self._words = [tokenizer.encode(word).tolist() for word in WORDS]
+        self.panels = Panels({"csa": 60, "index": 30, "hca": 10}, 800, 2000, {"device": 1 << 20})
+        self.told = Facts()
         self.script: list[str] = []  # what the next answers say, each ended by the end of sequence
         self.prompts: list[TokenIds] = []
         self.token_delay = 0.0
@@ -83,6 +87,9 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    async def facts(self) -> Facts:
+        return self.told
 
     def stats(self) -> EngineStats:
         return EngineStats(

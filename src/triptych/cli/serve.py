@@ -64,7 +64,7 @@ class ServerFlags:
     ] = "info"
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Log lines for people or for machines.")] = "text"
     log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Write prompts and answers into the log. Never without consent.")
+        bool, typer.Option("--log-prompts", help="Write request bodies, prompts and all, into the log.")
     ] = False
 
     def options(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def serve(
     server: ServerFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's and Anthropic's clients speak it.
+    """Serve a model to the clients of OpenAI and Anthropic.
 
     Stops gracefully on SIGTERM and Ctrl-C: running requests end, new ones are refused.
     """

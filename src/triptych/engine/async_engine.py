@@ -15,18 +15,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from triptych.config import EngineConfig
+from triptych.engine.facts import Watch, panels
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
 from triptych.text.grammar import GrammarCache
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, FinishReason, SamplingParams, TokenIds
+from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, FinishReason, SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Route:
 
     output: OutputText
     queue: asyncio.Queue[Delta]
+    born: float = field(default_factory=time.monotonic)
 
 
 class AsyncEngine:
@@ -65,6 +67,9 @@ class AsyncEngine:
         self._accepting = False
         self._stopping = False
         self._stats = EngineStats()
+        self.panels = panels(loaded.loop.cache, loaded.config.cache)
+        self._watch = Watch(loaded.loop, self._born)
+        self._facts: asyncio.Future[Facts] | None = None
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
@@ -117,6 +122,15 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Figures as of the last step."""
         return self._stats
+
+    async def facts(self) -> Facts:
+        """Who runs and what could be resumed, gathered between two steps; those who ask at the same time share it."""
+        if self._events is None or self._thread is None:
+            return Facts()
+        if self._facts is None:
+            told = self._facts = self._events.create_future()
+            self._command(lambda: self._on_events(self._tell, told, self._watch.gather()))
+        return await asyncio.shield(self._facts)
 
     async def stream(
         self,
@@ -203,6 +217,15 @@ class AsyncEngine:
                 if delta.finish_reason is not None:
                     del self._routes[event.request_id]
                 route.queue.put_nowait(delta)
+
+    def _tell(self, told: asyncio.Future[Facts], facts: Facts) -> None:
+        self._facts = None
+        if not told.done():
+            told.set_result(facts)
+
+    def _born(self, request_id: str) -> float | None:
+        route = self._routes.get(request_id)
+        return None if route is None else route.born
 
     def _finish_later(self, request_id: str, reason: FinishReason) -> None:
         """End a request in the engine thread; its usage comes back as an event."""

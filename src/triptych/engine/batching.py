@@ -195,4 +195,5 @@ def _exclusive_sum(counts: Ints) -> Ints:
 
 def _ragged(starts: Ints, counts: Ints) -> Ints:
     """[s0, s0+1, ... s0+n0-1, s1, ...]: one run of consecutive integers per pair."""
-    return np.repeat(starts - _exclusive_sum(counts), counts) + np.arange(int(counts.sum()))
+    run: Ints = np.repeat(starts - _exclusive_sum(counts), counts) + np.arange(int(counts.sum()))
+    return run

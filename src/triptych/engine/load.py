@@ -25,6 +25,7 @@ from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.rates import starting_rates
 from triptych.engine.runner import Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import warm_up
@@ -100,6 +101,7 @@ def build_loop(
     policies = Policies(
         places,
         retention_named(wanted.retention),
+        starting_rates(shape, config, weights.embed.device),
         quota=wanted.tenant_quota,
         shares=wanted.tenant_shares,
         prefix_cache=wanted.prefix_cache,

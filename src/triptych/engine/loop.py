@@ -178,6 +178,10 @@ class EngineLoop:
         cache |= {f"{tier}_bytes_out": size for tier, size in moved.bytes_out.items()}
         cache |= {"saves_missed": moved.missed_saves, "saves_failed": moved.failed_saves}
         cache["fetches_failed"] = moved.failed_fetches
+        cache |= {f"{tier}_tokens_found": tokens for tier, tokens in moved.tokens.items()}
+        if (host := self.cache.tiers.host) is not None:
+            pages = len(host.objects) - host.snapshots
+            cache |= {"host_pages": pages, "host_snapshots": host.snapshots, "host_frames_free": len(host.free)}
         for name, store in self.cache.tiers.stores.items():
             cache |= {f"{name}_{key}": value for key, value in store.stats()._asdict().items()}
         if self._canary is not None:
@@ -193,6 +197,7 @@ class EngineLoop:
             cached_tokens=s.cached_tokens,
             recomputed_tokens=s.recomputed_tokens,
             generated_tokens=s.generated_tokens - checked,
+            prefill_rows=s.prefill_rows,
             cache=cache,
         )
 

@@ -12,6 +12,8 @@ admission is first come, first served, and a preempted request returns to the fr
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 
 from triptych.cache.manager import CacheManager
 from triptych.config import EngineConfig
@@ -60,6 +62,10 @@ class Scheduler:
     def sequence(self, request_id: str) -> Sequence:
         """A live request as it stands."""
         return self._live[request_id]
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All live requests: those that run, then those that wait, in their order."""
+        return chain(self._running, self._waiting)
 
     def stats(self) -> ScheduleStats:
         """Requests now and totals since start."""
@@ -269,6 +275,7 @@ class Scheduler:
             if chunk.request_id in result.failed:
                 sequence.failed = True
                 continue
+            self._counters.prefill_rows += 0 if sequence.prefilled else chunk.rows
             sequence.advance(chunk.end)
             self._cache.advance(chunk.request_id, sequence.tokens, chunk.end)
             if chunk.samples:

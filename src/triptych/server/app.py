@@ -14,6 +14,7 @@ from starlette.routing import Route
 from triptych.errors import TriptychError
 from triptych.server.chat import CHAT
 from triptych.server.completions import COMPLETIONS
+from triptych.server.dashboard import Dashboard
 from triptych.server.gate import Gate
 from triptych.server.generation import generation
 from triptych.server.keys import Keys
@@ -29,11 +30,12 @@ from triptych.server.tokens import TokenPages
 def build_app(engine: ServingEngine, options: ServerOptions | None = None, keys: Keys | None = None) -> Starlette:
     """The ASGI application over `engine`. Its lifespan starts and stops the engine; `app.state.server` is its state."""
     state = ServerState(engine, options or ServerOptions(), keys or Keys({}))
+    dashboard = Dashboard(state)
     app = Starlette(
-        routes=_routes(state),
+        routes=[*_routes(state), *dashboard.routes()],
         middleware=[*_cors(state.options), Middleware(Gate, state=state)],
         exception_handlers={TriptychError: Pages(state).refuse, HTTPException: Pages(state).refuse_http},
-        lifespan=_lifespan(state),
+        lifespan=_lifespan(state, dashboard),
     )
     app.router.redirect_slashes = False
     app.state.server = state
@@ -77,12 +79,13 @@ def _cors(options: ServerOptions) -> list[Middleware]:
     ]
 
 
-def _lifespan(state: ServerState):  # type: ignore[no-untyped-def]
+def _lifespan(state: ServerState, dashboard: Dashboard):  # type: ignore[no-untyped-def]
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await state.engine.start()
         try:
-            yield
+            async with dashboard.recording():
+                yield
         finally:
             await state.engine.stop()
             state.close()

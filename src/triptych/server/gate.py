@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from triptych.errors import Forbidden, QueueFull, TriptychError, Unavailable
+from triptych.server.dashboard import DATA, STATIC
 from triptych.server.http import ClientLeft, refusal
 from triptych.server.record import CLIENT_LEFT, Record
 from triptych.server.state import ServerState
@@ -19,9 +20,9 @@ from triptych.server.state import ServerState
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-# for load balancers, which have no key; and the dashboard's page, which asks for one and holds nothing
-_OPEN = frozenset({"/health", "/health/live", "/dashboard", "/dashboard/style.css", "/dashboard/page.js"})
-_ADMIN = ("/metrics", "/dashboard/data")
+# for load balancers, which have no key, and for browsers, which cannot send one with the address of a page
+_OPEN = STATIC | {"/health", "/health/live"}
+_ADMIN = ("/metrics", DATA)
 
 
 class Gate:

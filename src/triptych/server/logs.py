@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 
 prompts = logging.getLogger("triptych.prompts")
-"""Receives request bodies and answers, if `log_prompts` is set. Nothing else may ever hold them."""
+"""Receives request bodies, if `log_prompts` is set. Nothing else may ever hold them."""
 
 
 class JsonLines(logging.Formatter):

@@ -26,7 +26,7 @@ class ServerOptions:
     `keep_alive`: a stream that has nothing to say for so long says a comment.
     `drain_timeout`: how long running requests may take after the first SIGTERM. `retry_after` is sent with 429, 503.
     `encode_threads` tokenise prompts beside the event loop. `cors_origins` may call from a browser; none by default.
-    `tls_cert` and `tls_key` are PEM files. `log_prompts` writes what people send and get into the log.
+    `tls_cert` and `tls_key` are PEM files. `log_prompts` writes request bodies into the log.
     `store_memory` bounds the answers of /v1/responses that are kept for `previous_response_id`, over all tenants.
     """
 

@@ -86,6 +86,6 @@ ENDPOINTS = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
         *("/v1/models", "/v1/embeddings", "/tokenize", "/detokenize", "/openapi.json"),
-        *("/health", "/health/live", "/metrics"),
+        *("/health", "/health/live", "/metrics", "/dashboard", "/dashboard/data"),
     }
 )

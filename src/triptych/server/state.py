@@ -35,7 +35,7 @@ class ServerState:
         self.bodies = Bodies(options)
         self.responses = ResponseStore(options.store_memory)
         self.history = History(file=_history_file(engine), name=_tokenizer_name(engine))
-        self.metrics = Metrics(engine.stats)
+        self.metrics = Metrics(engine)
         self.draining = False
         self.born = int(time.time())
         self._in_flight = 0
