@@ -15,8 +15,8 @@ from triptych.text.constraint import Wanted, answer_grammar, text_rules
 from triptych.text.dsml import OutputParser
 from triptych.text.grammar import available
 from triptych.text.render import Prompt, render_turns
-from triptych.text.spell import EFFORTS, Style
-from triptych.text.tools import OPENER, ToolCall, call_start, parse_tools
+from triptych.text.spell import EFFORTS, END_THINK, Style
+from triptych.text.tools import DSML, OPENER, ToolCall, call_start, parse_tools
 from triptych.text.turns import Assistant, parse_turns
 from triptych.words import Delta, SamplingParams, TokenIds
 
@@ -57,6 +57,9 @@ def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     with blaming("messages"):
         prompt = render_turns(turns, desk.engine.tokenizer, style, limit=limit, history=desk.history, salt=desk.salt)
     names = [] if choice == "none" else [str(function["name"]) for function in style.functions]
+    if params.stop:  # these are about what is said
+        thinks = style.thinking and END_THINK not in style.begin
+        params = replace(params, stop_after=END_THINK if thinks else "", stop_until=f"<{DSML}" if names else "")
     grammars = desk.engine.grammars
     if grammars is not None:
         wanted = Wanted(
