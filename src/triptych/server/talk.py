@@ -52,7 +52,7 @@ class Ready:
 def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     """What the engine needs for `talk`. Tokenises: not for the event loop. Raises RequestError."""
     turns = parse_turns(talk.messages)
-    style, choice = _style(talk)
+    style, choice = _style(talk, desk.effort)
     limit = desk.engine.max_context - 1
     with blaming("messages"):
         prompt = render_turns(turns, desk.engine.tokenizer, style, limit=limit, history=desk.history, salt=desk.salt)
@@ -114,7 +114,7 @@ class ChatReader:
         return Step(pieces, delta.token_ids, delta.logprobs, finish, delta.stop, delta.usage)
 
 
-def _style(talk: Talk) -> tuple[Style, str]:
+def _style(talk: Talk, default: str) -> tuple[Style, str]:
     """How to render, and which tool may be called: auto, none, required or the name of one."""
     functions = parse_tools(talk.tools)
     effort = talk.effort
@@ -124,8 +124,9 @@ def _style(talk: Talk) -> tuple[Style, str]:
             nearest(effort[:40], EFFORTS),
             param="reasoning_effort",
         )
-    thinking = talk.thinking if talk.thinking is not None else effort not in (None, "none")
-    thinking = thinking and effort != "none"
+    if effort is None and talk.thinking is not False:
+        effort = default if talk.thinking is None or default != "none" else "high"
+    thinking = talk.thinking is not False and effort not in (None, "none")
     choice = _choice(talk.tool_choice, [str(function["name"]) for function in functions])
     begin = ""
     if choice not in ("auto", "none"):
