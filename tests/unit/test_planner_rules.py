@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,19 @@ def test_what_does_not_fit_is_refused_with_the_nearest_count_that_does(
     assert remedy in refused.value.remedy
     again = int(remedy.split()[1])
     refuse_if_it_does_not_fit(found, catalogue().node(hardware, again), layout_for(found, again), Usage())
+
+
+@pytest.mark.parametrize(("usage", "flag"), [(Usage(running=4000), "running"), (Usage(step=400_000), "step")])
+def test_too_much_at_once_is_refused_with_as_much_as_fits(usage: Usage, flag: str) -> None:
+    model, node = model_named("flash"), catalogue().node("h200", 2)
+    layout = layout_for(model, 2)
+    with pytest.raises(ConfigError, match="leave no room") as refused:
+        refuse_if_it_does_not_fit(model, node, layout, usage)
+    most = int(refused.value.remedy.rstrip(".").split()[-1])
+    assert {"running": "--running", "step": "--step-tokens"}[flag] in refused.value.remedy
+    refuse_if_it_does_not_fit(model, node, layout, replace(usage, **{flag: most}))
+    with pytest.raises(ConfigError):
+        refuse_if_it_does_not_fit(model, node, layout, replace(usage, **{flag: most + 1}))
 
 
 def test_attention_by_data_alone_is_refused_where_its_weights_do_not_fit() -> None:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from triptych.config import CSA_RATIO, PAGE
 from triptych.errors import ConfigError
@@ -126,12 +127,18 @@ def refuse_if_it_does_not_fit(model: PlannedModel, node: Node, layout: Layout, u
 
 
 def _nearest_that_fits(model: PlannedModel, node: Node, layout: Layout, usage: Usage) -> str:
-    """A sentence with the nearest setting that works: another division of these devices, or more of them."""
+    """A sentence with the nearest setting that works: less at once, another division of these devices, or more."""
     per_page = model.attention.page_bytes * (2 + model.attention.snapshot_frames)
 
-    def fits(other: Layout) -> bool:
-        return memory_of(model, node, other, usage).cache >= per_page
+    def fits(other: Layout, used: Usage = usage) -> bool:
+        return memory_of(model, node, other, used).cache >= per_page
 
+    most = _largest(usage.running, lambda n: fits(layout, replace(usage, running=n)))
+    if most:
+        return f"The nearest setting that fits: --running {most}."
+    most = _largest(usage.step, lambda n: fits(layout, replace(usage, step=n)))
+    if most:
+        return f"The nearest setting that fits: --step-tokens {most}."
     wider = [n for n in range(layout.tp, layout.devices + 1) if layout.devices % n == 0 and model.heads_limit % n == 0]
     for tp in wider:
         for ep in (layout.ep, layout.devices if model.experts else 1):
@@ -143,6 +150,15 @@ def _nearest_that_fits(model: PlannedModel, node: Node, layout: Layout, usage: U
             if fits(Layout(devices, tp, devices if model.experts else 1, layout.latent)):
                 return f"The nearest setting that fits: --gpus {devices}."
     return "Choose devices with more memory, or a smaller weight format."
+
+
+def _largest(below: int, fits: Callable[[int], bool]) -> int:
+    """The largest number under `below` that `fits`, where all smaller ones do as well; 0 if not even 1 does."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,9 @@ class Layout:
 
     def describe(self) -> str:
         """For the head of a plan."""
-        held = "sharded over each group" if self.latent == "sharded" else "whole on each device"
+        held = "divided over each group" if self.latent == "sharded" else "whole on each device"
         experts = f", EP {self.ep}" if self.ep > 1 else ""
-        return f"TP {self.tp}, DP {self.dp}{experts}, latent {held}"
+        return f"TP {self.tp}, DP {self.dp}{experts}, pages {held}"
 
 
 def layout_for(
