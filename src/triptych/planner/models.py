@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych.cache.geometry import CacheGeometry, IndexFormat
-from triptych.config import SHAPES, KvFormat, ModelShape, read_config
+from triptych.cache.geometry import CacheGeometry
+from triptych.config import SHAPES, IndexFormat, KvFormat, ModelShape, read_config
 from triptych.errors import ConfigError, nearest
 from triptych.planner.attention import Attention, PanelAttention, PlainAttention
 from triptych.planner.hardware import Numeric

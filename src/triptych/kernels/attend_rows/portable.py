@@ -95,7 +95,7 @@ def _key_part(
         GROUPS: tl.constexpr = WIDTH // GROUP
         g = (START // 64 + tl.arange(0, GROUPS)) * 8
         exponent = ((bits[:, None, None] >> g[None, :, None]) & 255).to(tl.int16) << 7
-        if kind == tl.bfloat16:
+        if kind == tl.bfloat16:  # noqa: SIM108  (compile-time)
             x = _e4m3_to_bf16(x)
         else:
             x = x.to(tl.float8e4nv, bitcast=True).to(kind)
@@ -215,7 +215,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         j = at + tl.arange(0, KEYS)
         valid = j < end
         windowed = j < in_window
-        if FLAT:
+        if FLAT:  # noqa: SIM108  (compile-time)
             ring_at = first + j.to(tl.int64)
         else:
             ring_at = ((first + j) % RING).to(tl.int64)
