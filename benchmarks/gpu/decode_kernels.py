@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.config import CSA_LAYER, HCA_LAYER, PAGE, SHAPES, WINDOW, ModelShape
+from triptych.engine.batching import build_batch
+from triptych.engine.device import on_device
 from triptych.engine.pools import Pools
 from triptych.kernels.registry import select
 from triptych.model.batch import DecodeBatch
 from triptych.model.transformer import Transformer
 from triptych.model.weights import ModelWeights, WeightStore
+from triptych.words import Chunk
 
 REPLAYS = 9
 
@@ -89,6 +94,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[8192])
+    parser.add_argument("--chunk", type=int, default=0, help="rows of a chunk of a prompt, to profile one too")
     parser.add_argument("--table", type=int, default=24, help="kernels to show")
     options = parser.parse_args()
     shape = shape_of(options.layers)
@@ -104,6 +110,8 @@ def main() -> int:
     for context in options.context:
         for rows in options.batch:
             measure(model, pools, batch_at(rows, context, frames), f"{rows} x {context}", options)
+    if options.chunk:
+        measure_chunk(model, pools, 0, options)
     return 0
 
 
@@ -126,8 +134,32 @@ def measure(model: Transformer, pools: Pools, batch: DecodeBatch, name: str, opt
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
     us = statistics.median(times)
+    profiled(graph.replay, f"{name}: {us:.1f} us a step", options)
+
+
+def measure_chunk(model: Transformer, pools: Pools, start: int, options: argparse.Namespace) -> None:
+    """One chunk of a prompt, from `start` on: the median of three runs, then one under the profiler."""
+    rows = options.chunk
+    tokens = np.arange(rows, dtype=np.int32) % 1000
+    pages = np.arange(-(-(start + rows) // PAGE), dtype=np.int32)
+    chunk = Chunk("r", 0, start, start + rows, tokens, pages, start, samples=True)
+    batch = on_device(build_batch([chunk], pools), pools.device)
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model.forward(batch, pools.layers)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e6)
+    us = statistics.median(times[1:])
+    name = f"chunk of {rows} at {start}: {us:.0f} us, {rows / us * 1e6:.0f} tokens/s"
+    profiled(lambda: model.forward(batch, pools.layers), name, options)
+
+
+def profiled(run: Callable[[], Any], name: str, options: argparse.Namespace) -> None:
+    """Print the kernels of one run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
+        run()
         torch.cuda.synchronize()
     count: Counter[str] = Counter()
     spent: Counter[str] = Counter()
@@ -136,11 +168,9 @@ def measure(model: Transformer, pools: Pools, batch: DecodeBatch, name: str, opt
             count[event.name[:60]] += 1
             spent[event.name[:60]] += event.device_time
     total = sum(count.values())
-    print(
-        f"{name}: {us:.1f} us a step of {options.layers} layers, {total} launches, {total / options.layers:.1f} a layer"
-    )
-    for kernel, time in spent.most_common(options.table):
-        print(f"  {time:9.1f} us {count[kernel]:4d} x {time / count[kernel]:7.2f}  {kernel}", flush=True)
+    print(f"{name}, {options.layers} layers, {total} launches, {total / options.layers:.1f} a layer")
+    for kernel, us in spent.most_common(options.table):
+        print(f"  {us:9.1f} us {count[kernel]:4d} x {us / count[kernel]:7.2f}  {kernel}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Mixture of experts from released weights on one GPU: correctness against the references, then time and its floor.
 
-`python -m benchmarks.gpu.experts check|time` prints a table and writes result rows to $OUT/experts.jsonl.
+`python -m benchmarks.gpu.experts check|check_many|time` prints a table and writes result rows to $OUT/experts.jsonl.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.moe.triton import moe_rows
+from triptych.kernels.moe.triton import experts, moe_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import fake_quant_fp8
 
 READ = 4.42e12  # bytes a second, measured on an H200
 SHAPES = {"flash": (4096, 2048, 256), "pro": (7168, 3072, 384)}
@@ -72,6 +73,37 @@ def check() -> bool:
     return good
 
 
+def check_many() -> bool:
+    """The prefill path: norm-relative error, and equal to the bit when repeated."""
+    good = True
+    for name in ("flash", "pro"):
+        router, moe, _ = layer(name, 24)
+        for rows in (1, 40, 700, 2000):
+            x = fake_quant_fp8(torch.randn(rows, SHAPES[name][0], device="cuda").bfloat16().float())
+            ids, weights = ref.route(x, torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
+            torch.full((1 << 26,), float("nan"), device="cuda")
+            got = experts(x, ids, weights, moe, fake_quant_fp8)
+            same = torch.equal(got, experts(x, ids, weights, moe, fake_quant_fp8))
+            want = ref.experts(x, ids, weights, moe, fake_quant_fp8)
+            error = float((got.double() - want.double()).norm() / want.double().norm())
+            fine = error < 6e-3 and same
+            good &= fine
+            print(f"{name:6} many {rows:5} error {error:.2e} repeatable {same} {'ok' if fine else 'WRONG'}", flush=True)
+    return good
+
+
+def time_many(name: str, rows: int, router: Router, moe: Experts) -> dict[str, Any]:
+    """Routed experts of a prefill chunk, with sorting, rounding and adding up."""
+    dim, inner, _ = SHAPES[name]
+    x = torch.randn(rows, dim, device="cuda").bfloat16()
+    ids, weights = ref.route(x.float(), torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
+    took = replayed([partial(experts, x, ids, weights, moe, fake_quant_fp8)], 5)
+    work = 6 * rows * 6 * dim * inner
+    floor = work / 1.475e9
+    row = {"shape": name, "rows": rows, "us": round(took, 1), "floor_us": round(floor, 1)}
+    return {**row, "share": round(floor / took, 3), "tflops": round(work / took / 1e6)}
+
+
 def replayed(calls: list[Any], repeats: int = 7) -> float:
     """Median microseconds of one of `calls`, replayed from a graph of all of them."""
     for call in calls:
@@ -105,9 +137,12 @@ def profile(name: str, router: Router, moe: Experts, shared: tuple[Any, Any], ro
     tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for x in xs:
-            moe_rows(x, tokens, router, moe, shared)
+            if rows <= 128:
+                moe_rows(x, tokens, router, moe, shared)
+            else:
+                experts(x, *ref.route(x.float(), tokens, router), moe, fake_quant_fp8)
         torch.cuda.synchronize()
-    parts = {e.key[:24]: round(e.device_time_total / e.count, 1) for e in seen.key_averages()}
+    parts = {e.key[:24]: round(e.device_time_total / 4, 1) for e in seen.key_averages() if e.device_time_total}
     print(f"{name} {rows} rows, us each: {parts}", flush=True)
 
 
@@ -124,7 +159,14 @@ def time() -> None:
                     "{shape:6} {rows:4} {us:8.1f} {floor_us:8.1f} {share:6.0%} {distinct:.1f}".format(**row), flush=True
                 )
                 file.write(json.dumps({"benchmark": "gpu.experts", **row}) + "\n")
-            for rows in (1, 64) if name == "flash" else ():
+            for rows in (8192, 2048) if name == "flash" else ():
+                row = time_many(name, rows, weights[0], weights[1])
+                print(
+                    "{shape:6} {rows:4} {us:8.1f} {floor_us:8.1f} {share:6.0%} {tflops} TFLOP/s".format(**row),
+                    flush=True,
+                )
+                file.write(json.dumps({"benchmark": "gpu.experts", **row}) + "\n")
+            for rows in (1, 64, 4096) if name == "flash" else ():
                 profile(name, *weights, rows)
             del weights, shared
 
@@ -150,4 +192,5 @@ def timed(name: str, rows: int, router: Router, moe: Experts, shared: list[Any])
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sys.exit(0 if (check() if sys.argv[1:] == ["check"] else time()) in (True, None) else 1)
+    runs = {"check": check, "check_many": check_many, "time": time}
+    sys.exit(1 if runs[sys.argv[1]]() is False else 0)

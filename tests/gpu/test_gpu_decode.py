@@ -104,6 +104,21 @@ def test_decode_steps_are_the_processors(storage: Storage, index_format: str) ->
     near(got, want)
 
 
+def test_prompts_in_chunks_are_the_processors() -> None:
+    """The general path in bf16 tensors: two prompts in chunks of 150 and 100, all logits."""
+    cpu, gpu = runner_on("cpu", "released", "fp8", "fp8"), runner_on("cuda", "released", "fp8", "fp8")
+    want, got = [], []
+    for start, end in ((0, 150), (150, 250)):
+        chunks = []
+        for s in range(2):
+            tokens = np.random.default_rng(s).integers(0, 1024, 250)[start:end].astype(np.int32)
+            pages = pages_of(s)[: -(-end // PAGE)]
+            chunks.append(Chunk(f"r{s}", s, start, end, tokens, pages, start, samples=True))
+        want.append(cpu.all_logits(StepPlan(0, tuple(chunks))))
+        got.append(gpu.all_logits(StepPlan(0, tuple(chunks))))
+    near(got, want)
+
+
 def test_a_captured_step_is_the_eager_one() -> None:
     cpu, gpu = prompted("fp8", "fp8"), runner_on("cuda", torch.bfloat16, "fp8", "fp8")
     copy_pools(cpu, gpu)

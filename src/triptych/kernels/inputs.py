@@ -96,6 +96,10 @@ def _index_query_rows(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, HEADS * DIM + 5), HEADS, DIM, _angles(rows, g)
 
 
+def _index_round(rows: int, g: Generator) -> tuple[Any, ...]:
+    return (_randn(g, rows, HEADS, 64).to(torch.bfloat16).float(),)
+
+
 def _derotate(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, HEADS, DIM), _angles(rows, g)
 
@@ -345,6 +349,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "latent_rows": _latent_rows,
     "query_rows": _query_rows,
     "index_query_rows": _index_query_rows,
+    "index_round": _index_round,
     "derotate": _derotate,
     "window_rows": _window_rows,
     "keep_window": _keep_window,

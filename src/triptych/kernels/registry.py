@@ -30,6 +30,7 @@ class KernelSet:
     latent_rows: Any
     query_rows: Any
     index_query_rows: Any
+    index_round: Any
     derotate: Any
     window_rows: Any
     keep_window: Any
@@ -60,6 +61,7 @@ FOLDER = {
     "latent_rows": "norm",
     "query_rows": "norm",
     "index_query_rows": "norm",
+    "index_round": "norm",
     "derotate": "norm",
     "window_rows": "window",
     "keep_window": "window",
@@ -163,10 +165,11 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "triton": {
         "mhc": ("mhc_pre", "mhc_post", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
-        "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
+        "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "index_round", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
         "front": ("step_rows", "front_rows"),
+        "linear": ("linear", "front_linear", "grouped_linear"),
         "moe": ("route", "experts", "shared_expert", "moe_rows"),
         "index": ("select_entries",),
         "select_rows": ("select_rows",),

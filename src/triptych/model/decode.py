@@ -48,7 +48,7 @@ class Decoder:
         self._w, self._k, self._n, self._rope = weights, kernels, numerics, rope
         self._shape: ModelShape = weights.shape
         # streams are copies of rows of this table, so its dtype is theirs
-        self._embed = weights.embed.to(numerics.dtype)
+        self.embed = weights.embed.to(numerics.dtype)
         self._fronts = [_front_weights(layer.attention, weights.shape, numerics.native) for layer in weights.layers]
 
     @torch.inference_mode()
@@ -59,14 +59,14 @@ class Decoder:
         y: Tensor | None = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if y is None:
-                x, *rest = k.mhc_first(batch.token_ids, self._embed, layer.attn_site, layer.attn_norm)
+                x, *rest = k.mhc_first(batch.token_ids, self.embed, layer.attn_site, layer.attn_norm)
             else:
                 x, *rest = k.mhc_rows(y, Residual(*rest), layer.attn_site, layer.attn_norm)
             y = self._attention(x, layer, self._fronts[at], cache, step)
             x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
             y = self._moe(x, batch.token_ids, layer)
         hidden = k.mhc_last(y, Residual(*rest), self._w.hc_head, self._w.norm)
-        return self._logits(hidden)
+        return self.logits(hidden)
 
     def _step(self, batch: DecodeBatch) -> _Step:
         at, ratios = batch.positions, (CSA_RATIO, HCA_RATIO)
@@ -144,8 +144,9 @@ class Decoder:
             return self._k.moe_rows(x, token_ids, w.router, w.experts, shared)  # type: ignore[no-any-return]
         return moe(x.float(), token_ids, w, self._k, self._n).to(x.dtype)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._k.linear(hidden.to(self._w.head.dtype), self._w.head).float()  # type: ignore[no-any-return]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [S, V] in float32 of hidden states [S, d]."""
+        return self._k.linear(hidden.float(), self._w.head)  # type: ignore[no-any-return]
 
 
 def _front_weights(w: AttentionWeights, shape: ModelShape, native: bool) -> FrontWeights:

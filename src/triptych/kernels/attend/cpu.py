@@ -71,6 +71,7 @@ class _Job:
     ) -> None:
         self.out = torch.empty_like(q)
         self._q = q
+        assert isinstance(window.rows, Tensor)
         self._rows = window.rows
         self._first, self._count = window.first.numpy(), window.count.numpy()
         self._entries = entries

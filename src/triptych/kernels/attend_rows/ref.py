@@ -37,7 +37,7 @@ class Queries(NamedTuple):
     """heads [B, >= H*c] are raw products, the main heads first; angles (cos, sin) [B, rope/2] float32 at positions."""
 
     heads: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     dim: int
     angles: tuple[Tensor, Tensor]
     eps: float

@@ -43,7 +43,8 @@ def round_fp4(x):
     size = tl.abs(x)
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
     size = (size / step + 12582912.0 - 12582912.0) * step  # adding 1.5 * 2^23 leaves no fraction: to the nearest even
-    return tl.where(x.to(tl.int32, bitcast=True) < 0, -size, size), code
+    sign = x.to(tl.int32, bitcast=True) & -2147483648  # minus is 0 - x in Triton, which makes +0 of 0
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), code
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
     job 0   norm of the low-rank query; the weights of the indexer's heads
     job 1   window row: norm, rotation, rounding, into the slot's ring
-    job 2   compressor row into its ring; if the row completes a group: pooling, norm, rotation, entry into the page
-    job 3   the same for the indexer's compressor and its key
+    job 2   compressor row into its ring; if the row completes a group: pooling, norm, rotation, entry into the page. In
+            an HCA layer, where 128 rows are pooled, several programs with some channels each; the last does the rest
+    last    the same for the indexer's compressor and its key
 
 Everything a job needs of the step it computes from position, slot and page table; no job waits for another. The row
 that a ring is about to get is read from the product, the others from the ring, so reading and writing never meet: a
@@ -13,6 +14,7 @@ ring holds no position of the group twice.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -61,14 +63,18 @@ def front_rows(
     entries = ring if caches.entries is None else _place(caches.entries)
     keys = entries if caches.index_keys is None else _place(caches.index_keys)
     key_dim = 1 if index is None else len(index.norm)
-    _front[(count, 2 + (main is not None) + (index is not None))](
+    wide = max(64, triton.next_power_of_2(dim))
+    parts = max(1, wide // _PART) if main is not None and not main.overlap else 1
+    pooled = torch.empty(count if parts > 1 else 1, wide, device=front.device)
+    _front[(count, 2 + (parts if main is not None else 0) + (index is not None))](
         *(front, front.stride(0), qr, scaled, weights.q_norm, weights.kv_norm, cos, sin, late[0], late[1]),
         *(rows.positions, rows.slots, rows.page_table, rows.page_table.stride(0)),
         *(*ring, caches.ring, *entries, *keys),
         *_compressor(main, caches.state, weights.kv_norm),
         *_compressor(index, caches.index_state, weights.kv_norm),
-        *(caches.state_stride, weights.compress_at, weights.index_at, weights.heads[0], heads, weights.scale),
-        *(q_lora, dim, key_dim, 2 * cos.shape[1], weights.eps),
+        *(caches.state_stride, pooled, _meeting_points(front.device)),
+        *(weights.compress_at, weights.index_at, weights.heads[0], heads, weights.scale, q_lora),
+        *(dim, key_dim, 2 * cos.shape[1], weights.eps),
         RING_KIND=_kind(caches.window),
         ENTRY_KIND=_kind(caches.entries),
         KEY_KIND=_kind(caches.index_keys),
@@ -78,13 +84,24 @@ def front_rows(
         NATIVE=weights.native,
         QUERY=triton.next_power_of_2(q_lora),
         HEADS=triton.next_power_of_2(max(heads, 1)),
-        DIM=max(64, triton.next_power_of_2(dim)),
+        DIM=wide,
+        PARTS=parts,
         KEY=triton.next_power_of_2(key_dim),
         KEY_STEPS=int(math.log2(triton.next_power_of_2(key_dim))),
         KEY_ROOT=math.sqrt(key_dim),
         num_warps=4 if main is None or main.overlap else 8,
     )
     return qr, scaled
+
+
+_PART = 64  # channels of a group of 128 rows that one program pools
+_MOST_ROWS = 4096
+
+
+@cache
+def _meeting_points(device: torch.device) -> Tensor:
+    """How many programs of a row have pooled their part; zero between launches, which never overlap."""
+    return torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device)
 
 
 def _kind(pool: Rows | None) -> int:
@@ -196,15 +213,59 @@ def _pooled(
 
 
 @triton.jit
-def _keep(here, ring_ptr, ape_ptr, position, half, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HALF: tl.constexpr):
-    """The row [C | Z + ape] of `position` into its place in the ring."""
+def _keep(here, ring_ptr, ape_ptr, position, d, half, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+    """Columns d of the row [C | Z + ape] of `position` into its place in the ring."""
     REACH: tl.constexpr = 2 * RATIO if OVERLAP else RATIO
-    d = tl.arange(0, HALF)
     to = ring_ptr + (position % REACH) * (2 * half) + d
     tl.store(to, tl.load(here + d, mask=d < half, other=0.0).to(tl.float32), mask=d < half)
     gate = tl.load(here + half + d, mask=d < half, other=0.0).to(tl.float32)
     gate += tl.load(ape_ptr + (position % RATIO) * half + d, mask=d < half, other=0.0)
     tl.store(to + half, gate, mask=d < half)
+
+
+@triton.jit
+def _pooled_part(here, ring_ptr, ape_ptr, position, d, dim, RATIO: tl.constexpr):
+    """As `_pooled`, of a long group without overlap and for few channels d: all rows at once."""
+    i = tl.arange(0, RATIO)
+    at = position + 1 - RATIO + i
+    kept = (i < RATIO - 1)[:, None] & (d < dim)[None, :]
+    row = ring_ptr + (at % RATIO)[:, None] * (2 * dim) + d[None, :]
+    value = tl.load(row, mask=kept, other=0.0)
+    gate = tl.load(row + dim, mask=kept, other=float("-inf"))
+    mine = tl.load(here + d, mask=d < dim, other=0.0).to(tl.float32)
+    fresh = tl.load(here + dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    fresh += tl.load(ape_ptr + (RATIO - 1) * dim + d, mask=d < dim, other=0.0)
+    peak = tl.maximum(tl.max(gate, 0), fresh)
+    p = tl.exp(gate - peak[None, :])
+    last = tl.exp(fresh - peak)
+    return (tl.sum(p * value, 0) + last * mine) / (tl.sum(p, 0) + last)
+
+
+@triton.jit
+def _group(
+    here, ring_ptr, ape_ptr, pooled_ptr, met_ptr, position, part, dim, half,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Keeps a compressor row. Returns whether this program is to finish the row's group, and it pooled [DIM]."""
+    done = (position + 1) % RATIO == 0
+    x = tl.zeros([DIM], tl.float32)
+    d = tl.arange(0, DIM)
+    if PARTS == 1:
+        if done:
+            x = _pooled(here, ring_ptr, ape_ptr, position, d, dim, half, RATIO, OVERLAP, DIM)
+        _keep(here, ring_ptr, ape_ptr, position, tl.arange(0, 2 * DIM if OVERLAP else DIM), half, RATIO, OVERLAP)
+    else:
+        some = part * (DIM // PARTS) + tl.arange(0, DIM // PARTS)
+        if done:
+            tl.store(pooled_ptr + some, _pooled_part(here, ring_ptr, ape_ptr, position, some, dim, RATIO))
+            tl.debug_barrier()  # all threads have stored before one says so
+            done = tl.atomic_add(met_ptr, 1, sem="acq_rel") == PARTS - 1
+            tl.debug_barrier()
+        _keep(here, ring_ptr, ape_ptr, position, some, half, RATIO, OVERLAP)
+        if done:
+            tl.store(met_ptr, 0)
+            x = tl.load(pooled_ptr + d, mask=d < dim, other=0.0, cache_modifier=".cg")
+    return done, x
 
 
 @triton.jit
@@ -239,10 +300,10 @@ def _front(
     entries_ptr, entry_scales_ptr, entry_page, entry_row, entry_scales_page, entry_scales_row,
     keys_ptr, key_scales_ptr, key_page, key_row, key_scales_page, key_scales_row,
     ape_ptr, norm_ptr, state_ptr, key_ape_ptr, key_norm_ptr, key_state_ptr, state_stride,
-    compress_at, index_at, heads_at, heads, scale, q_lora, dim, key_dim, width, eps,
+    pooled_ptr, met_ptr, compress_at, index_at, heads_at, heads, scale, q_lora, dim, key_dim, width, eps,
     RING_KIND: tl.constexpr, ENTRY_KIND: tl.constexpr, KEY_KIND: tl.constexpr, RATIO: tl.constexpr,
     OVERLAP: tl.constexpr, PAGE_TOKENS: tl.constexpr, NATIVE: tl.constexpr, QUERY: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, KEY: tl.constexpr, KEY_STEPS: tl.constexpr, KEY_ROOT: tl.constexpr,
+    DIM: tl.constexpr, PARTS: tl.constexpr, KEY: tl.constexpr, KEY_STEPS: tl.constexpr, KEY_ROOT: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
@@ -263,19 +324,21 @@ def _front(
         values = ring_ptr + slot * ring_slot + (position % ring) * ring_row
         scales = ring_scales_ptr + slot * ring_scales_slot + (position % ring) * ring_scales_row
         put_entry(x, d, dim, width, values, scales, RING_KIND, NATIVE, DIM)
-    elif job == 2:
+    elif job - 2 < PARTS:
         if RATIO > 1:
             here, state = front_ptr + compress_at, state_ptr + slot * state_stride * (2 * half)
-            if done:
+            last, x = _group(
+                here, state, ape_ptr, pooled_ptr + r * DIM, met_ptr + r, position, job - 2, dim, half,
+                RATIO, OVERLAP, PARTS, DIM,
+            )  # fmt: skip
+            if last:
                 d = tl.arange(0, DIM)
-                x = _pooled(here, state, ape_ptr, position, d, dim, half, RATIO, OVERLAP, DIM)
                 x = _normed(x, d, dim, norm_ptr, eps)
                 x = _rotated(x, late_cos_ptr + r * pairs, late_sin_ptr + r * pairs, dim, width, DIM)
                 page = tl.load(table_ptr + r * table_stride + group // per_page).to(tl.int64)
                 values = entries_ptr + page * entry_page + (group % per_page) * entry_row
                 scales = entry_scales_ptr + page * entry_scales_page + (group % per_page) * entry_scales_row
                 put_entry(x, d, dim, width, values, scales, ENTRY_KIND, NATIVE, DIM)
-            _keep(here, state, ape_ptr, position, half, RATIO, OVERLAP, 2 * DIM if OVERLAP else DIM)
     else:
         if KEY > 1:
             here, state = front_ptr + index_at, key_state_ptr + slot * state_stride * (4 * key_dim)
@@ -288,4 +351,4 @@ def _front(
                 values = keys_ptr + page * key_page + (group % per_page) * key_row
                 scales = key_scales_ptr + page * key_scales_page + (group % per_page) * key_scales_row
                 put_key(x, d, values, scales, KEY_KIND, NATIVE, KEY, KEY_STEPS, KEY_ROOT)
-            _keep(here, state, key_ape_ptr, position, 2 * key_dim, RATIO, OVERLAP, 2 * KEY)
+            _keep(here, state, key_ape_ptr, position, tl.arange(0, 2 * KEY), 2 * key_dim, RATIO, OVERLAP)

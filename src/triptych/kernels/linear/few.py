@@ -36,7 +36,18 @@ def _inputs(xp, ROUND: gl.constexpr, N: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _fp8_part(w_ptr, ws_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, ROUND: gl.constexpr, N: gl.constexpr):
+def _fp8_part(
+    w_ptr,
+    ws_ptr,
+    xp,
+    row,
+    first,
+    K: gl.constexpr,
+    PART: gl.constexpr,
+    TALL: gl.constexpr,
+    ROUND: gl.constexpr,
+    N: gl.constexpr,
+):
     """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
     MMA: gl.constexpr = mma_layout(4)
     W: gl.constexpr = weight_layout(8, 4)
@@ -44,7 +55,7 @@ def _fp8_part(w_ptr, ws_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
     b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, W)))
     wp = w_ptr + gl.expand_dims(r[:, None] * (K // 4) + c[None, :] * 8, 2) + gl.expand_dims(b[None, :], 1) + first * 32
-    fp = ws_ptr + (row // 128) * (K // 128) + first
+    fp = ws_ptr + (row // TALL) * (K // 128) + first
     xp += first * 128
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
@@ -93,12 +104,14 @@ def products(
     LATENT: gl.constexpr,
     GROUP: gl.constexpr,
     SPLIT: gl.constexpr,
+    TALL: gl.constexpr,
     ROUND: gl.constexpr,
     N: gl.constexpr,
 ):
     """out [rows, OUT] of x [rows, ..] bf16: outputs below LATENT by the FP8 matrix, the others by `rest` in bf16.
 
-    Every GROUP outputs have their own K columns of x. part [SPLIT, rows, OUT] float32 is scratch.
+    Every GROUP outputs have their own K columns of x. TALL rows of the FP8 matrix share a scale.
+    part [SPLIT, rows, OUT] float32 is scratch.
     """
     MMA: gl.constexpr = mma_layout(4)
     X: gl.constexpr = row_layout(N, 4)
@@ -106,28 +119,29 @@ def products(
     n0 = gl.program_id(1) * 64
     split = gl.program_id(2)
     PART: gl.constexpr = K // 128 // SPLIT
-    row = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    n = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    row = gl.minimum(n, OUT - 1)
     xrow = gl.minimum(r0 + gl.arange(0, N, gl.SliceLayout(1, gl.SliceLayout(2, X))), rows - 1)
     xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
     xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
     xp = x_ptr + n0 // GROUP * K
     xp = xp + gl.expand_dims(xrow[:, None] * x_stride + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
     if LATENT == OUT:
-        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, ROUND, N)
+        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
     else:
         if n0 < LATENT:
-            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, ROUND, N)
+            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
         else:
             acc = _bf16_part(rest_ptr, xp, row - LATENT, split * PART, K, PART, N)
     j = r0 + gl.arange(0, N, gl.SliceLayout(0, MMA))
-    keep = (j < rows)[None, :]
-    at = j[None, :] * OUT + row[:, None]
+    keep = (j < rows)[None, :] & (n < OUT)[:, None]
+    at = j[None, :] * OUT + n[:, None]
     if SPLIT == 1:
         _store(out_ptr, at, acc, keep, n0, LATENT, OUT)
     else:
         gl.store(part_ptr + split * rows * OUT + at, acc, mask=keep)
         gl.thread_barrier()
-        mine = count_ptr + gl.program_id(0) * (OUT // 64) + gl.program_id(1)
+        mine = count_ptr + gl.program_id(0) * ((OUT + 63) // 64) + gl.program_id(1)
         if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
             total = gl.zeros([64, N], gl.float32, MMA)
             for s in range(0, SPLIT):

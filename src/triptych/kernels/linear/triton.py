@@ -30,7 +30,7 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
             return torch.mm(x.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
         return ref.linear(x, weight)
-    if not weight.values.is_cuda:
+    if not _fits(weight):
         return ref.linear(x, weight)
     if isinstance(x, Tensor) and len(x) <= _FEW:
         out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
@@ -42,7 +42,7 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
 
 def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
     """See ref.front_linear."""
-    if not x.is_cuda:
+    if not _fits(front.latent):
         return ref.front_linear(x, front)
     cut, columns = front.latent.shape[0], front.shape[0]
     out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
@@ -56,16 +56,21 @@ def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
 
 def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     """See ref.grouped_linear."""
-    if isinstance(weight, Tensor) or not x.is_cuda:
+    if isinstance(weight, Tensor) or not _fits(weight):
         return ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     if len(x) <= 2 * _FEW:
         out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
         return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
-    blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, min(rank, 128)))
     dense = (blocks * weight.scales.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
     y = torch.bmm(x.transpose(0, 1).to(torch.bfloat16), dense.transpose(1, 2))
     return y.transpose(0, 1).flatten(1).to(x.dtype)
+
+
+def _fits(weight: Fp8Matrix) -> bool:
+    """Whether the kernels can multiply it: on a GPU, in whole blocks of columns and tiles of outputs."""
+    return weight.values.is_cuda and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
 
 
 def quantize(x: Tensor) -> Fp8Rows:
@@ -86,7 +91,7 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, columns, depth = len(x), out.shape[1], weight.shape[-1]
     n = 8 if rows <= 8 else 16
-    chunks, tiles, blocks = triton.cdiv(rows, n), columns // 64, depth // 128
+    chunks, tiles, blocks = triton.cdiv(rows, n), triton.cdiv(columns, 64), depth // 128
     want = 4 * multiprocessors(x.device)
     split = 1
     while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
@@ -101,6 +106,7 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
         LATENT=latent,
         GROUP=group,
         SPLIT=split,
+        TALL=min(128, group),
         ROUND=rounded,
         N=n,
         num_warps=4,

@@ -20,70 +20,66 @@ import triton.language as tl
 
 @triton.jit
 def _expand(
-    y_ptr,
-    ids_ptr,
-    before_ptr,
-    post_ptr,
-    comb_ptr,
-    streams_ptr,
-    fn_ptr,
-    share_ptr,
-    rows,
-    dim,
-    maps,
-    FIRST: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MAPS: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """New streams of one slice, and its share of the maps [MAPS - 1] and of the sum of squares (last column)."""
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """New streams of one slice, and its share of the maps [MAPS - 1] and of the sum of squares (last column).
+
+    Tiles are [4 streams, rows or maps, dims], so that each warp multiplies one stream. All that is read is read first.
+    """
+    k = tl.arange(0, 4)[:, None, None]
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = row[None, :, None]
+    d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
     m = tl.arange(0, MAPS)
-    live = r < rows
-    inside = live[:, None] & (d < dim)[None, :]
+    inside = (r < rows) & (d < dim)
+    at = fn_ptr + m[None, :, None] * (4 * dim) + k * dim + d
+    fn = tl.load(at, mask=(m < maps)[None, :, None] & (d < dim), other=0.0)
     source = r
     if FIRST:  # y is the embedding table
-        source = tl.load(ids_ptr + r, mask=live, other=0)
-    y = tl.load(y_ptr + source[:, None] * dim + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    share = tl.zeros([ROWS, MAPS], tl.float32)
-    square = tl.zeros([ROWS], tl.float32)
-    for k in tl.static_range(N):
-        x = y
-        if not FIRST:
-            x = y * tl.load(post_ptr + r * N + k, mask=live, other=0.0)[:, None]
-            for j in tl.static_range(N):
-                part = tl.load(before_ptr + (r[:, None] * N + j) * dim + d[None, :], mask=inside, other=0.0)
-                x += part.to(tl.float32) * tl.load(comb_ptr + (r * N + j) * N + k, mask=live, other=0.0)[:, None]
-        stored = x.to(streams_ptr.dtype.element_ty)
-        tl.store(streams_ptr + (r[:, None] * N + k) * dim + d[None, :], stored, mask=inside)
-        x = stored.to(tl.float32)
-        square += tl.sum(x * x, 1)
-        at = fn_ptr + m[:, None] * (N * dim) + k * dim + d[None, :]
-        fn = tl.load(at, mask=(m < maps)[:, None] & (d < dim)[None, :], other=0.0)
-        if NARROW:
-            high = fn.to(tl.bfloat16)
-            low = (fn - high.to(tl.float32)).to(tl.bfloat16)
-            share = tl.dot(stored, tl.trans(high), share)
-            share = tl.dot(stored, tl.trans(low), share)
-        else:
-            share = tl.dot(x, tl.trans(fn), share, input_precision="tf32x3")
-    share = tl.where((m == MAPS - 1)[None, :], square[:, None], share)
-    at = share_ptr + (r[:, None] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[None, :]
-    tl.store(at, share, mask=live[:, None])
+        source = tl.load(ids_ptr + r, mask=r < rows, other=0)
+    y = tl.load(y_ptr + source * dim + d, mask=inside, other=0.0)
+    if FIRST:
+        x = tl.broadcast_to(y.to(tl.float32), [4, ROWS, BLOCK])
+    else:
+        before_ptr += r * (4 * dim) + d
+        b0 = tl.load(before_ptr, mask=inside, other=0.0)
+        b1 = tl.load(before_ptr + dim, mask=inside, other=0.0)
+        b2 = tl.load(before_ptr + 2 * dim, mask=inside, other=0.0)
+        b3 = tl.load(before_ptr + 3 * dim, mask=inside, other=0.0)
+        comb_ptr += r * 16 + k
+        post = tl.load(post_ptr + r * 4 + k, mask=r < rows, other=0.0)
+        c0 = tl.load(comb_ptr, mask=r < rows, other=0.0)
+        c1 = tl.load(comb_ptr + 4, mask=r < rows, other=0.0)
+        c2 = tl.load(comb_ptr + 8, mask=r < rows, other=0.0)
+        c3 = tl.load(comb_ptr + 12, mask=r < rows, other=0.0)
+        x = post * y.to(tl.float32) + c0 * b0.to(tl.float32) + c1 * b1.to(tl.float32)
+        x = x + c2 * b2.to(tl.float32) + c3 * b3.to(tl.float32)
+    stored = x.to(streams_ptr.dtype.element_ty)
+    tl.store(streams_ptr + r * (4 * dim) + k * dim + d, stored, mask=inside)
+    x = stored.to(tl.float32)
+    square = tl.sum(tl.sum(x * x, 2), 0)
+    if NARROW:
+        high = fn.to(tl.bfloat16)
+        low = (fn - high.to(tl.float32)).to(tl.bfloat16)
+        turned = tl.permute(stored, [0, 2, 1])
+        each = tl.dot(low, turned, tl.dot(high, turned))
+    else:
+        each = tl.dot(fn, tl.permute(x, [0, 2, 1]), input_precision="tf32x3")
+    share = tl.sum(each, 0)
+    share = tl.where((m == MAPS - 1)[:, None], square[None, :], share)
+    at = share_ptr + (row[None, :] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[:, None]
+    tl.store(at, share, mask=(row < rows)[None, :])
 
 
 @triton.jit
 def expand(
     y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-    FIRST: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr,
-    NARROW: tl.constexpr,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     _expand(
         y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-        FIRST, N, ROWS, BLOCK, MAPS, NARROW,
+        FIRST, ROWS, BLOCK, MAPS, NARROW,
     )  # fmt: skip
 
 
@@ -179,7 +175,7 @@ def whole(
     tile = tl.program_id(1)
     _expand(
         y_ptr, ids_ptr, before_ptr, old_post_ptr, old_comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-        FIRST, N, ROWS, BLOCK, MAPS, NARROW,
+        FIRST, ROWS, BLOCK, MAPS, NARROW,
     )  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     tl.atomic_add(met_ptr + 2 * tile, 1, sem="acq_rel")

@@ -83,7 +83,6 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     sites.expand[(slices, triton.cdiv(rows, _TILE))](
         *(y, y, old, before.post, before.comb, streams, head.fn, share, rows, dim, len(head.fn)),
         FIRST=False,
-        N=n,
         ROWS=_TILE,
         BLOCK=_SLICE,
         MAPS=16,
@@ -96,12 +95,12 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
         SLICES=triton.next_power_of_2(slices),
         MAPS=16,
         DIM=triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=4,
     )
     return out
 
 
-_SLICE = 64  # dims of each stream that one program expands
+_SLICE = 32  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter runs one program after the other: they cannot wait for each other."""
@@ -128,7 +127,7 @@ def _site(
     share = torch.empty(rows, slices, 32, device=old.device)
     spread = (y, ids, old, before.post, before.comb, streams, site.fn, share, rows, dim, len(site.fn))
     narrow = old.dtype == torch.bfloat16
-    meta = dict(FIRST=first, N=n, ROWS=_TILE, BLOCK=_SLICE, MAPS=32, NARROW=narrow)
+    meta = dict(FIRST=first, ROWS=_TILE, BLOCK=_SLICE, MAPS=32, NARROW=narrow)
     wide = dict(ITERS=site.iters, SLICES=triton.next_power_of_2(slices), DIM=triton.next_power_of_2(dim))
     joined = (site.base, site.scale, norm, x, post, comb)
     if split:
@@ -138,7 +137,7 @@ def _site(
         )
     else:
         met = _meeting_points(old.device)
-        sites.whole[(slices, tiles)](*spread, *joined, site.eps, site.norm_eps, met, **meta, **wide, num_warps=4)
+        sites.whole[(slices, tiles)](*spread, *joined, site.eps, site.norm_eps, met, N=n, **meta, **wide, num_warps=4)
     return x, streams, post, comb
 
 

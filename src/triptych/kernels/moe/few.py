@@ -16,10 +16,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triptych.kernels.quant.fragments import (
     DEPTH,
     RAISED,
-    from_fp8,
+    from_fp8_paired,
     from_mxfp4,
     from_rows,
     mma_layout,
+    paired,
     row_layout,
     scale_of,
     weight_layout,
@@ -50,9 +51,7 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     W: gl.constexpr = weight_layout(4, 4)
     X: gl.constexpr = row_layout(N, 4)
     BLOCKS: gl.constexpr = K // 128
-    top = _largest_codes(code_ptr, row, K)
     r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
-    down = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(2, W))) - DEPTH
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
     b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))
     wp = w_ptr + gl.expand_dims(r[:, None] * (K // 8) + c[None, :] * 4, 2) + gl.expand_dims(b[None, :], 1)
@@ -63,10 +62,13 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     sp = xs_ptr + xrow_of * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, w1, w2, w3 = gl.load(wp), gl.load(wp + 16), gl.load(wp + 32), gl.load(wp + 48)
-    e0, e1, e2, e3 = gl.load(cp), gl.load(cp + 4), gl.load(cp + 8), gl.load(cp + 12)
+    w0, e0 = gl.load(wp), gl.load(cp)
+    w1, e1 = gl.load(wp + 16, mask=BLOCKS > 1, other=0), gl.load(cp + 4, mask=BLOCKS > 1, other=0)
+    w2, e2 = gl.load(wp + 32, mask=BLOCKS > 2, other=0), gl.load(cp + 8, mask=BLOCKS > 2, other=0)
+    w3, e3 = gl.load(wp + 48, mask=BLOCKS > 3, other=0), gl.load(cp + 12, mask=BLOCKS > 3, other=0)
+    top = _largest_codes(code_ptr, row, K)
+    down = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(2, W))) - DEPTH
     for at in range(0, BLOCKS, 4):
-        more = at + 4 < BLOCKS
         for step in gl.static_range(4):
             w = w0
             e = e0
@@ -77,11 +79,13 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
             e1 = e2
             e2 = e3
             nxt = at + step + 4
+            more = nxt < BLOCKS if BLOCKS % 4 else at + 4 < BLOCKS
+            here = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 4 else at + step  # beyond the last, weights are zero
             w3 = gl.load(wp + nxt * 16, mask=more, other=0)
             e3 = gl.load(cp + nxt * 4, mask=more, other=0)
-            x = gl.load(xp + (at + step) * 128)
-            s = gl.load(sp + at + step)
-            shift = gl.maximum(e.to(gl.int32) - down[:, None], 0) * 0x04040404
+            x = gl.load(xp + here * 128)
+            s = gl.load(sp + here)
+            shift = gl.maximum(e.to(gl.int32) - down[:, None], 0) * 0x04000400
             part = mma_v2(from_mxfp4(w, shift, 64, MMA), from_rows(x, N, MMA), zero)
             acc += part * s[None, :]
     top = gl.convert_layout(top, gl.SliceLayout(1, MMA))
@@ -108,18 +112,16 @@ def _fp8_rows(w_ptr, ws_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr,
     fp = ws_ptr + (row // 128) * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, w1 = gl.load(wp), gl.load(wp + 32)
-    for at in range(0, BLOCKS, 2):
-        more = at + 2 < BLOCKS
-        for step in gl.static_range(2):
-            w = w0
-            w0 = w1
-            w1 = gl.load(wp + (at + step + 2) * 32, mask=more, other=0)
-            x = gl.load(xp + (at + step) * 128)
-            s = gl.load(sp + at + step)
-            f = gl.load(fp + at + step)
-            part = mma_v2(from_fp8(w, 64, MMA), from_rows(x, N, MMA), zero)
-            acc += part * (f[:, None] * s[None, :])
+    w0, w1 = gl.load(wp), gl.load(wp + 32, mask=BLOCKS > 1, other=0)
+    for at in range(0, BLOCKS):
+        w = w0
+        w0 = w1
+        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < BLOCKS, other=0)
+        x = gl.load(xp + at * 128)
+        s = gl.load(sp + at)
+        f = gl.load(fp + at)
+        part = mma_v2(from_fp8_paired(w, 64, MMA), from_rows(x, N, MMA), zero)
+        acc += part * (f[:, None] * s[None, :])
     return acc
 
 
@@ -140,17 +142,17 @@ def up(
     count_ptr,
     rows,
     pairs,
-    k,
     limit,
     SHARED: gl.constexpr,
     DIM: gl.constexpr,
     INNER: gl.constexpr,
+    TOPK: gl.constexpr,
     N: gl.constexpr,
 ):
     """Hidden values of 32 columns and up to N pairs of one expert; tiles below SHARED are the shared expert's.
 
-    tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A pair is row * k + choice; the shared
-    expert's follow all others. h float32, hq f16 [pairs + rows, INNER], hs [pairs + rows, INNER / 128].
+    tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A pair is row * TOPK + choice; the shared
+    expert's follow all others. h float32, hq f16 [pairs + rows, INNER] paired, hs [pairs + rows, INNER / 128].
     """
     MMA: gl.constexpr = mma_layout(4)
     X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
@@ -178,7 +180,7 @@ def up(
             acc = _mxfp4_rows(
                 w_ptr + expert.to(gl.int64) * (2 * INNER * (DIM // 8)),
                 code_ptr + expert.to(gl.int64) * (2 * INNER * (DIM // 32)),
-                *(x_ptr, xs_ptr, row, px // k, po // k, DIM, N),
+                *(x_ptr, xs_ptr, row, px // TOPK, po // TOPK, DIM, N),
             )
             gates = gl.load(gate_ptr + po, mask=jo < count, other=0.0)
             _finish(
@@ -234,7 +236,7 @@ def _finish(
         values = gl.load(h_ptr + p[:, None] * INNER + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
         scale, inverse = scale_of(gl.max(gl.abs(values), axis=1))
         gl.store(
-            hq_ptr + p[:, None] * INNER + d[None, :],
+            hq_ptr + p[:, None] * INNER + paired(d)[None, :],
             (values * inverse[:, None]).to(gl.float8e4nv).to(gl.float16),
             mask=there,
         )
@@ -257,10 +259,10 @@ def down(
     count_ptr,
     rows,
     pairs,
-    k,
     SHARED: gl.constexpr,
     DIM: gl.constexpr,
     INNER: gl.constexpr,
+    TOPK: gl.constexpr,
     N: gl.constexpr,
 ):
     """64 columns of w2 for the pairs of a tile, into each [pairs + rows, DIM] float32; the last of a row's experts
@@ -276,7 +278,7 @@ def down(
         first, count = tile * N, gl.minimum(rows - tile * N, N)
         px, po = pairs + gl.minimum(first + jx, rows - 1), pairs + gl.minimum(first + jo, rows - 1)
         acc = _fp8_rows(shared_ptr, shared_scale_ptr, hq_ptr, hs_ptr, row, px, po, INNER, N)
-        _add(acc, po, first + jo, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, k, DIM, N)
+        _add(acc, po, first + jo, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, TOPK, DIM, N)
     else:
         entry = tile_ptr + (tile - SHARED) * 3
         expert = gl.load(entry)
@@ -289,7 +291,7 @@ def down(
                 code_ptr + expert.to(gl.int64) * (DIM * (INNER // 32)),
                 *(hq_ptr, hs_ptr, row, px, po, INNER, N),
             )
-            _add(acc, po, po // k, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, k, DIM, N)
+            _add(acc, po, po // TOPK, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, TOPK, DIM, N)
 
 
 @gluon.jit
@@ -304,7 +306,7 @@ def _add(
     row,
     n0,
     pairs,
-    k,
+    TOPK: gl.constexpr,
     DIM: gl.constexpr,
     N: gl.constexpr,
 ):
@@ -316,13 +318,13 @@ def _add(
     gl.thread_barrier()
     mine = count_ptr + t * (DIM // 64) + n0 // 64
     before = gl.atomic_add(mine, gl.full([N], 1, gl.int32, T), mask=there, sem="acq_rel")
-    last = there & (before == k)
+    last = there & (before == TOPK)
     if gl.max(last.to(gl.int32), axis=0) > 0:
         d = n0 + gl.arange(0, 64, gl.SliceLayout(0, B))
         keep = last[:, None]
         total = gl.zeros([N, 64], gl.float32, B)
-        for s in range(0, k):
-            at = each_ptr + (t * k + s)[:, None] * DIM + d[None, :]
+        for s in gl.static_range(TOPK):
+            at = each_ptr + (t * TOPK + s)[:, None] * DIM + d[None, :]
             total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
         at = each_ptr + (pairs + t)[:, None] * DIM + d[None, :]
         total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")

@@ -41,14 +41,17 @@ def route_rows(
     BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     PARTS: tl.constexpr,
+    SIXTEENS: tl.constexpr,
 ):
     """x [rows, dim]; part [SPLIT, rows, experts] float32 is scratch; out: ids int32 and weights [rows, k], tile
-    [tiles, 3] int32 and order [rows * k] as in few.py, xq f16 on the e4m3 grid and xs [rows, dim / 128]."""
+    [tiles, 3] int32 and order [rows * k] as in few.py, xq f16 on the e4m3 grid,
+    paired as in fragments.py, and xs [rows, dim / 128]."""
     block = tl.program_id(1)
     r = block * BLOCK + tl.arange(0, BLOCK)
     there = r < rows
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, dim)
+    parts = tl.cdiv(experts, SOME) * SPLIT
+    if tl.program_id(0) >= parts:
+        _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, (tl.program_id(0) - parts) * 4, dim, BLOCK)
     else:
         piece = tl.program_id(0) % SPLIT
         e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
@@ -63,7 +66,7 @@ def route_rows(
         tl.store(place, total, mask=there[:, None] & (e < experts)[None, :])
         tl.debug_barrier()
         mine = count_ptr + 1 + block
-        if tl.atomic_add(mine, 1, sem="acq_rel") == tl.num_programs(0) - 2:
+        if tl.atomic_add(mine, 1, sem="acq_rel") == parts - 1:
             tl.store(mine, 0)
             _choose(
                 *(part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr),
@@ -72,20 +75,24 @@ def route_rows(
             tl.debug_barrier()
             if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
                 tl.store(count_ptr, 0)
-                _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, EXPERTS, PAIRS, PARTS)
+                _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, EXPERTS, K, PAIRS, PARTS, SIXTEENS)
 
 
 @triton.jit
-def _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, dim):
-    d = tl.arange(0, 128)
-    for at in range(0, dim, 128):
-        x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-        bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
-        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        values = (x * inverse[:, None]).to(tl.float8e4nv).to(tl.float16)
-        tl.store(xq_ptr + r[:, None] * dim + at + d[None, :], values, mask=there[:, None])
-        tl.store(xs_ptr + r * (dim // 128) + at // 128, (exponent << 23).to(tl.float32, bitcast=True), mask=there)
+def _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, first, dim, BLOCK: tl.constexpr):
+    """Groups [first, first + 4) of 128 columns."""
+    g = first + tl.arange(0, 4)
+    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    keep = there[:, None, None] & (d < dim)[None, :, :]
+    x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
+    bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
+    at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
+    tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=there[:, None] & (g * 128 < dim)[None, :])
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def _choose(
     here = (r < rows)[:, None]
     known = here & (e < experts)[None, :]
     logits = tl.zeros([BLOCK, EXPERTS], tl.float32)
-    for piece in range(SPLIT):
+    for piece in tl.static_range(SPLIT):
         at = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
         logits += tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
     score = affinity(logits)
@@ -150,18 +157,19 @@ def _list(
     k,
     tiles,
     EXPERTS: tl.constexpr,
+    K: tl.constexpr,
     PAIRS: tl.constexpr,
     PARTS: tl.constexpr,
+    SIXTEENS: tl.constexpr,
 ):
     """Counting sort of the pairs by expert, 16 rows at a time, and tiles of up to PAIRS pairs of one expert."""
     e = tl.arange(0, EXPERTS)
-    sixteen = tl.arange(0, 16)
+    slot = tl.arange(0, K)
     counts = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, rows, 16):
-        r = first + sixteen
+    for part in tl.static_range(SIXTEENS):
+        ids = _ids_of(ids_ptr, part, rows, k, slot)
         for i in range(k):
-            mine = tl.load(ids_ptr + r * k + i, mask=r < rows, other=-1, cache_modifier=".cg")
-            counts += tl.sum((mine[:, None] == e[None, :]).to(tl.int32), 0)
+            counts += tl.sum((_column(ids, slot, i)[:, None] == e[None, :]).to(tl.int32), 0)
     starts = tl.cumsum(counts, 0) - counts
     pieces = (counts + PAIRS - 1) // PAIRS
     at = tl.cumsum(pieces, 0) - pieces
@@ -174,13 +182,25 @@ def _list(
     used = tl.sum(pieces, 0)
     for first in range(0, tiles, EXPERTS):
         tl.store(tile_ptr + (first + e) * 3, -1, mask=(first + e >= used) & (first + e < tiles))
-    for first in range(0, rows, 16):
-        r = first + sixteen
+    for part in tl.static_range(SIXTEENS):
+        ids = _ids_of(ids_ptr, part, rows, k, slot)
+        r = part * 16 + tl.arange(0, 16)
         pair = tl.zeros([16, EXPERTS], tl.int32) - 1
         for i in range(k):
-            mine = tl.load(ids_ptr + r * k + i, mask=r < rows, other=-1, cache_modifier=".cg")
-            pair = tl.where(mine[:, None] == e[None, :], (r * k + i)[:, None], pair)
+            pair = tl.where(_column(ids, slot, i)[:, None] == e[None, :], (r * k + i)[:, None], pair)
         has = (pair >= 0).to(tl.int32)
         rank = tl.cumsum(has, 0) - has
         tl.store(order_ptr + starts[None, :] + rank, pair, mask=pair >= 0)
         starts += tl.sum(has, 0)
+
+
+@triton.jit
+def _ids_of(ids_ptr, part, rows, k, slot):
+    r = part * 16 + tl.arange(0, 16)
+    keep = (r < rows)[:, None] & (slot < k)[None, :]
+    return tl.load(ids_ptr + r[:, None] * k + slot[None, :], mask=keep, other=-1, cache_modifier=".cg")
+
+
+@triton.jit
+def _column(ids, slot, i):
+    return tl.sum(tl.where(slot[None, :] == i, ids, 0), 1)

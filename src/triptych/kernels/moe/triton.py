@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.linear.ref import linear
+from triptych.kernels.linear.triton import linear
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.moe.rows import moe_rows_on_gpu
+from triptych.kernels.moe.sorted import experts_on_gpu
 from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
 
 
@@ -57,6 +58,8 @@ def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
     """See ref.experts."""
     if isinstance(moe.w13, Mxfp4Matrix):
+        if x.is_cuda and rounding is not None:
+            return experts_on_gpu(x, ids, weights, moe)
         return ref.experts(x, ids, weights, moe, rounding)
     rows, k = ids.shape
     count, dim, inner = moe.w2.shape
@@ -88,7 +91,7 @@ def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared:
     return ref.moe_rows(x, token_ids, router, moe, shared)
 
 
-def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None) -> Tensor:
+def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
     """See ref.shared_expert."""
     gate_up = linear(x, w13)
     rows, inner = len(x), w2.shape[1]
@@ -245,8 +248,8 @@ def _down(
 def _swiglu(gate_up_ptr, out_ptr, inner, limit, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner)
-    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner)
+    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner).to(tl.float32)
+    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner).to(tl.float32)
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     tl.store(out_ptr + r * inner + n, gate * tl.sigmoid(gate) * up, mask=n < inner)

@@ -5,10 +5,14 @@ A rotation needs each dim's partner; it is loaded beside it, from the cache line
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from triptych.kernels.front.store import power_of_two, round_fp4
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -20,11 +24,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def latent_rows(
-    front: Tensor, q_lora: int, norms: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float
+    front: Tensor,
+    q_lora: int,
+    norms: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ref.latent_rows."""
     rows, dim = len(front), norms[1].shape[0]
-    qr, kv = front.new_empty(rows, q_lora), front.new_empty(rows, dim)
+    kind = dtype or front.dtype
+    qr, kv = front.new_empty(rows, q_lora, dtype=kind), front.new_empty(rows, dim, dtype=kind)
     _latent[(rows, 2)](
         *(front, front.stride(0), qr, kv, norms[0], norms[1], angles[0], angles[1], q_lora, dim),
         *(2 * angles[0].shape[1], eps),
@@ -47,6 +57,28 @@ def index_query_rows(heads: Tensor, count: int, dim: int, angles: tuple[Tensor, 
     out = heads.new_empty(len(heads), count, dim)
     _vectors(tail, (len(heads), count, dim), out, None, angles)
     return out
+
+
+def index_round(x: Tensor) -> Tensor:
+    """See ref.index_round; Di a power of two."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(flat)
+    dim = flat.shape[1]
+    assert dim & (dim - 1) == 0, "the Hadamard rotation needs a power of two"
+    if len(flat):
+        _index_round[(triton.cdiv(len(flat), _ROUNDED),)](
+            *(flat, flat.stride(0), out, len(flat)),
+            ROWS=_ROUNDED,
+            DIM=dim,
+            STEPS=dim.bit_length() - 1,
+            ROOT=math.sqrt(dim),
+            GROUP=min(dim, 32),
+            num_warps=4,
+        )
+    return out.view(x.shape)
+
+
+_ROUNDED = 16  # vectors that one program rounds
 
 
 def derotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -136,6 +168,31 @@ def _norm_rope(
             partner = partner * tl.load(weight_ptr + p, mask=p < dim, other=0.0)
         x = _turned(x, partner, cos_ptr + r * (width // 2), sin_ptr + r * (width // 2), d, dim, width, sign)
     tl.store(out_ptr + (r * tl.num_programs(1) + h) * dim + d, x, mask=d < dim)
+
+
+@triton.jit
+def _index_round(
+    x_ptr,
+    stride,
+    out_ptr,
+    rows,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROOT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DIM)
+    live = (r < rows)[:, None]
+    x = tl.load(x_ptr + r[:, None] * stride + d[None, :], mask=live, other=0.0).to(tl.bfloat16).to(tl.float32)
+    for _ in tl.static_range(STEPS):  # each turns the index by one bit
+        a, b = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [ROWS, DIM])
+    x = tl.div_rn(x, tl.full([ROWS, DIM], ROOT, tl.float32)).to(tl.bfloat16).to(tl.float32)
+    grid, code = round_fp4(tl.reshape(x, [ROWS * (DIM // GROUP), GROUP]))
+    x = tl.reshape(grid * power_of_two(code)[:, None], [ROWS, DIM])
+    tl.store(out_ptr + r[:, None] * DIM + d[None, :], x.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit

@@ -20,33 +20,38 @@ from triton.experimental.gluon import language as gl
 ASM_MXFP4: Any = gl.constexpr(
     """
 {
-.reg .b32 s, t, hi, lo, p0, p1, m0, m1;
-and.b32 s, $8, 0x77777777;
+.reg .b32 a, b, c, d, t;
+shl.b32 a, $8, 9;
+shl.b32 b, $8, 5;
+shl.b32 c, $8, 1;
+shr.u32 d, $8, 3;
+and.b32 a, a, 0x0e000e00;
+and.b32 b, b, 0x0e000e00;
+and.b32 c, c, 0x0e000e00;
+and.b32 d, d, 0x0e000e00;
+shl.b32 t, $8, 12;
+lop3.b32 a, t, 0x80008000, a, 0xea;
+shl.b32 t, $8, 8;
+lop3.b32 b, t, 0x80008000, b, 0xea;
 shl.b32 t, $8, 4;
-add.u32 hi, $9, 0x12100e0c;
-and.b32 lo, $9, 0xffffff00;
-add.u32 lo, lo, 0x0a080400;
-prmt.b32 p0, t, $8, 0x5140;
-prmt.b32 p1, t, $8, 0x7362;
-prmt.b32 m0, lo, hi, s;
-shr.u32 s, s, 16;
-prmt.b32 m1, lo, hi, s;
-lop3.b32 m0, p0, 0x80808080, m0, 0xea;
-lop3.b32 m1, p1, 0x80808080, m1, 0xea;
-prmt.b32 p0, m0, 0, 0x1404;
-prmt.b32 p1, m0, 0, 0x3424;
-prmt.b32 s, m1, 0, 0x1404;
-prmt.b32 t, m1, 0, 0x3424;
-mov.b32 {$0, $1}, p0;
-mov.b32 {$2, $3}, p1;
-mov.b32 {$4, $5}, s;
-mov.b32 {$6, $7}, t;
+lop3.b32 c, t, 0x80008000, c, 0xea;
+lop3.b32 d, $8, 0x80008000, d, 0xea;
+mul.rn.f16x2 a, a, $9;
+mul.rn.f16x2 b, b, $9;
+mul.rn.f16x2 c, c, $9;
+mul.rn.f16x2 d, d, $9;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+mov.b32 {$4, $5}, c;
+mov.b32 {$6, $7}, d;
 }
 """
 )
-"""Eight e2m1 ($8) to f16: the high byte holds all there is to say, and comes from a table of the eight magnitudes.
+"""Eight e2m1 ($8) times a scale ($9, f16 twice) to f16: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 
-$9 holds 4 (n + 24) in each byte, added to the table's exponents: values are e2m1's times 2^(n + 11), n from -24 to 0.
+With its sign in front and its three other bits over the border of exponent and mantissa, an e2m1 is an f16 2^-14 times
+as large, subnormal where e2m1 is. Scales are 2^(n + 15), n from -29 to 0; values come out as e2m1's times 2^(n + 1),
+exact down to n = -24. Shifts to the left go to the multipliers, which are idle; the logic unit is what limits a stream.
 """
 
 ASM_FP8: Any = gl.constexpr(
@@ -64,8 +69,30 @@ mov.b32 {$2, $3}, b;
 )
 """Four e4m3 ($4) to f16."""
 
-DEPTH: Any = gl.constexpr(24)
-RAISED: Any = gl.constexpr(11)
+ASM_FP8_PAIRED: Any = gl.constexpr(
+    """
+{
+.reg .b16 l, h;
+.reg .b32 a, b;
+prmt.b32 a, $8, $9, 0x5140;
+mov.b32 {l, h}, a;
+cvt.rn.f16x2.e4m3x2 a, l;
+cvt.rn.f16x2.e4m3x2 b, h;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+prmt.b32 a, $8, $9, 0x7362;
+mov.b32 {l, h}, a;
+cvt.rn.f16x2.e4m3x2 a, l;
+cvt.rn.f16x2.e4m3x2 b, h;
+mov.b32 {$4, $5}, a;
+mov.b32 {$6, $7}, b;
+}
+"""
+)
+"""Twice four e4m3 ($8, $9) to f16: bytes 0 of both, 1 of both, 2 of both, 3 of both."""
+
+DEPTH: Any = gl.constexpr(30)
+RAISED: Any = gl.constexpr(1)
 
 
 @gluon.constexpr_function
@@ -101,14 +128,22 @@ def row_layout(n, warps):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def from_mxfp4(packed, shifts, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """packed [ROWS, 4, 4] and shifts [ROWS, 4] int32, see ASM_MXFP4 -> the left operand, f16 [ROWS, 128]."""
-    _, shifts = gl.broadcast(packed, gl.expand_dims(shifts, 2))
-    a, b, c, d, e, g, h, i = gl.inline_asm_elementwise(
-        ASM_MXFP4, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [packed, shifts], dtype=(gl.float16,) * 8, is_pure=True, pack=1
+def from_mxfp4(packed, scales, ROWS: gl.constexpr, MMA: gl.constexpr):
+    """packed [ROWS, 4, 4] and scales [ROWS, 4] int32, see ASM_MXFP4 -> the left operand, f16 [ROWS, 128].
+
+    Slots differ from those above: of a word's columns 0 to 7 the pairs (0, 4), (1, 5), (2, 6), (3, 7) are neighbours.
+    """
+    _, scales = gl.broadcast(packed, gl.expand_dims(scales, 2))
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        ASM_MXFP4,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [packed, scales],
+        dtype=(gl.float16,) * 8,
+        is_pure=True,
+        pack=1,
     )
     low = gl.join(gl.join(a, b), gl.join(c, d))  # row, thread, word, j, h
-    high = gl.join(gl.join(e, g), gl.join(h, i))
+    high = gl.join(gl.join(e, f), gl.join(g, h))
     slots = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 5, 4, 1, 3)), [ROWS, 128])
     return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
@@ -139,8 +174,32 @@ def from_rows(x, N: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
+def from_fp8_paired(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
+    """packed [ROWS, 4, 8] int32 -> the left operand f16 [ROWS, 128] in the order of from_mxfp4."""
+    even, odd = gl.split(gl.reshape(packed, [ROWS, 4, 4, 2]))
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        ASM_FP8_PAIRED,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [even, odd],
+        dtype=(gl.float16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    low = gl.join(gl.join(a, b), gl.join(c, d))
+    high = gl.join(gl.join(e, f), gl.join(g, h))
+    slots = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 5, 4, 1, 3)), [ROWS, 128])
+    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def paired(column):
+    """Where a column lies in rows that from_mxfp4 is multiplied by: of eight, in the order 0 4 1 5 2 6 3 7."""
+    return column // 8 * 8 + column % 4 * 2 + column // 4 % 2
+
+
+@gluon.jit
 def scale_of(largest):
-    """Bits of the power of two that native numerics scale a group of this largest magnitude by, and of its inverse."""
+    """The power of two by which native numerics scale a group of this largest magnitude, and its inverse."""
     bits = gl.maximum(largest, 1e-4).to(gl.int32, bitcast=True)
     exponent = ((bits + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is above that of 448
     scale = (exponent << 23).to(gl.float32, bitcast=True)

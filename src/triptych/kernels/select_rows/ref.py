@@ -18,12 +18,12 @@ from triptych.kernels.quant.ref import fake_quant_fp4, hadamard
 class IndexQueries(NamedTuple):
     """heads [B, >= Hi*Di] are raw products, the index heads last; angles (cos, sin) [B, rope/2] float32.
 
-    weights [B, Hi] float32, already scaled. `rounds`: rotated by Hadamard and rounded to e2m1 in groups of 32, as native
-    numerics do it with keys too.
+    weights [B, Hi] float32, already scaled. `rounds`: rotated by Hadamard and rounded to e2m1 in groups of 32, as
+    native numerics do it with keys too.
     """
 
     heads: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     dim: int
     angles: tuple[Tensor, Tensor]
     weights: Tensor
