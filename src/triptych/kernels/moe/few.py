@@ -152,8 +152,7 @@ def up(
     """Hidden values of 32 columns and up to N pairs of one expert; tiles below SHARED are the shared expert's.
 
     tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A pair is row * TOPK + choice; the shared
-    expert's follow all others. h float32, hq f16 [pairs + rows, INNER] paired, hs [pairs + rows, INNER / 128].
-    """
+    expert's follow all. h float32, hq f16 [pairs + rows, INNER] paired, hs [pairs + rows, INNER / 128]."""
     MMA: gl.constexpr = mma_layout(4)
     X: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(N, 4)))
     A: gl.constexpr = gl.SliceLayout(0, MMA)

@@ -55,13 +55,7 @@ def route_rows(
     else:
         piece = tl.program_id(0) % SPLIT
         e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
-        width = dim // SPLIT
-        d = tl.arange(0, 128)
-        total = tl.zeros([BLOCK, SOME], tl.float32)
-        for at in range(piece * width, piece * width + width, 128):
-            x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-            w = tl.load(gate_ptr + e[None, :] * dim + at + d[:, None], mask=(e < experts)[None, :], other=0.0)
-            total = tl.dot(x, w, total, input_precision="tf32x3")
+        total = _logits(x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT, BLOCK, SOME)
         place = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
         tl.store(place, total, mask=there[:, None] & (e < experts)[None, :])
         tl.debug_barrier()
@@ -76,6 +70,21 @@ def route_rows(
             if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
                 tl.store(count_ptr, 0)
                 _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, EXPERTS, K, PAIRS, PARTS, SIXTEENS)
+
+
+@triton.jit
+def _logits(
+    x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT: tl.constexpr, BLOCK: tl.constexpr, SOME: tl.constexpr
+):
+    """Part `piece` of the logits of experts e for rows r."""
+    width = dim // SPLIT
+    d = tl.arange(0, 128)
+    total = tl.zeros([BLOCK, SOME], tl.float32)
+    for at in range(piece * width, piece * width + width, 128):
+        x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=(r < rows)[:, None], other=0.0).to(tl.float32)
+        w = tl.load(gate_ptr + e[None, :] * dim + at + d[:, None], mask=(e < experts)[None, :], other=0.0)
+        total = tl.dot(x, w, total, input_precision="tf32x3")
+    return total
 
 
 @triton.jit
