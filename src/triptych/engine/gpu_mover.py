@@ -64,6 +64,7 @@ class GpuMover(Mover):
         self._turn = 0
         self._fence = torch.cuda.Event()
         self._arriving: dict[int, Future[None]] = {}  # by first host frame: demotions on their way
+        self._latest: dict[int, ObjectKey] = {}  # by first host frame: what was last sent there
         self._guard = threading.Lock()
         self._own = threading.local()
 
@@ -110,6 +111,8 @@ class GpuMover(Mover):
                 _copy_all([self._pinned[target] for target in targets[at : at + _BATCH]], list(held.unbind()))
                 stage.free.record(self._down)
         arrived.record(self._down)
+        with self._guard:
+            self._latest.update((demotion.host_frames[0], demotion.key) for demotion in demotions)
         future = self._fetchers.submit(self._sum, arrived, tuple(demotions))
         with self._guard:
             self._arriving = {frame: f for frame, f in self._arriving.items() if not f.done()}
@@ -118,8 +121,11 @@ class GpuMover(Mover):
     def _sum(self, arrived: torch.cuda.Event, demotions: tuple[Demotion, ...]) -> None:
         """Checksums of what has arrived on the host."""
         arrived.synchronize()
-        for demotion in demotions:
-            self._sums[demotion.host_frames[0]] = demotion.key, self._digest(demotion.key, demotion.host_frames)
+        for key, host_frames in ((demotion.key, demotion.host_frames) for demotion in demotions):
+            digest = self._digest(key, host_frames)
+            with self._guard:
+                if self._latest.get(host_frames[0]) == key:  # else something else is on its way there
+                    self._sums[host_frames[0]] = key, digest
 
     def _digest(self, key: ObjectKey, host_frames: Sequence[int]) -> bytes:
         state = xxhash.xxh3_128()
