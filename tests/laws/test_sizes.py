@@ -74,4 +74,6 @@ def is_exempt(function: Function) -> bool:
     arrays, because an object would have to be unpacked at every call.
     """
     decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in function.decorator_list]
-    return any(name.endswith(".command") or name in ("kernel", "inline", "triton.jit") for name in decorators)
+    return any(
+        name.endswith(".command") or name in ("kernel", "inline", "triton.jit", "gluon.jit") for name in decorators
+    )

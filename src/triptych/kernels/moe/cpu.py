@@ -98,6 +98,8 @@ def _grouped(ids: Tensor, moe: Experts) -> tuple[np.ndarray, np.ndarray]:  # typ
 
 
 def _by_products(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tensor:
+    assert isinstance(moe.w13, Tensor) and isinstance(moe.w2, Tensor)
+    w13, w2 = moe.w13, moe.w2
     order, starts = _grouped(ids, moe)
     k = ids.shape[1]
     picks = torch.from_numpy(order)
@@ -109,8 +111,8 @@ def _by_products(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tenso
     def run(first: int, last: int) -> None:
         for e in used[first:last]:
             part = slice(int(starts[e]), int(starts[e + 1]))
-            hidden = _activated(torch.mm(gathered[part], moe.w13[e].T), moe.limit)
-            torch.mm(hidden.mul_(scales[part]), moe.w2[e].T, out=parts[part])
+            hidden = _activated(torch.mm(gathered[part], w13[e].T), moe.limit)
+            torch.mm(hidden.mul_(scales[part]), w2[e].T, out=parts[part])
 
     over(len(used), 1, run)
     back = torch.empty_like(parts)

@@ -47,7 +47,7 @@ STAGES: Any = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def _weights():  # type: ignore[no-untyped-def]
+def _weights():
     """Packed weights [128, 4, 16] bytes as eight warps' fragments want them: two rows of a thread, 16 bytes each."""
     deep = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]

@@ -96,13 +96,13 @@ RAISED: Any = gl.constexpr(1)
 
 
 @gluon.constexpr_function
-def mma_layout(warps):  # type: ignore[no-untyped-def]
+def mma_layout(warps):
     """Accumulators [16 * warps.., N] of m16n8k16, the warps one above the other."""
     return gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
 
 
 @gluon.constexpr_function
-def weight_layout(words, warps):  # type: ignore[no-untyped-def]
+def weight_layout(words, warps):
     """Weights [16 * warps, 4, words] int32: a thread has two rows, and of each `words` (4 of MXFP4, 8 of FP8)."""
     deep = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
@@ -111,7 +111,7 @@ def weight_layout(words, warps):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def wide_layout(warps):  # type: ignore[no-untyped-def]
+def wide_layout(warps):
     """bf16 weights [16 * warps, 4, 32]: a thread has two rows of 32."""
     deep = [[0, 0, 1 << i] for i in range(5)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
@@ -120,7 +120,7 @@ def wide_layout(warps):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def row_layout(n, warps):  # type: ignore[no-untyped-def]
+def row_layout(n, warps):
     """Activations [n, 4, 32] in f16, the same in every warp."""
     deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
