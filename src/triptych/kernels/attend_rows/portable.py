@@ -95,7 +95,7 @@ def _key_part(
         GROUPS: tl.constexpr = WIDTH // GROUP
         g = (START // 64 + tl.arange(0, GROUPS)) * 8
         exponent = ((bits[:, None, None] >> g[None, :, None]) & 255).to(tl.int16) << 7
-        if kind == tl.bfloat16:
+        if kind == tl.bfloat16:  # noqa: SIM108  (resolved by the compiler)
             x = _e4m3_to_bf16(x)
         else:
             x = x.to(tl.float8e4nv, bitcast=True).to(kind)
