@@ -215,7 +215,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         j = at + tl.arange(0, KEYS)
         valid = j < end
         windowed = j < in_window
-        if FLAT:
+        if FLAT:  # noqa: SIM108  (resolved by the compiler)
             ring_at = first + j.to(tl.int64)
         else:
             ring_at = ((first + j) % RING).to(tl.int64)
