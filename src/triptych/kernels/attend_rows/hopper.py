@@ -128,13 +128,13 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     weight_ptr,
     heads,
     splits,
+    span,
     MODE: gl.constexpr,
     FLAT: gl.constexpr,
     WHOLE: gl.constexpr,
     PER_PAGE: gl.constexpr,
     RING: gl.constexpr,
     REACH: gl.constexpr,
-    SPAN: gl.constexpr,
 ):
     DIM: gl.constexpr = 512
     ROPE: gl.constexpr = 64
@@ -154,10 +154,10 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         total += gl.minimum(gl.load(visible_ptr + r).to(gl.int32), chosen_count)
     if MODE == 2:
         total += gl.load(visible_ptr + r).to(gl.int32)
-    begin = gl.program_id(1) * SPAN
+    begin = gl.program_id(1) * span
     if begin >= total:
         return
-    end = gl.minimum(begin + SPAN, total)
+    end = gl.minimum(begin + span, total)
 
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
