@@ -34,7 +34,7 @@ def _largest_codes(code_ptr, row, K: gl.constexpr):
     r = gl.convert_layout(row, gl.SliceLayout(1, layout))
     g = gl.arange(0, 32, gl.SliceLayout(0, layout))
     top = gl.full([64], 0, gl.int32, gl.SliceLayout(1, layout))
-    for at in range(0, K // 32, 32):
+    for at in gl.static_range(0, K // 32, 32):
         there = (at + g < K // 32)[None, :]
         codes = gl.load(code_ptr + r[:, None] * (K // 32) + at + g[None, :], mask=there, other=0)
         top = gl.maximum(top, gl.max(codes.to(gl.int32), axis=1))
