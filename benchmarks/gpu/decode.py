@@ -13,8 +13,10 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows
@@ -22,6 +24,7 @@ from benchmarks.gpu import made
 from triptych.cache.geometry import CacheCapacity
 from triptych.config import ModelShape
 from triptych.engine.device_sampler import Draw
+from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner
 from triptych.engine.sampler import SamplerState
@@ -79,8 +82,10 @@ def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, 
     lines = made.tables(batch, pages, frames)
     plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
     draws = [Draw(SamplerState(f"r{b}", SamplingParams(temperature=0.0), shape.vocab_size), b, 0) for b in range(batch)]
+    begun = time.perf_counter()
     for plan in plans[:3]:
         runner.start(plan, draws).finish()
+    ready = time.perf_counter() - begun
     found = []
     flight = runner.start(plans[3], draws)
     for plan in plans[4:]:  # as the loop does: the next step is enqueued before the last one's tokens are taken
@@ -93,6 +98,7 @@ def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, 
     key = runner.steps.key(plans[0].chunks)
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
     out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
+    out |= {"ready_s": round(ready, 1)}
     out |= launches(runner, key, shape.num_layers, detail=detail)
     out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
     if (batch, context) in GOALS and shape.num_layers == 20:
@@ -135,13 +141,14 @@ def experts_used(runner: DeviceRunner, plan: StepPlan) -> str:
     counts: list[int] = []
     kernels = runner.model.kernels
 
-    def route(*given: object) -> object:
-        ids, gates = kernels.route(*given)
+    def moe_rows(x: Tensor, token_ids: Tensor, router: Any, *rest: Any) -> Any:
+        ids, _ = kernels.route(x.float(), token_ids, router)
         counts.append(int(ids.unique().numel()))
-        return ids, gates
+        return kernels.moe_rows(x, token_ids, router, *rest)
 
-    runner.model.use_kernels(replace(kernels, route=route))
-    runner.logits(plan)
+    steps = DecodeSteps(runner.model, runner.pools, runner.steps.rows[-1], runner.steps.pages[-1], capture=False)
+    runner.model.use_kernels(replace(kernels, moe_rows=moe_rows))
+    steps.run(plan.chunks)
     runner.model.use_kernels(kernels)
     return f"{min(counts)}/{statistics.mean(counts):.0f}/{max(counts)}"
 

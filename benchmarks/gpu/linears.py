@@ -1,6 +1,6 @@
 """FP8 linears on one GPU: correctness against the references, then time with floors.
 
-`python -m benchmarks.gpu.linears check|time` prints a table and writes result rows to $OUT/linears.jsonl.
+`python -m benchmarks.gpu.linears check|time|sweep` prints a table and writes result rows to $OUT/linears.jsonl.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import torch
 
 from benchmarks.gpu.experts import READ, fp8, replayed
 from triptych.kernels.linear import ref
+from triptych.kernels.linear.many import product
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
 from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, quantize_rows
 
 FP8 = 1.475e15  # operations a second, measured on an H200
 # outputs and inputs: query of a CSA layer, output, shared experts; and the front's latent and rest
 SHAPES = {"query": (40960, 1024), "o_b": (4096, 8192), "w13": (4096, 4096), "w2": (4096, 2048)}
+SWEEP = (
+    *((128, 128, 8, 4, 8), (128, 128, 8, 4, 16), (128, 128, 8, 3, 8), (64, 128, 4, 3, 16), (128, 64, 4, 4, 8)),
+    *((256, 64, 8, 3, 8), (64, 256, 8, 3, 16), (256, 128, 16, 3, 8), (256, 128, 16, 4, 4)),
+)
+"""Rows, columns, warps, stages, and bands of tiles that share rows."""
 FRONT = (1536, 2624, 4096)
 
 
@@ -61,7 +67,7 @@ def time() -> None:
     """Microseconds, inputs quantised inside, weights rotating through more than the L2."""
     print(torch.cuda.get_device_name(), "\nwhat     rows       us    floor  share  TFLOP/s", flush=True)
     with Path(os.environ.get("OUT", "."), "linears.jsonl").open("a", encoding="utf-8") as file:
-        for rows in (1, 8, 16, 32, 64, 128, 2048, 8192):
+        for rows in (1, 8, 16, 64, 8192, 32, 128, 2048):
             for name in (*SHAPES, "front", "grouped"):
                 n, k = {**SHAPES, "front": (FRONT[0] + FRONT[1], FRONT[2]), "grouped": (8192, 4096)}[name]
                 many = 2 if rows > 1000 else max(3, (200 << 20) // (n * k))
@@ -74,6 +80,30 @@ def time() -> None:
                 row |= {"share": round(floor / took, 3), "tflops": round(work / took / 1e6)}
                 print("{what:8} {rows:4} {us:8.1f} {floor_us:8.1f} {share:6.0%} {tflops}".format(**row), flush=True)
                 file.write(json.dumps({"benchmark": "gpu.linears", **row}) + "\n")
+
+
+def sweep() -> None:
+    """Tiles of the product of many rows."""
+    rows, n, k = 8192, 4096, 8192
+    x, w = quantize(torch.randn(rows, k, device="cuda").bfloat16()), fp8(n, k)
+    out, none = torch.empty(rows, n, dtype=torch.bfloat16, device="cuda"), torch.empty(0, device="cuda")
+    count = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for tall, wide, warps, stages, share in SWEEP:
+        blocks = -(-rows // tall) * -(-n // wide)
+        call = partial(
+            product[(blocks, 1)],
+            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride()),
+            SPLIT=1,
+            TALL=tall,
+            WIDE=wide,
+            SHARE=share,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        took = replayed([call], 5)
+        print(
+            tall, wide, warps, stages, share, f"{took:.0f} us {2 * rows * n * k / took / 1e6:.0f} TFLOP/s", flush=True
+        )
 
 
 def _call(name: str, n: int, k: int, rows: int) -> partial[torch.Tensor]:
@@ -89,4 +119,4 @@ def _call(name: str, n: int, k: int, rows: int) -> partial[torch.Tensor]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sys.exit(0 if (check() if sys.argv[1:] == ["check"] else time()) in (True, None) else 1)
+    sys.exit(1 if {"check": check, "time": time, "sweep": sweep}[sys.argv[1]]() is False else 0)

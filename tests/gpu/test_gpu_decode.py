@@ -23,8 +23,8 @@ from triptych.model.weights import Storage, WeightStore
 from triptych.words import Chunk, StepPlan
 
 SHAPE = replace(NARROW_FLASH, index_topk=64)
-LENGTHS = (3, 126, 300, 560)  # the last ones see more entries than they may read
-PAGES = 6
+LENGTHS = (3, 126, 280)  # the last one sees more entries than it may read
+PAGES = 3
 CUDA = torch.device("cuda")
 
 

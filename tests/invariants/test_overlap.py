@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 
 import numpy as np
 import pytest
+import small_engine
 import torch
 from small_engine import SHAPE, SmallEngine, alone
 
+from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import TokenEvent
 from triptych.words import FinishReason, Request, SamplingParams
 
@@ -118,6 +121,28 @@ def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
     engine.cache.check_integrity()
 
 
+class _Stream:
+    """A stream of a GPU that is never behind."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def _done(self, *_: object) -> None:
+        pass
+
+    wait_event = record = synchronize = _done
+
+
+@pytest.fixture
+def gpu_mover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mover of a GPU, on the processor."""
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(small_engine, "Mover", GpuMover)
+
+
+@pytest.mark.usefixtures("gpu_mover")
 @pytest.mark.parametrize("seed", range(3))
 def test_random_histories_give_what_each_text_gives_alone(seed: int) -> None:
     """Requests that share prefixes come, stop early and are aborted at random, in pools that do not hold them all."""
@@ -136,6 +161,8 @@ def test_random_histories_give_what_each_text_gives_alone(seed: int) -> None:
     answers += engine.drain()
     engine.cache.check_integrity()
     assert len(answers) > 3
+    moved = engine.loop.stats().cache
+    assert moved["host_bytes_in"] > 0 and moved["fetches_failed"] == 0
     for answer in answers:
         assert len(answer.tokens) == 30
         logits = alone((*answer.prompt, *answer.tokens))[len(answer.prompt) - 1 : -1]

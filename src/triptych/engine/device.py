@@ -18,7 +18,8 @@ from triptych.model.batch import Batch
 logger = logging.getLogger(__name__)
 
 _CAPABILITY = (8, 0)  # Ampere: bfloat16 in the tensor cores and asynchronous copies, which the kernels build on
-_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Rows of a step by kind of device: on a GPU so many that every expert is kept busy."""
 _ALIGN = 2  # int64 of 16 bytes: where each vector of a step begins in the one copy
 
 
@@ -68,10 +69,10 @@ def device_for(config: EngineConfig) -> torch.device:
 
 
 def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
-    """`config` with what it leaves to the device filled in: rows of a step, so many that experts are kept busy."""
+    """`config` with what it leaves to the device filled in: the rows of a step."""
     if config.step_tokens is not None:
         return config
-    return replace(config, step_tokens=max(_STEP_TOKENS[kind_of(device)], config.max_running))
+    return replace(config, step_tokens=max(STEP_TOKENS[kind_of(device)], config.max_running))
 
 
 def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:

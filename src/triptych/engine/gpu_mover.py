@@ -25,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 from triptych.cache.geometry import CacheGeometry
-from triptych.cache.jobs import DEVICE, Demotion, FetchPart, Jobs, Save
+from triptych.cache.jobs import DEVICE, HOST, Demotion, FetchPart, Jobs, Save
 from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
 from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded
@@ -64,6 +64,7 @@ class GpuMover(Mover):
         self._turn = 0
         self._fence = torch.cuda.Event()
         self._arriving: dict[int, Future[None]] = {}  # by first host frame: demotions on their way
+        self._latest: dict[int, ObjectKey] = {}  # by first host frame: what was last sent there
         self._guard = threading.Lock()
         self._own = threading.local()
 
@@ -107,10 +108,11 @@ class GpuMover(Mover):
             stage.filled.record(compute)
             with torch.cuda.stream(self._down):
                 self._down.wait_event(stage.filled)
-                for row, target in zip(held, targets[at : at + _BATCH], strict=True):
-                    self._pinned[target].copy_(row, non_blocking=True)
+                _copy_all([self._pinned[target] for target in targets[at : at + _BATCH]], list(held.unbind()))
                 stage.free.record(self._down)
         arrived.record(self._down)
+        with self._guard:
+            self._latest.update((demotion.host_frames[0], demotion.key) for demotion in demotions)
         future = self._fetchers.submit(self._sum, arrived, tuple(demotions))
         with self._guard:
             self._arriving = {frame: f for frame, f in self._arriving.items() if not f.done()}
@@ -119,8 +121,11 @@ class GpuMover(Mover):
     def _sum(self, arrived: torch.cuda.Event, demotions: tuple[Demotion, ...]) -> None:
         """Checksums of what has arrived on the host."""
         arrived.synchronize()
-        for demotion in demotions:
-            self._sums[demotion.host_frames[0]] = demotion.key, self._digest(demotion.key, demotion.host_frames)
+        for key, host_frames in ((demotion.key, demotion.host_frames) for demotion in demotions):
+            digest = self._digest(key, host_frames)
+            with self._guard:
+                if self._latest.get(host_frames[0]) == key:  # else something else is on its way there
+                    self._sums[host_frames[0]] = key, digest
 
     def _digest(self, key: ObjectKey, host_frames: Sequence[int]) -> bytes:
         state = xxhash.xxh3_128()
@@ -136,22 +141,25 @@ class GpuMover(Mover):
             future.result()
 
     def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
+        held = [part for part in parts if part.tier == HOST]
+        for part in held:
+            self._await(part.host_frames)
+        # nobody sees these frames before the checksums, which are made while the copies run, have been compared
+        self._send_up([row for part in held for row in part.host_frames], [row for p in held for row in p.frames])
         brought = super()._bring_slice(parts)
         self._up_to_here()
         return brought
 
     def _bring_from_host(self, part: FetchPart) -> bool:
-        self._await(part.host_frames)
-        if not self._is_whole(part, self._digest(part.key, part.host_frames)):
-            return False
-        self._send_up([self._pinned[frame] for frame in part.host_frames], part.frames)
-        return True
+        return self._is_whole(part, self._digest(part.key, part.host_frames))
 
     def _bring_from_store(self, part: FetchPart) -> bool:
         staging, memory = self._staging(len(part.frames))
         if not self._stores[part.tier].get(part.key, self._views(memory, part.key, range(len(part.frames)))):
             return False
-        self._send_up(list(staging), part.frames)
+        with torch.cuda.stream(self._up):
+            self._up.wait_event(self._fence)
+            _copy_all([self._frames[frame] for frame in part.frames], list(staging[: len(part.frames)].unbind()))
         self._up_to_here()  # the staging is used again
         return True
 
@@ -163,18 +171,17 @@ class GpuMover(Mover):
         ended = torch.cuda.Event()
         with torch.cuda.stream(self._down):
             self._down.wait_event(self._fence)
-            for row, frame in zip(staging, save.frames, strict=False):
-                row.copy_(self._frames[frame], non_blocking=True)
+            _copy_all(list(staging[: len(save.frames)].unbind()), [self._frames[frame] for frame in save.frames])
             ended.record(self._down)
         ended.synchronize()
         return self._stores[save.tier].put(save.key, self._views(memory, save.key, range(len(save.frames))))
 
-    def _send_up(self, rows: Sequence[Tensor], frames: Sequence[int]) -> None:
-        """Enqueue copies of pinned rows into frames."""
-        with torch.cuda.stream(self._up):
-            self._up.wait_event(self._fence)
-            for row, frame in zip(rows, frames, strict=False):
-                self._frames[frame].copy_(row, non_blocking=True)
+    def _send_up(self, host_frames: Sequence[int], frames: Sequence[int]) -> None:
+        """Enqueue copies of host frames into frames."""
+        if frames:
+            with torch.cuda.stream(self._up):
+                self._up.wait_event(self._fence)
+                _copy_all([self._frames[frame] for frame in frames], [self._pinned[row] for row in host_frames])
 
     def _up_to_here(self) -> None:
         """Wait for the copies enqueued so far."""
@@ -188,3 +195,8 @@ class GpuMover(Mover):
         if memory is None or len(memory) < frames:
             memory = self._own.memory = host_memory(frames, self._frames.shape[1])
         return torch.from_numpy(memory), memory
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Enqueue many copies by one call: from Python, each would take as long as its bytes take over the link."""
+    torch._foreach_copy_(targets, sources, non_blocking=True)

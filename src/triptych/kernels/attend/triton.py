@@ -89,6 +89,15 @@ def attend(
     return out
 
 
+def attend_deterministic(
+    q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
+) -> Tensor:
+    """See ref.attend; a row's result does not depend on its batch mates."""
+    if isinstance(window.rows, PackedRows):
+        return attend_packed(q, window, entries, selected, attention, fixed=True)
+    return attend(q, window, entries, selected, attention, Tiling(16, _KEYS, 8, 4, 2))
+
+
 def _entry_arguments(window: WindowRows, entries: PagedEntries | None, selected: Tensor | None) -> tuple[Any, ...]:
     """Pool, its strides, table, its stride, seq, visible, selected, its stride and width."""
     if entries is None:

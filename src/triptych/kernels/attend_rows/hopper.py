@@ -55,7 +55,7 @@ def _keep_scaled(target, x, bits, START: gl.constexpr, WORDS: gl.constexpr, layo
         is_pure=True,
         pack=1,
     )
-    target.slice(START // 2, 2 * WORDS, dim=1).store(gl.reshape(gl.join(low, high), [64, 2 * WORDS]))
+    target.store(gl.reshape(gl.join(low, high), [64, 2 * WORDS]))
 
 
 @gluon.jit
@@ -128,13 +128,13 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     weight_ptr,
     heads,
     splits,
+    span,
     MODE: gl.constexpr,
     FLAT: gl.constexpr,
     WHOLE: gl.constexpr,
     PER_PAGE: gl.constexpr,
     RING: gl.constexpr,
     REACH: gl.constexpr,
-    SPAN: gl.constexpr,
 ):
     DIM: gl.constexpr = 512
     ROPE: gl.constexpr = 64
@@ -154,17 +154,24 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         total += gl.minimum(gl.load(visible_ptr + r).to(gl.int32), chosen_count)
     if MODE == 2:
         total += gl.load(visible_ptr + r).to(gl.int32)
-    begin = gl.program_id(1) * SPAN
+    begin = gl.program_id(1) * span
     if begin >= total:
         return
-    end = gl.minimum(begin + SPAN, total)
+    end = gl.minimum(begin + span, total)
 
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = gl.allocate_shared_memory(gl.bfloat16, [64, DIM], shared)
-    k_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, DIM], shared)
+    # keys in four parts with memory of their own: stores to parts of one would wait for each other
     pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    words_s = k_s._reinterpret(gl.int32, [2, 64, DIM // 2], pairs)
+    k0_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], shared)
+    k1_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], shared)
+    k2_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], shared)
+    kr_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, ROPE], shared)
+    w0_s = k0_s._reinterpret(gl.int32, [2, 64, 128], pairs)
+    w1_s = k1_s._reinterpret(gl.int32, [2, 64, 64], pairs)
+    w2_s = k2_s._reinterpret(gl.int32, [2, 64, 32], pairs)
+    wr_s = kr_s._reinterpret(gl.int32, [2, 64, 32], pairs)
     p_s = gl.allocate_shared_memory(gl.bfloat16, [64, 64], shared)
     values_s = gl.allocate_shared_memory(gl.int64, [64], flat)
     scales_s = gl.allocate_shared_memory(gl.int64, [64], flat)
@@ -240,11 +247,10 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         b1 = _exponents(scales_s, by128)
         b2 = _exponents(scales_s, by64)
         if tile == 0:
-            k0 = words_s.index(0)
-            _keep_scaled(k0, x0, b0, 0, 64, by256)
-            _keep_scaled(k0, x1, b1, 256, 32, by128)
-            _keep_scaled(k0, x2, b2, 384, 16, by64)
-            k0.slice(NOPE // 2, 32, dim=1).store(xr)
+            _keep_scaled(w0_s.index(0), x0, b0, 0, 64, by256)
+            _keep_scaled(w1_s.index(0), x1, b1, 256, 32, by128)
+            _keep_scaled(w2_s.index(0), x2, b2, 384, 16, by64)
+            wr_s.index(0).store(xr)
             fence_async_shared()
     entry = _entry(chosen_ptr, begin + 128 + i, in_window, end, MODE)
     entry1 = _entry(chosen_ptr, begin + 192 + i, in_window, end, MODE)
@@ -252,35 +258,51 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         page = gl.load(table_ptr + entry // PER_PAGE).to(gl.int64)
 
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 32, 16])
-    a_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 256, 16])
-    sums = gl.zeros([64, DIM], gl.float32, layout=a_layout)
+    l0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128, 16])
+    l1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 64, 16])
+    sums0 = gl.zeros([64, 256], gl.float32, layout=l0)
+    sums1 = gl.zeros([64, 128], gl.float32, layout=l1)
+    sums2 = gl.zeros([64, 64], gl.float32, layout=s_layout)
+    sumsr = gl.zeros([64, ROPE], gl.float32, layout=s_layout)
     none = gl.zeros([64, 64], gl.float32, layout=s_layout)
     peak = gl.full([64], -1.0e30, gl.float32, layout=gl.SliceLayout(1, s_layout))
     weight = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    growth = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, s_layout))
     js = gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
     tiles = (end - begin + 63) // 64
     for t in range(tiles):
-        k = k_s.index(t % 2)
-        s = warpgroup_mma(q_s, k.permute((1, 0)), none, use_acc=False, is_async=True)
+        now = t % 2
+        k0, k1, k2, kr = k0_s.index(now), k1_s.index(now), k2_s.index(now), kr_s.index(now)
+        s = warpgroup_mma(q_s.slice(0, 256, dim=1), k0.permute((1, 0)), none, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_s.slice(256, 128, dim=1), k1.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_s.slice(384, 64, dim=1), k2.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_s.slice(NOPE, ROPE, dim=1), kr.permute((1, 0)), s, is_async=True)
+        # while they multiply: the last tile's growth of the peak, and the next tile's conversion
+        peak += growth
+        fade = gl.exp2(-growth)
+        weight = weight * fade
         if t + 1 < tiles:
-            k1 = words_s.index((t + 1) % 2)
-            _keep_scaled(k1, x0, b0, 0, 64, by256)
-            _keep_scaled(k1, x1, b1, 256, 32, by128)
-            _keep_scaled(k1, x2, b2, 384, 16, by64)
-            k1.slice(NOPE // 2, 32, dim=1).store(xr)
+            after = (t + 1) % 2
+            _keep_scaled(w0_s.index(after), x0, b0, 0, 64, by256)
+            _keep_scaled(w1_s.index(after), x1, b1, 256, 32, by128)
+            _keep_scaled(w2_s.index(after), x2, b2, 384, 16, by64)
+            wr_s.index(after).store(xr)
             fence_async_shared()
         scores = warpgroup_mma_wait(0, deps=(s,))
-        valid = (begin + t * 64 + js < end)[None, :]
-        scores = gl.where(valid, scores * scale, -1.0e30)
-        highest = gl.maximum(peak, gl.max(scores, 1))
-        fade = gl.exp2(peak - highest)
-        p = gl.exp2(scores - highest[:, None])
-        weight = weight * fade + gl.sum(p, 1)
-        peak = highest
+        scores = gl.where((begin + t * 64 + js < end)[None, :], scores * scale, -1.0e30)
+        if t == 0:
+            peak = gl.max(scores, 1)
+        p = gl.exp2(gl.minimum(scores - peak[:, None], 100.0))
         p_s.store(p.to(gl.bfloat16))
         fence_async_shared()
-        sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, a_layout))[:, None]
-        acc = warpgroup_mma(p_s, k, sums, is_async=True)
+        sums0 = sums0 * gl.convert_layout(fade, gl.SliceLayout(1, l0))[:, None]
+        sums1 = sums1 * gl.convert_layout(fade, gl.SliceLayout(1, l1))[:, None]
+        sums2 = sums2 * fade[:, None]
+        sumsr = sumsr * fade[:, None]
+        acc0 = warpgroup_mma(p_s, k0, sums0, is_async=True)
+        acc1 = warpgroup_mma(p_s, k1, sums1, is_async=True)
+        acc2 = warpgroup_mma(p_s, k2, sums2, is_async=True)
+        accr = warpgroup_mma(p_s, kr, sumsr, is_async=True)
         # addresses and bytes of tile t + 2
         j = gl.minimum(begin + (t + 2) * 64 + i, end - 1)
         ring_j = _ring_row(first, j, RING, FLAT)
@@ -302,21 +324,40 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         b0 = _exponents(scales_s, by256)
         b1 = _exponents(scales_s, by128)
         b2 = _exponents(scales_s, by64)
-        sums = warpgroup_mma_wait(0, deps=(acc,))
+        most, total_p = gl.reduce((p, p), 1, _max_and_sum)
+        weight += total_p
+        growth = gl.maximum(gl.log2(most), 0.0)
+        sums0, sums1, sums2, sumsr = warpgroup_mma_wait(0, deps=(acc0, acc1, acc2, accr))
         gl.thread_barrier()  # both warpgroups have read this tile and its weights
 
-    ha = gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout))
-    da = gl.arange(0, DIM, layout=gl.SliceLayout(0, a_layout))
     hs = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+    factor = gl.full([64], 1.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
     if WHOLE:
         sink = gl.load(sink_ptr + h + hs, mask=h + hs < heads, other=0.0) * 1.4426950408889634
         highest = gl.maximum(peak, sink)
         shrunk = gl.exp2(peak - highest)
         factor = shrunk / (weight * shrunk + gl.exp2(sink - highest))
-        sums = sums * gl.convert_layout(factor, gl.SliceLayout(1, a_layout))[:, None]
     lane = (r * splits + gl.program_id(1)) * heads + h
-    out = sums.to(part_ptr.dtype.element_ty)
-    gl.store(part_ptr + (lane + ha)[:, None] * DIM + da[None, :], out, mask=(h + ha < heads)[:, None])
+    part_ptr += lane * DIM
+    left = heads - h
+    _put(part_ptr, sums0, factor, left, 0, 256, l0)
+    _put(part_ptr, sums1, factor, left, 256, 128, l1)
+    _put(part_ptr, sums2, factor, left, 384, 64, s_layout)
+    _put(part_ptr, sumsr, factor, left, NOPE, ROPE, s_layout)
     if not WHOLE:
-        gl.store(peak_ptr + lane + hs, peak, mask=h + hs < heads)
-        gl.store(weight_ptr + lane + hs, weight, mask=h + hs < heads)
+        gl.store(peak_ptr + lane + hs, peak, mask=hs < left)
+        gl.store(weight_ptr + lane + hs, weight, mask=hs < left)
+
+
+@gluon.jit
+def _max_and_sum(most, total, most1, total1):
+    return gl.maximum(most, most1), total + total1
+
+
+@gluon.jit
+def _put(out_ptr, sums, factor, left, START: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Dims from START on of 64 heads' sums, times `factor`, of which the first `left` heads exist."""
+    h = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
+    d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))[None, :]
+    x = sums * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
+    gl.store(out_ptr + h * 512 + START + d, x.to(out_ptr.dtype.element_ty), mask=h < left)

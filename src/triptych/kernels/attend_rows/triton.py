@@ -61,7 +61,7 @@ def attend_rows(
     out = torch.empty(
         len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device
     )
-    _launch(queries, window, entries, ids, attention, out, tiling, flat=False)
+    _launch(queries, window, entries, ids, attention, out, tiling)
     return out
 
 
@@ -77,20 +77,28 @@ def attend_rows_deterministic(
 
 
 def attend_packed(
-    q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
+    q: Tensor,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    selected: Tensor | None,
+    attention: Attention,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
-    """attend.ref.attend for step rows whose window rows or entries are packed: q [R, H, c] normed and rotated."""
+    """attend.ref.attend for step rows whose window rows and entries are packed: q [R, H, c] normed and rotated.
+
+    `fixed`: a row's bits do not depend on its batch mates.
+    """
     rows, heads, dim = q.shape
     if entries is not None and selected is None and entries.most == 0:
         entries = None
     out = torch.empty_like(q)
-    packed = window.rows if isinstance(window.rows, PackedRows) else entries.pool if entries is not None else None
-    assert isinstance(packed, PackedRows)
-    none = torch.empty(1, packed.format.rope // 2, device=q.device)
+    assert isinstance(window.rows, PackedRows)
+    none = torch.empty(1, window.rows.format.rope // 2, device=q.device)
     queries = Queries(q.contiguous().view(rows, heads * dim), heads, dim, (none, none), 0.0)
     slots = window.first if entries is None else entries.seq
     ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
-    _launch(queries, ring, entries, selected, attention, out, None, flat=True)
+    _launch(queries, ring, entries, selected, attention, out, _fixed(queries, ring) if fixed else None)
     return out
 
 
@@ -102,10 +110,13 @@ def _launch(
     attention: Attention,
     out: Tensor,
     tiling: Tiling | None,
-    *,
-    flat: bool,
 ) -> None:
-    """Both launches into `out` [R, H, c]; of a single split the first one writes the result itself if it is `flat`."""
+    """Both launches into `out` [R, H, c].
+
+    A stride of 0 stands for step rows, whose window is a stretch of a flat workspace; of a single split of theirs the
+    first launch writes the result itself.
+    """
+    flat = window.stride == 0
     rows, heads, dim = out.shape
     mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
     most = WINDOW
@@ -123,28 +134,26 @@ def _launch(
     _first_launch(t)[(triton.cdiv(heads, t.heads), splits, rows)](
         *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
         *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
-        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits),
+        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
         WHOLE=whole,
         PER_PAGE=1 if entries is None else entries.pool.shape[1],
         RING=window.size,
         REACH=WINDOW,
-        SPAN=t.span,
         **_choices(t, window, dim, rope),
     )
     if whole:
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits),
+        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
         REACH=WINDOW,
         DIM=dim,
         ROPE=rope,
         WIDTH=width,
-        SPAN=t.span,
         SPLITS=triton.next_power_of_2(splits),
         TAKEN=min(16 if width <= 128 else 4, triton.next_power_of_2(splits)),
         num_warps=2 if width > 128 else 1,
@@ -255,24 +264,22 @@ def _combine(
     out_ptr,
     heads,
     splits,
+    span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
     TAKEN: tl.constexpr,
 ):
     """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
-    NOPE: tl.constexpr = DIM - ROPE
     r = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
-    start = tl.program_id(0) * WIDTH
+    h, start = tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
-    used = tl.cdiv(total, SPAN)
+    used = tl.cdiv(total, span)
     s = tl.arange(0, SPLITS)
     line = (r * splits + s) * heads + h
     peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
@@ -280,11 +287,10 @@ def _combine(
     sink = tl.load(sink_ptr + h) * 1.4426950408889634
     highest = tl.maximum(tl.max(peaks, 0), sink)
     weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
-    at = d - NOPE
+    at = d - (DIM - ROPE)
     turns = (at >= 0) & (d < DIM) & (not FLAT)
-    partner = tl.where(turns, NOPE + (at ^ 1), d)
-    acc = tl.zeros([WIDTH], tl.float32)
-    turned = tl.zeros([WIDTH], tl.float32)
+    partner = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
+    acc, turned = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     for first in range(0, used, TAKEN):
         t = first + tl.arange(0, TAKEN)
         row = (r * splits + t) * heads + h
@@ -292,10 +298,10 @@ def _combine(
         there = (t < used)[:, None] & (d < DIM)[None, :]
         x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
         acc += tl.sum(x * factor, 0)
-        if start + WIDTH > NOPE and not FLAT:
+        if start + WIDTH > DIM - ROPE and not FLAT:
             y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
             turned += tl.sum(y * factor, 0)
-    cos = tl.load(cos_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=1.0)
-    sin = tl.load(sin_ptr + r * (ROPE // 2) + at // 2, mask=turns, other=0.0)
+    turn = r * (ROPE // 2) + at // 2
+    cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)
     acc = (acc * cos + tl.where(at % 2 == 0, turned, -turned) * sin) / weight
     tl.store(out_ptr + (r * heads + h) * DIM + d, acc.to(out_ptr.dtype.element_ty), mask=d < DIM)

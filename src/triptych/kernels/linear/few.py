@@ -59,12 +59,12 @@ def _fp8_part(
     xp += first * 128
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0 = gl.load(wp)
-    w1 = gl.load(wp + 32, mask=PART > 1, other=0)
+    w0 = gl.load(wp, cache_modifier=".cg")  # past the L1, which is for x
+    w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
     for at in range(0, PART):
         w = w0
         w0 = w1
-        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0)
+        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
         x, s = _inputs(xp + at * 128, ROUND, N, MMA)
         f = gl.load(fp + at)
         acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
@@ -83,12 +83,12 @@ def _bf16_part(w_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, N: gl
     xp += first * 128
     acc = gl.zeros([64, N], gl.float32, MMA)
     for at in range(0, PART):
-        w = gl.load(wp + at * 128)
+        w = gl.load(wp + at * 128, cache_modifier=".cg")
         acc = mma_v2(from_bf16(w, 64, MMA), from_rows(gl.load(xp + at * 128), N, MMA), acc)
     return acc
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows"])
 def products(
     x_ptr,
     w_ptr,

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.linear import ref
-from triptych.kernels.linear.many import product, round_rows
+from triptych.kernels.linear.many import grouped, product, round_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
-_FEW = 32
+_FEW = 8
+_FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
+_MANY = 512  # rows from which on dequantising a matrix for the library's product pays
 _COUNTERS = 1 << 16
 
 
@@ -59,9 +61,11 @@ def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     if isinstance(weight, Tensor) or not _fits(weight):
         return ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
-    if len(x) <= 2 * _FEW:
-        out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
+    if len(x) <= _FEW_WHOLE:
         return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
+    if len(x) <= _MANY and rank % 128 == 0:
+        return _grouped(x.flatten(1), weight, out)
     blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, min(rank, 128)))
     dense = (blocks * weight.scales.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
     y = torch.bmm(x.transpose(0, 1).to(torch.bfloat16), dense.transpose(1, 2))
@@ -110,6 +114,25 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
         ROUND=rounded,
         N=n,
         num_warps=4,
+    )
+    return out
+
+
+def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
+    rows, columns = out.shape
+    rank, depth = weight.shape[1:]
+    tall = min(64, triton.next_power_of_2(rows))
+    chunks, blocks = triton.cdiv(rows, tall), columns // 64
+    split = 1
+    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
+        split *= 2
+    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
+    grouped[(chunks, blocks, split)](
+        *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
+        SPLIT=split,
+        TALL=tall,
+        num_warps=4,
+        num_stages=4,
     )
     return out
 

@@ -34,7 +34,7 @@ def _largest_codes(code_ptr, row, K: gl.constexpr):
     r = gl.convert_layout(row, gl.SliceLayout(1, layout))
     g = gl.arange(0, 32, gl.SliceLayout(0, layout))
     top = gl.full([64], 0, gl.int32, gl.SliceLayout(1, layout))
-    for at in range(0, K // 32, 32):
+    for at in gl.static_range(0, K // 32, 32):
         there = (at + g < K // 32)[None, :]
         codes = gl.load(code_ptr + r[:, None] * (K // 32) + at + g[None, :], mask=there, other=0)
         top = gl.maximum(top, gl.max(codes.to(gl.int32), axis=1))
@@ -62,10 +62,13 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     sp = xs_ptr + xrow_of * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, e0 = gl.load(wp), gl.load(cp)
-    w1, e1 = gl.load(wp + 16, mask=BLOCKS > 1, other=0), gl.load(cp + 4, mask=BLOCKS > 1, other=0)
-    w2, e2 = gl.load(wp + 32, mask=BLOCKS > 2, other=0), gl.load(cp + 8, mask=BLOCKS > 2, other=0)
-    w3, e3 = gl.load(wp + 48, mask=BLOCKS > 3, other=0), gl.load(cp + 12, mask=BLOCKS > 3, other=0)
+    w0, e0 = gl.load(wp, cache_modifier=".cg"), gl.load(cp)  # past the L1, which is for x and the scales
+    w1 = gl.load(wp + 16, mask=BLOCKS > 1, other=0, cache_modifier=".cg")
+    e1 = gl.load(cp + 4, mask=BLOCKS > 1, other=0)
+    w2 = gl.load(wp + 32, mask=BLOCKS > 2, other=0, cache_modifier=".cg")
+    e2 = gl.load(cp + 8, mask=BLOCKS > 2, other=0)
+    w3 = gl.load(wp + 48, mask=BLOCKS > 3, other=0, cache_modifier=".cg")
+    e3 = gl.load(cp + 12, mask=BLOCKS > 3, other=0)
     top = _largest_codes(code_ptr, row, K)
     down = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(2, W))) - DEPTH
     for at in range(0, BLOCKS, 4):
@@ -81,7 +84,7 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
             nxt = at + step + 4
             more = nxt < BLOCKS if BLOCKS % 4 else at + 4 < BLOCKS
             here = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 4 else at + step  # beyond the last, weights are zero
-            w3 = gl.load(wp + nxt * 16, mask=more, other=0)
+            w3 = gl.load(wp + nxt * 16, mask=more, other=0, cache_modifier=".cg")
             e3 = gl.load(cp + nxt * 4, mask=more, other=0)
             x = gl.load(xp + here * 128)
             s = gl.load(sp + here)
@@ -112,11 +115,12 @@ def _fp8_rows(w_ptr, ws_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr,
     fp = ws_ptr + (row // 128) * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, w1 = gl.load(wp), gl.load(wp + 32, mask=BLOCKS > 1, other=0)
+    w0 = gl.load(wp, cache_modifier=".cg")
+    w1 = gl.load(wp + 32, mask=BLOCKS > 1, other=0, cache_modifier=".cg")
     for at in range(0, BLOCKS):
         w = w0
         w0 = w1
-        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < BLOCKS, other=0)
+        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < BLOCKS, other=0, cache_modifier=".cg")
         x = gl.load(xp + at * 128)
         s = gl.load(sp + at)
         f = gl.load(fp + at)
@@ -125,7 +129,7 @@ def _fp8_rows(w_ptr, ws_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.constexpr,
     return acc
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "pairs", "shared"])
 def up(
     x_ptr,
     xs_ptr,
@@ -143,13 +147,13 @@ def up(
     rows,
     pairs,
     limit,
-    SHARED: gl.constexpr,
+    shared,
     DIM: gl.constexpr,
     INNER: gl.constexpr,
     TOPK: gl.constexpr,
     N: gl.constexpr,
 ):
-    """Hidden values of 32 columns and up to N pairs of one expert; tiles below SHARED are the shared expert's.
+    """Hidden values of 32 columns and up to N pairs of one expert; tiles below `shared` are the shared expert's.
 
     tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A pair is row * TOPK + choice; the shared
     expert's follow all. h float32, hq f16 [pairs + rows, INNER] paired, hs [pairs + rows, INNER / 128]."""
@@ -161,7 +165,7 @@ def up(
     m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
     row = n0 + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER  # a thread's two rows are a gate and its up
     jx, jo = gl.arange(0, N, X), gl.arange(0, N, A)
-    if tile < SHARED:
+    if tile < shared:
         first, count = tile * N, gl.minimum(rows - tile * N, N)
         tx, to = gl.minimum(first + jx, rows - 1), gl.minimum(first + jo, rows - 1)
         acc = _fp8_rows(shared_ptr, shared_scale_ptr, x_ptr, xs_ptr, row, tx, to, DIM, N)
@@ -170,7 +174,7 @@ def up(
             h_ptr, hq_ptr, hs_ptr, count_ptr, pairs + first, order_ptr, count, True, INNER, N,
         )  # fmt: skip
     else:
-        entry = tile_ptr + (tile - SHARED) * 3
+        entry = tile_ptr + (tile - shared) * 3
         expert = gl.load(entry)
         if expert >= 0:
             first, count = gl.load(entry + 1), gl.load(entry + 2)
@@ -243,7 +247,7 @@ def _finish(
         gl.store(mine, 0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "pairs", "shared"])
 def down(
     hq_ptr,
     hs_ptr,
@@ -258,7 +262,7 @@ def down(
     count_ptr,
     rows,
     pairs,
-    SHARED: gl.constexpr,
+    shared,
     DIM: gl.constexpr,
     INNER: gl.constexpr,
     TOPK: gl.constexpr,
@@ -273,13 +277,13 @@ def down(
     n0 = gl.program_id(0) * 64
     row = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
     jx, jo = gl.arange(0, N, X), gl.arange(0, N, A)
-    if tile < SHARED:
+    if tile < shared:
         first, count = tile * N, gl.minimum(rows - tile * N, N)
         px, po = pairs + gl.minimum(first + jx, rows - 1), pairs + gl.minimum(first + jo, rows - 1)
         acc = _fp8_rows(shared_ptr, shared_scale_ptr, hq_ptr, hs_ptr, row, px, po, INNER, N)
         _add(acc, po, first + jo, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, TOPK, DIM, N)
     else:
-        entry = tile_ptr + (tile - SHARED) * 3
+        entry = tile_ptr + (tile - shared) * 3
         expert = gl.load(entry)
         if expert >= 0:
             first, count = gl.load(entry + 1), gl.load(entry + 2)

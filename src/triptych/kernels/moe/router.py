@@ -12,7 +12,7 @@ import triton.language as tl
 from triptych.kernels.moe.affinity import affinity
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "most"])
 def route_rows(
     x_ptr,
     gate_ptr,
@@ -33,6 +33,7 @@ def route_rows(
     k,
     tiles,
     scaling,
+    most,
     HASHED: tl.constexpr,
     EXPERTS: tl.constexpr,
     K: tl.constexpr,
@@ -40,7 +41,6 @@ def route_rows(
     SOME: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
-    PARTS: tl.constexpr,
     SIXTEENS: tl.constexpr,
 ):
     """x [rows, dim]; part [SPLIT, rows, experts] float32 is scratch; out: ids int32 and weights [rows, k], tile
@@ -69,7 +69,7 @@ def route_rows(
             tl.debug_barrier()
             if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
                 tl.store(count_ptr, 0)
-                _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, EXPERTS, K, PAIRS, PARTS, SIXTEENS)
+                _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, most, EXPERTS, K, PAIRS, SIXTEENS)
 
 
 @triton.jit
@@ -165,13 +165,16 @@ def _list(
     experts,
     k,
     tiles,
+    most,
     EXPERTS: tl.constexpr,
     K: tl.constexpr,
     PAIRS: tl.constexpr,
-    PARTS: tl.constexpr,
     SIXTEENS: tl.constexpr,
 ):
-    """Counting sort of the pairs by expert, 16 rows at a time, and tiles of up to PAIRS pairs of one expert."""
+    """Counting sort of the pairs by expert, 16 rows at a time, and tiles of up to PAIRS pairs of one expert.
+
+    No expert has more than `most` tiles.
+    """
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
     counts = tl.zeros([EXPERTS], tl.int32)
@@ -182,7 +185,7 @@ def _list(
     starts = tl.cumsum(counts, 0) - counts
     pieces = (counts + PAIRS - 1) // PAIRS
     at = tl.cumsum(pieces, 0) - pieces
-    for part in range(PARTS):
+    for part in range(most):
         entry = tile_ptr + (at + part) * 3
         some = part < pieces
         tl.store(entry, e, mask=some)

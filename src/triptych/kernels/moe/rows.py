@@ -39,17 +39,17 @@ def moe_rows_on_gpu(
     hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=x.device)
     hq = torch.empty(pairs + rows, inner, dtype=torch.float16, device=x.device)
     hs = torch.empty(pairs + rows, inner // 128, dtype=torch.float32, device=x.device)
-    shape = dict(SHARED=extra, DIM=dim, INNER=inner, TOPK=k, N=n, num_warps=4)
+    shape = dict(DIM=dim, INNER=inner, TOPK=k, N=n, num_warps=4)
     few.up[(inner // 32, extra + tiles)](
         *(xq, xs, tile, order, weights, _words(w13.values), w13.scales, _words(shared13.values), shared13.scales),
-        *(hidden, hq, hs, counters[1], rows, pairs, moe.limit),
+        *(hidden, hq, hs, counters[1], rows, pairs, moe.limit, extra),
         **shape,
     )
     each = torch.empty(pairs + rows, dim, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     few.down[(dim // 64, extra + tiles)](
         *(hq, hs, tile, order, _words(w2.values), w2.scales, _words(shared2.values), shared2.scales),
-        *(each, out, counters[2], rows, pairs),
+        *(each, out, counters[2], rows, pairs, extra),
         **shape,
     )
     return out
@@ -75,7 +75,7 @@ def _route(
     route_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
         *(x, router.gate, router.bias if router.bias is not None else part, router.tid2eid if hashed else ids),
         *(token_ids, part, ids, weights, tile, order, xq, xs, counters),
-        *(rows, dim, experts, k, tiles, router.scaling),
+        *(rows, dim, experts, k, tiles, router.scaling, triton.cdiv(rows, n)),
         HASHED=hashed,
         EXPERTS=triton.next_power_of_2(experts),
         K=triton.next_power_of_2(k),
@@ -83,8 +83,7 @@ def _route(
         SOME=16,
         BLOCK=16,
         PAIRS=n,
-        PARTS=triton.cdiv(rows, n),
-        SIXTEENS=triton.cdiv(rows, 16),
+        SIXTEENS=triton.next_power_of_2(triton.cdiv(rows, 16)),
         num_warps=8,
         num_stages=4,
     )

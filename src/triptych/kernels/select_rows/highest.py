@@ -201,15 +201,21 @@ def _highest(
             scratch_ptr + ROOM, scratch_ptr, tl.minimum(size, 16), 16, GROUPS, ROOM,
         )  # fmt: skip
         tl.debug_barrier()
-        if fits & (found <= ROOM):
-            c = tl.arange(0, ROOM)
-            z = tl.load(scratch_ptr + c, mask=c < found, other=lowest)
-            ids = tl.load(scratch_ptr + ROOM + c, mask=c < found, other=0)
-            least = _kth(z, k, 11)
-            _write(z, ids, c < found, least, k, out_ptr)
-        else:
-            least = _kth_of_all(scores_ptr, n, k, ROOM)
-            _write_all(scores_ptr, n, least, k, out_ptr, ROOM)
+        _choose(scores_ptr, scratch_ptr, tl.where(fits, found, ROOM + 1), n, k, out_ptr, ROOM)
+
+
+@triton.jit
+def _choose(scores_ptr, scratch_ptr, found, n, k, out_ptr, ROOM: tl.constexpr):
+    """The k highest of `found` candidates, or of all scores if those are more than ROOM."""
+    if found <= ROOM:
+        c = tl.arange(0, ROOM)
+        z = tl.load(scratch_ptr + c, mask=c < found, other=-2147483648)
+        ids = tl.load(scratch_ptr + ROOM + c, mask=c < found, other=0)
+        least = _kth(z, k, 11)
+        _write(z, ids, c < found, least, k, out_ptr)
+    else:
+        least = _kth_of_all(scores_ptr, n, k, ROOM)
+        _write_all(scores_ptr, n, least, k, out_ptr, ROOM)
 
 
 @triton.jit
