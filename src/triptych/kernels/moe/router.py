@@ -48,18 +48,15 @@ def route_rows(
     paired as in fragments.py, and xs [rows, dim / 128]."""
     block = tl.program_id(1)
     r = block * BLOCK + tl.arange(0, BLOCK)
-    there = r < rows
     parts = tl.cdiv(experts, SOME) * SPLIT
     if tl.program_id(0) >= parts:
-        for first in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, rows), 4):
-            four = first + tl.arange(0, 4)
-            _round_rows(x_ptr, xq_ptr, xs_ptr, four, four < rows, (tl.program_id(0) - parts) * 4, dim)
+        _round_rows(x_ptr, xq_ptr, xs_ptr, block * BLOCK, rows, (tl.program_id(0) - parts) * 4, dim, BLOCK)
     else:
         piece = tl.program_id(0) % SPLIT
         e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
         total = _logits(x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT, BLOCK, SOME)
         place = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
-        tl.store(place, total, mask=there[:, None] & (e < experts)[None, :])
+        tl.store(place, total, mask=(r < rows)[:, None] & (e < experts)[None, :])
         tl.debug_barrier()
         mine = count_ptr + 1 + block
         if tl.atomic_add(mine, 1, sem="acq_rel") == parts - 1:
@@ -94,20 +91,23 @@ def _logits(
 
 
 @triton.jit
-def _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, first, dim):
-    """Groups [first, first + 4) of 128 columns."""
-    g = first + tl.arange(0, 4)
+def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.constexpr):
+    """Groups [group, group + 4) of 128 columns of BLOCK rows, four rows at a time."""
+    g = group + tl.arange(0, 4)
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
-    keep = there[:, None, None] & (d < dim)[None, :, :]
-    x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
-    at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
-    tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=there[:, None] & (g * 128 < dim)[None, :])
+    for first in range(start, tl.minimum(start + BLOCK, rows), 4):
+        r = first + tl.arange(0, 4)
+        keep = (r < rows)[:, None, None] & (d < dim)[None, :, :]
+        x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
+        bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
+        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
+        at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
+        tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        keep_scale = (r < rows)[:, None] & (g * 128 < dim)[None, :]
+        tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=keep_scale)
 
 
 @triton.jit
