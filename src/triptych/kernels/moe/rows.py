@@ -83,9 +83,10 @@ def _route(
         SOME=16,
         BLOCK=16,
         PAIRS=n,
-        SIXTEENS=triton.next_power_of_2(triton.cdiv(rows, 16)),
+        SIXTEENS=triton.next_power_of_2(triton.cdiv(rows, 16)) if rows > 1 else 0,
         num_warps=8,
         num_stages=4,
+        maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
     )
     return weights, tile, order, xq, xs
 
