@@ -74,6 +74,8 @@ class SamplingParams:
 
     `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
     `seed` makes one request's draws reproducible whatever shares its batch. `grammar`: what the answer must match.
+    Stop strings count from the text `stop_after` on (where one is named) and up to the text `stop_until`: in what is
+    said, say, and neither in thoughts nor in the arguments of calls.
     """
 
     max_tokens: int | None = None
@@ -92,6 +94,8 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
+    stop_after: str = ""
+    stop_until: str = ""
 
     def __post_init__(self) -> None:
         _int_in("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)

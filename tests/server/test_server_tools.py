@@ -203,3 +203,14 @@ def test_claude_sends_its_turn_back(claude: anthropic.Anthropic, engine: FakeEng
     before, after = engine.prompts[-2:]
     assert after[: len(before)].tolist() == before.tolist()
     assert engine.tokenizer.decode(after[len(before) :]).startswith(SAID)
+
+
+def test_stop_strings_are_about_what_is_said(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = [SAID]
+    choice = client.chat.completions.create(**ASK, stop=["look", "path"]).choices[0]
+    assert choice.message.content == "Let me " and choice.finish_reason == "stop"
+    assert choice.message.reasoning_content == "I should look."
+    engine.script = [SAID]
+    choice = client.chat.completions.create(**ASK, stop=["path", "invoke"]).choices[0]
+    assert choice.message.content == "Let me look." and choice.finish_reason == "tool_calls"
+    assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == ARGUMENTS

@@ -10,8 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from triptych.text.dsml import OutputParser
+from triptych.text.numbers import dumps
 from triptych.text.pieces import CallBegin, CallText, Content, Reasoning
+from triptych.text.spell import ASSISTANT, END_THINK, EOS, THINK, PlainEncoding, Style
 from triptych.text.tools import DSML, ToolCall, calls_block
+from triptych.text.turns import Assistant
 
 
 class Read:
@@ -130,3 +133,36 @@ def test_whatever_the_model_writes(bits: list[str], thinking: bool, parallel: bo
         assert Read(chunks, thinking=thinking, parallel=parallel).all == read.all
     single = Read(list(text), thinking=thinking, parallel=parallel)
     assert single.all == read.all
+
+
+_PLAIN = st.text(st.sampled_from("ab \n<>/\"'\\{}[]:,é猫🙂\u2028|｜_0"), max_size=30)
+_FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | _PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_PLAIN, inner, max_size=3),
+    max_leaves=6,
+)
+_KEY = st.text(st.sampled_from('ab_ é>="'), min_size=1, max_size=6).filter(lambda key: '">' not in '"' + key)
+_CALLS = st.lists(st.tuples(st.sampled_from("fg"), st.dictionaries(_KEY, _VALUE, max_size=4)), max_size=3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(reasoning=st.none() | _PLAIN, content=_PLAIN, made=_CALLS, data=st.data())
+def test_a_turn_that_is_rendered_reads_as_it_was(reasoning: str | None, content: str, made: Any, data: Any) -> None:
+    calls = tuple(ToolCall(f"c{i}", name, dumps(arguments)) for i, (name, arguments) in enumerate(made))
+    thinking = reasoning is not None
+    style = Style(thinking, functions=({"name": "f"}, {"name": "g"}))
+    turns = [Assistant(content, reasoning, calls)]
+    whole = PlainEncoding().spell(turns, style).text
+    text = whole[whole.index(ASSISTANT) + len(ASSISTANT) : whole.index(EOS)]
+    text = text.removeprefix(THINK if thinking else END_THINK)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    read = Read([text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])], thinking=thinking)
+    assert (read.reasoning, read.content) == (reasoning or "", content)
+    assert [(name, json.loads(arguments)) for _, name, arguments in read.calls] == [
+        (name, json.loads(dumps(arguments))) for name, arguments in made
+    ]

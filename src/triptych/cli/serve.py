@@ -56,6 +56,10 @@ class ServerFlags:
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running requests may take after SIGTERM.")
     ] = 30.0
+    reasoning_effort: Annotated[
+        str,
+        typer.Option(metavar="EFFORT", help="How hard to think where a request does not say: none, low, high, max."),
+    ] = "none"
     store_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for stored answers of /v1/responses; 0 stores none.")
     ] = "256MiB"

@@ -21,7 +21,7 @@ class OutputText:
         self.index = index
         self.count = 0
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._stops = StopStrings(params.stop)
+        self._stops = StopStrings(params.stop, after=params.stop_after, until=params.stop_until)
         self._held = ""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []

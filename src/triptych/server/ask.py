@@ -47,13 +47,17 @@ def _nothing(choice: int, answer: Answer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Where a request is read: the engine it is for, the model's name as the client knows it, whose request it is."""
+    """Where a request is read: the engine it is for, the model's name as the client knows it, whose request it is.
+
+    `effort` is that of requests that name none.
+    """
 
     engine: ServingEngine
     model: str
     salt: str
     responses: ResponseStore
     history: History
+    effort: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, nearest
+from triptych.text.spell import EFFORTS
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LOG_FORMATS = ("text", "json")
@@ -27,6 +28,7 @@ class ServerOptions:
     `drain_timeout`: how long running requests may take after the first SIGTERM. `retry_after` is sent with 429, 503.
     `encode_threads` tokenise prompts beside the event loop. `cors_origins` may call from a browser; none by default.
     `tls_cert` and `tls_key` are PEM files. `log_prompts` writes request bodies into the log.
+    `reasoning_effort` is that of requests that name none; "none" does not think.
     `store_memory` bounds the answers of /v1/responses that are kept for `previous_response_id`, over all tenants.
     """
 
@@ -52,11 +54,17 @@ class ServerOptions:
     log_level: str = "info"
     log_format: str = "text"
     log_prompts: bool = False
+    reasoning_effort: str = "none"
     store_memory: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}.")
+        if self.reasoning_effort != "none" and self.reasoning_effort not in EFFORTS:
+            raise ConfigError(
+                f"reasoning_effort must be none or one of {', '.join(EFFORTS)}, not {self.reasoning_effort!r}.",
+                nearest(self.reasoning_effort, EFFORTS),
+            )
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")

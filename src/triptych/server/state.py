@@ -43,7 +43,7 @@ class ServerState:
 
     def desk(self, model: str, salt: str) -> Desk:
         """Where a request of this tenant is read."""
-        return Desk(self.engine, model, salt, self.responses, self.history)
+        return Desk(self.engine, model, salt, self.responses, self.history, self.options.reasoning_effort)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from triptych.text.constraint import Wanted, answer_grammar, text_rules
 from triptych.text.dsml import OutputParser
 from triptych.text.grammar import available
 from triptych.text.render import Prompt, render_turns
-from triptych.text.spell import EFFORTS, Style
-from triptych.text.tools import OPENER, ToolCall, call_start, parse_tools
+from triptych.text.spell import EFFORTS, END_THINK, Style
+from triptych.text.tools import DSML, OPENER, ToolCall, call_start, parse_tools
 from triptych.text.turns import Assistant, parse_turns
 from triptych.words import Delta, SamplingParams, TokenIds
 
@@ -52,11 +52,14 @@ class Ready:
 def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     """What the engine needs for `talk`. Tokenises: not for the event loop. Raises RequestError."""
     turns = parse_turns(talk.messages)
-    style, choice = _style(talk)
+    style, choice = _style(talk, desk.effort)
     limit = desk.engine.max_context - 1
     with blaming("messages"):
         prompt = render_turns(turns, desk.engine.tokenizer, style, limit=limit, history=desk.history, salt=desk.salt)
     names = [] if choice == "none" else [str(function["name"]) for function in style.functions]
+    if params.stop:  # these are about what is said
+        thinks = style.thinking and END_THINK not in style.begin
+        params = replace(params, stop_after=END_THINK if thinks else "", stop_until=f"<{DSML}" if names else "")
     grammars = desk.engine.grammars
     if grammars is not None:
         wanted = Wanted(
@@ -111,7 +114,7 @@ class ChatReader:
         return Step(pieces, delta.token_ids, delta.logprobs, finish, delta.stop, delta.usage)
 
 
-def _style(talk: Talk) -> tuple[Style, str]:
+def _style(talk: Talk, default: str) -> tuple[Style, str]:
     """How to render, and which tool may be called: auto, none, required or the name of one."""
     functions = parse_tools(talk.tools)
     effort = talk.effort
@@ -121,8 +124,9 @@ def _style(talk: Talk) -> tuple[Style, str]:
             nearest(effort[:40], EFFORTS),
             param="reasoning_effort",
         )
-    thinking = talk.thinking if talk.thinking is not None else effort not in (None, "none")
-    thinking = thinking and effort != "none"
+    if effort is None and talk.thinking is not False:
+        effort = default if talk.thinking is None or default != "none" else "high"
+    thinking = talk.thinking is not False and effort not in (None, "none")
     choice = _choice(talk.tool_choice, [str(function["name"]) for function in functions])
     begin = ""
     if choice not in ("auto", "none"):

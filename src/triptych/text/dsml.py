@@ -22,7 +22,7 @@ _MARKERS = (_OPEN, _CLOSE, _THINK, _END_THINK, DSML)
 _LONGEST_MARKER = max(map(len, _MARKERS))
 _FIRSTS = frozenset(marker[0] for marker in _MARKERS)
 _LONGEST_TAG = 1024  # characters; what is longer is no tag
-_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
+_ATTRIBUTES = re.compile(r'.*? name="(.*?)"(?: string="(\w+)")?>', re.DOTALL)
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
 
 
@@ -175,28 +175,32 @@ class OutputParser:
 
     def _tag(self) -> str | None:
         """The tag that the buffer begins with, taken; None if it is not whole yet. Unfinished at the end: dropped."""
-        end = self._buffer.find(">")
-        if end < 0 and not self._ended and len(self._buffer) < _LONGEST_TAG:
+        named = self._buffer.startswith((_OPEN + "invoke ", _OPEN + "parameter "))
+        mark = '">' if named else ">"  # a name may have any character
+        at = self._buffer.find(mark, 0, _LONGEST_TAG)
+        if at < 0 and not self._ended and len(self._buffer) < _LONGEST_TAG:
             return None
-        if end < 0 or end >= _LONGEST_TAG:
-            cut = len(self._buffer) if self._ended and end < 0 else len(_OPEN)
+        if at < 0:
+            cut = len(self._buffer) if len(self._buffer) < _LONGEST_TAG else len(_OPEN)
             self._buffer = self._buffer[cut:]
             return ""
-        tag, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
+        end = at + len(mark)
+        tag, self._buffer = self._buffer[:end], self._buffer[end:]
         return tag
 
     def _enter(self, tag: str) -> None:
         kind = tag[len(_OPEN) if tag.startswith(_OPEN) else len(_CLOSE) : -1].split(" ", 1)[0]
-        attributes = dict(_ATTRIBUTE.findall(tag))
         if tag.startswith(_OPEN):
+            found = _ATTRIBUTES.fullmatch(tag)
+            name, is_string = (found[1], found[2] != "false") if found else ("", True)
             if kind == "tool_calls":
                 self._read = self._calls
             elif kind == "invoke":
                 self._end_call()
-                self._begin_call(attributes.get("name", ""))
+                self._begin_call(name)
                 self._read = self._calls
             elif kind == "parameter" and self._read == self._calls:
-                self._begin_value(attributes)
+                self._begin_value(name, is_string)
                 self._read = self._value
         elif kind == "invoke":
             self._end_call()
@@ -218,9 +222,8 @@ class OutputParser:
             self._say("}")
         self._index = -1
 
-    def _begin_value(self, attributes: dict[str, str]) -> None:
-        key = attributes.get("name", "")
-        self._is_string = attributes.get("string") != "false"
+    def _begin_value(self, key: str, is_string: bool) -> None:
+        self._is_string = is_string
         self._raw = []
         self._dropped = key in self._keys  # the first of two parameters of one name counts
         if not self._dropped:

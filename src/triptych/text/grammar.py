@@ -144,18 +144,19 @@ class GrammarCache:
                 from llguidance import LLTokenizer
                 from llguidance._tokenizer import TokenizerWrapper
 
-                vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos_ids[0]))
-                self._ll = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=list(self._eos_ids))
+                vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids[0]))
+                self._ll = LLTokenizer(vocabulary, eos_token=list(self._eos_ids))
             return self._ll
 
 
 class _Vocabulary:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> None:
         self.eos_token_id = eos_id
         self.bos_token_id = tokenizer.bos_id
-        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        # a model may have rows that no token uses: nothing spells them, so they are never allowed
+        self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
         self.special_token_ids = sorted(tokenizer.control_ids)
         self._tokenizer = tokenizer
 

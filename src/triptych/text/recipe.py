@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from triptych.text.spell import EFFORTS, Spelled, Style, keeps_reasoning, ours
+from triptych.errors import RequestError
+from triptych.text.spell import EFFORTS, PlainEncoding, Spelled, Style, keeps_reasoning, ours
 from triptych.text.turns import Reminder, System, Turn, User
 
 VERSION = "0.2.0"
@@ -28,7 +29,18 @@ class RecipeEncoding:
         self._encoding = deepseek_recipe.DeepseekV4Encoding()
 
     def spell(self, turns: Sequence[Turn], style: Style) -> Spelled:
-        """The prompt that asks for the next assistant turn, or for more of the last one."""
+        """The prompt that asks for the next assistant turn, or for more of the last one.
+
+        Raises RequestError for text with lone surrogates.
+        """
+        try:
+            return self._spelled(turns, style)
+        except OverflowError:  # a schema with a whole number beyond 64 bits, which the package has no word for
+            return PlainEncoding().spell(turns, style)
+        except UnicodeError:
+            raise RequestError("The text holds lone surrogates, which are no valid Unicode.") from None
+
+    def _spelled(self, turns: Sequence[Turn], style: Style) -> Spelled:
         package = self._package
         messages = [message for turn in turns for message in self._messages(turn, style)]
         tools = [

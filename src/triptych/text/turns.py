@@ -36,10 +36,8 @@ class User:
         known = [name for name in order if name in self.results]
         rest = [name for name in self.results if name not in known]
         results = [f"<tool_result>{self.results[name]}</tool_result>" for name in [*known, *rest]]
-        body = JOINT.join(results)
-        for text in self.texts:
-            body = body + JOINT + text if body else text
-        return body
+        said = JOINT.join(filter(None, self.texts))
+        return JOINT.join([*results, said] if self.texts else results)
 
 
 @dataclass(slots=True)
@@ -141,7 +139,7 @@ def _assistant(raw: dict[str, object], at: str, called: set[str], *, last: bool)
     if reasoning is not None and not isinstance(reasoning, str):
         raise RequestError(f"{at}.reasoning_content must be a string.", param=f"{at}.reasoning_content")
     content = raw.get("content")
-    text = "" if content is None and calls else _content(content, f"{at}.content", parts="")
+    text = "" if content is None and calls else _content(content, f"{at}.content")
     is_open = raw.get("prefix")
     if is_open is not None and not isinstance(is_open, bool):
         raise RequestError(f"{at}.prefix must be true or false.", param=f"{at}.prefix")
@@ -163,14 +161,14 @@ def _call(raw: object, at: str) -> ToolCall:
     return ToolCall(*map(str, texts.values()))
 
 
-def _content(raw: object, at: str, *, parts: str = JOINT) -> str:
+def _content(raw: object, at: str) -> str:
     if isinstance(raw, str):
         return raw
     if raw is None:
         raise RequestError(f"{at} is missing.", "Give a string or a list of text parts.", param=at)
     if not isinstance(raw, list) or not raw:
         raise RequestError(f"{at} must be a string or a non-empty list of text parts.", param=at)
-    return parts.join(_part(part, f"{at}[{i}]") for i, part in enumerate(raw))
+    return JOINT.join(_part(part, f"{at}[{i}]") for i, part in enumerate(raw))
 
 
 def _part(raw: object, at: str) -> str:
