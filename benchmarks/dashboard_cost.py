@@ -37,11 +37,11 @@ def main(argv: list[str]) -> int:
     """Measure, print, write a row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks dashboard_cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--tokens", type=int, default=600, help="tokens of each stream; 0 measures looks only")
     given = parser.parse_args(argv)
     looks = look_milliseconds(given.rounds)
     print("one look, milliseconds:", looks)
-    speeds = decode_speeds(given.rounds, given.tokens)
+    speeds = decode_speeds(given.rounds, given.tokens) if given.tokens else {}
     print("decode, tokens/s:", speeds)
     values = {"rounds": given.rounds, "look_ms": looks, "decode_tok_s": speeds, "load": rows.load_average()}
     rows.append("dashboard_cost", values, kv_bytes={}, threads=1)
