@@ -70,7 +70,7 @@ def test_prefill_attention(kind: str, count: int) -> None:
 @pytest.mark.parametrize("topk", [512, 1024])
 def test_selection_of_decode_rows(kind: str, visible: list[int], topk: int) -> None:
     queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
-    ordered, tops = select.ordered_scores(queries, keys)
+    ordered, _ = select.ordered_scores(queries, keys)
     far, own = cases.index_errors(queries, keys, ordered)
     assert far < 1e-3
     poison()
