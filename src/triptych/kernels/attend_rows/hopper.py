@@ -136,6 +136,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     RING: gl.constexpr,
     REACH: gl.constexpr,
 ):
+    """Sums, peaks and weights of one split of 64 heads of row program_id(2), see triton.py; or, WHOLE, the result."""
     DIM: gl.constexpr = 512
     ROPE: gl.constexpr = 64
     NOPE: gl.constexpr = 448
