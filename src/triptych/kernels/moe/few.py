@@ -55,13 +55,15 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     MMA: gl.constexpr = mma_layout(4)
     W: gl.constexpr = weight_layout(4, 4)
     X: gl.constexpr = row_layout(N, 4)
-    C: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    C: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])
     L: gl.constexpr = gl.SliceLayout(2, W)
     BLOCKS: gl.constexpr = K // 128
     # weights wait in shared memory: loads into registers would have to be waited for in the order of few scoreboards
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES * 2, 64, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    wp = w_ptr + gl.convert_layout(row, gl.SliceLayout(1, C))[:, None] * (K // 8)
-    wp = wp + gl.arange(0, 16, gl.SliceLayout(0, C))[None, :]
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES * 2, 64, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    wp = w_ptr + gl.expand_dims(r[:, None] * (K // 8) + c[None, :] * 4, 2) + gl.expand_dims(b[None, :], 1)
     for early in gl.static_range(STAGES - 1):
         _fetch(ws, wp, early * 2, BLOCKS)
     cp = code_ptr + gl.convert_layout(row, gl.SliceLayout(1, L))[:, None] * (K // 32)
@@ -74,14 +76,16 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     zero = gl.zeros([64, N], gl.float32, MMA)
     top = _largest_codes(code_ptr, row, K)
     down = gl.convert_layout(top, gl.SliceLayout(1, L)) - DEPTH
-    for at in range(0, BLOCKS, 2):
+    # the compiler fails over a loop that it knows to run once: there the start, zero, is not told
+    start = gl.program_id(2) if BLOCKS <= 2 else 0
+    for at in range(start, BLOCKS, 2):
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
         _fetch(ws, wp, at + (STAGES - 1) * 2, BLOCKS)
         for step in gl.static_range(2):
             # of an odd number of blocks the last is multiplied twice, the second time by a scale of zero
             k = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 2 else at + step
-            w = ws.index((at + step) % (STAGES * 2)).reshape([64, 4, 4]).load(W)
+            w = ws.index((at + step) % (STAGES * 2)).load(W)
             e = gl.load(cp + k * 4).to(gl.int32)
             x = gl.load(xp + k * 128)
             s = gl.load(sp + k)
