@@ -61,13 +61,16 @@ def _fp8_part(
     zero = gl.zeros([64, N], gl.float32, MMA)
     w0 = gl.load(wp, cache_modifier=".cg")  # past the L1, which is for x
     w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
-    for at in range(0, PART):
-        w = w0
-        w0 = w1
-        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
-        x, s = _inputs(xp + at * 128, ROUND, N, MMA)
-        f = gl.load(fp + at)
-        acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
+    UNROLL: gl.constexpr = 1 if PART % 2 else 2
+    for first_of in range(0, PART, UNROLL):
+        for step in gl.static_range(UNROLL):  # so that the next inputs are fetched while these are rounded
+            at = first_of + step
+            w = w0
+            w0 = w1
+            w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
+            x, s = _inputs(xp + at * 128, ROUND, N, MMA)
+            f = gl.load(fp + at)
+            acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
     return acc
 
 

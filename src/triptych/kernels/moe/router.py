@@ -48,26 +48,29 @@ def route_rows(
     paired as in fragments.py, and xs [rows, dim / 128]."""
     block = tl.program_id(1)
     r = block * BLOCK + tl.arange(0, BLOCK)
-    there = r < rows
     parts = tl.cdiv(experts, SOME) * SPLIT
     if tl.program_id(0) >= parts:
-        _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, (tl.program_id(0) - parts) * 4, dim, BLOCK)
+        _round_rows(x_ptr, xq_ptr, xs_ptr, block * BLOCK, rows, (tl.program_id(0) - parts) * 4, dim, BLOCK)
     else:
         piece = tl.program_id(0) % SPLIT
         e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
         total = _logits(x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT, BLOCK, SOME)
         place = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
-        tl.store(place, total, mask=there[:, None] & (e < experts)[None, :])
+        tl.store(place, total, mask=(r < rows)[:, None] & (e < experts)[None, :])
         tl.debug_barrier()
         mine = count_ptr + 1 + block
         if tl.atomic_add(mine, 1, sem="acq_rel") == parts - 1:
             tl.store(mine, 0)
-            _choose(
-                *(part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr),
-                *(r, rows, experts, k, scaling, HASHED, EXPERTS, K, SPLIT, BLOCK),
-            )
+            for first in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, rows), 4):
+                four = first + tl.arange(0, 4)
+                ids = _choose(
+                    *(part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr),
+                    *(four, rows, experts, k, scaling, HASHED, EXPERTS, K, SPLIT, 4),
+                )
+                if SIXTEENS == 0:
+                    _list_one(ids, four, tile_ptr, order_ptr, k, K)
             tl.debug_barrier()
-            if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            if SIXTEENS > 0 and tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
                 tl.store(count_ptr, 0)
                 _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, most, EXPERTS, K, PAIRS, SIXTEENS)
 
@@ -78,9 +81,9 @@ def _logits(
 ):
     """Part `piece` of the logits of experts e for rows r."""
     width = dim // SPLIT
-    d = tl.arange(0, 128)
+    d = tl.arange(0, 64)
     total = tl.zeros([BLOCK, SOME], tl.float32)
-    for at in range(piece * width, piece * width + width, 128):
+    for at in range(piece * width, piece * width + width, 64):
         x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=(r < rows)[:, None], other=0.0).to(tl.float32)
         w = tl.load(gate_ptr + e[None, :] * dim + at + d[:, None], mask=(e < experts)[None, :], other=0.0)
         total = tl.dot(x, w, total, input_precision="tf32x3")
@@ -88,20 +91,23 @@ def _logits(
 
 
 @triton.jit
-def _round_rows(x_ptr, xq_ptr, xs_ptr, r, there, first, dim, BLOCK: tl.constexpr):
-    """Groups [first, first + 4) of 128 columns."""
-    g = first + tl.arange(0, 4)
+def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.constexpr):
+    """Groups [group, group + 4) of 128 columns of BLOCK rows, four rows at a time."""
+    g = group + tl.arange(0, 4)
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
-    keep = there[:, None, None] & (d < dim)[None, :, :]
-    x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
-    at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
-    tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=there[:, None] & (g * 128 < dim)[None, :])
+    for first in range(start, tl.minimum(start + BLOCK, rows), 4):
+        r = first + tl.arange(0, 4)
+        keep = (r < rows)[:, None, None] & (d < dim)[None, :, :]
+        x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
+        bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
+        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
+        at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
+        tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        keep_scale = (r < rows)[:, None] & (g * 128 < dim)[None, :]
+        tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=keep_scale)
 
 
 @triton.jit
@@ -154,6 +160,19 @@ def _choose(
     keep = here & (slot < k)[None, :]
     tl.store(ids_ptr + r[:, None] * k + slot[None, :], ids, mask=keep)
     tl.store(weights_ptr + r[:, None] * k + slot[None, :], weights, mask=keep)
+    return ids
+
+
+@triton.jit
+def _list_one(ids, r, tile_ptr, order_ptr, k, K: tl.constexpr):
+    """The lists of a single row, whose experts are all different."""
+    slot = tl.arange(0, K)
+    mine = (r == 0)[:, None] & (slot < k)[None, :]
+    at = slot[None, :] + 0 * r[:, None]
+    tl.store(tile_ptr + at * 3, ids, mask=mine)
+    tl.store(tile_ptr + at * 3 + 1, at, mask=mine)
+    tl.store(tile_ptr + at * 3 + 2, 1, mask=mine)
+    tl.store(order_ptr + at, at, mask=mine)
 
 
 @triton.jit
@@ -178,7 +197,7 @@ def _list(
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
     counts = tl.zeros([EXPERTS], tl.int32)
-    for part in tl.static_range(SIXTEENS):
+    for part in range(SIXTEENS):
         ids = _ids_of(ids_ptr, part, rows, k, slot)
         for i in range(k):
             counts += tl.sum((_column(ids, slot, i)[:, None] == e[None, :]).to(tl.int32), 0)
@@ -194,7 +213,7 @@ def _list(
     used = tl.sum(pieces, 0)
     for first in range(0, tiles, EXPERTS):
         tl.store(tile_ptr + (first + e) * 3, -1, mask=(first + e >= used) & (first + e < tiles))
-    for part in tl.static_range(SIXTEENS):
+    for part in range(SIXTEENS):
         ids = _ids_of(ids_ptr, part, rows, k, slot)
         r = part * 16 + tl.arange(0, 16)
         pair = tl.zeros([16, EXPERTS], tl.int32) - 1

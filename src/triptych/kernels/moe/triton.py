@@ -38,7 +38,7 @@ class _Pairs(NamedTuple):
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See ref.route."""
-    logits = linear(x.float(), router.gate.float())
+    logits = _logits(x, router.gate)
     rows, count = logits.shape
     k = router.experts_per_token
     ids = torch.empty(rows, k, dtype=torch.int64, device=x.device)
@@ -53,6 +53,19 @@ def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]
         num_warps=1 if count <= 512 else 4,
     )
     return ids, weights
+
+
+def _logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x gate^T in float32. Three bf16 numbers are a float32, and their products with bf16 rows are exact."""
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return linear(x.float(), gate.float())
+    high = gate.to(torch.bfloat16)
+    rest = gate.float() - high
+    middle = rest.to(torch.bfloat16)
+    low = (rest - middle).to(torch.bfloat16)
+    total = torch.mm(x, low.T, out_dtype=torch.float32)
+    total += torch.mm(x, middle.T, out_dtype=torch.float32)
+    return total.add_(torch.mm(x, high.T, out_dtype=torch.float32))
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
