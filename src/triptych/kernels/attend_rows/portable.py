@@ -140,6 +140,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     weight_ptr,
     heads,
     splits,
+    span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -153,8 +154,8 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
+    """Sums, peaks and weights of one split of some heads of row program_id(2), see triton.py; or, WHOLE, results."""
     kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     NOPE: tl.constexpr = DIM - ROPE
     W0: tl.constexpr = PARTS[0]
@@ -163,10 +164,10 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     WR: tl.constexpr = 16 if ROPE < 16 else ROPE
     r = tl.program_id(2).to(tl.int64)
     first, in_window, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
-    begin = tl.program_id(1) * SPAN
+    begin = tl.program_id(1) * span
     if begin >= total:
         return
-    end = tl.minimum(begin + SPAN, total)
+    end = tl.minimum(begin + span, total)
     h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
 
     # queries: norm over the whole head, rotate its last dims
@@ -215,7 +216,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         j = at + tl.arange(0, KEYS)
         valid = j < end
         windowed = j < in_window
-        if FLAT:
+        if FLAT:  # noqa: SIM108  (resolved by the compiler)
             ring_at = first + j.to(tl.int64)
         else:
             ring_at = ((first + j) % RING).to(tl.int64)

@@ -134,31 +134,29 @@ def _launch(
     _first_launch(t)[(triton.cdiv(heads, t.heads), splits, rows)](
         *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
         *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
-        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits),
+        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
         WHOLE=whole,
         PER_PAGE=1 if entries is None else entries.pool.shape[1],
         RING=window.size,
         REACH=WINDOW,
-        SPAN=t.span,
         **_choices(t, window, dim, rope),
     )
     if whole:
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits),
+        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
         REACH=WINDOW,
         DIM=dim,
         ROPE=rope,
         WIDTH=width,
-        SPAN=t.span,
         SPLITS=triton.next_power_of_2(splits),
-        TAKEN=min(16 if width <= 128 else 4, triton.next_power_of_2(splits)),
-        num_warps=2 if width > 128 else 1,
+        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
 
 
@@ -266,13 +264,13 @@ def _combine(
     out_ptr,
     heads,
     splits,
+    span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
     TAKEN: tl.constexpr,
 ):
@@ -281,7 +279,7 @@ def _combine(
     h, start = tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
-    used = tl.cdiv(total, SPAN)
+    used = tl.cdiv(total, span)
     s = tl.arange(0, SPLITS)
     line = (r * splits + s) * heads + h
     peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
