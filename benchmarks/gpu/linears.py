@@ -23,8 +23,8 @@ FP8 = 1.475e15  # operations a second, measured on an H200
 # outputs and inputs: query of a CSA layer, output, shared experts; and the front's latent and rest
 SHAPES = {"query": (40960, 1024), "o_b": (4096, 8192), "w13": (4096, 4096), "w2": (4096, 2048)}
 SWEEP = (
-    *((128, 128, 8, 4, 8), (128, 128, 8, 4, 16), (128, 128, 8, 3, 8), (64, 128, 4, 3, 16), (128, 64, 4, 4, 8)),
-    *((256, 64, 8, 3, 8), (64, 256, 8, 3, 16), (256, 128, 16, 3, 8), (256, 128, 16, 4, 4)),
+    *((64, 128, 4, 3, 16), (64, 128, 4, 4, 16), (64, 128, 4, 3, 32), (64, 128, 4, 3, 8)),
+    *((128, 64, 4, 3, 8), (128, 64, 4, 3, 16), (64, 64, 4, 4, 16)),
 )
 """Rows, columns, warps, stages, and bands of tiles that share rows."""
 FRONT = (1536, 2624, 4096)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows
 from benchmarks.gpu import made
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 65536, 262144])
     parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     started = time.monotonic()
     shape = made.shape_of("flash", given.layers)
@@ -51,13 +54,13 @@ def main() -> None:
     for context in given.contexts:
         left = given.seconds - (time.monotonic() - started)
         if left > 0:
-            table.append(measure(shape, weights, context, left))
+            table.append(measure(shape, weights, context, left, detail=given.profile))
             print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.prefill", "table": table, "layers": given.layers}
     rows.append("gpu_prefill", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def measure(shape: ModelShape, weights: ModelWeights, context: int, left: float) -> Row:
+def measure(shape: ModelShape, weights: ModelWeights, context: int, left: float, *, detail: bool) -> Row:
     """Tokens a second of a cold prompt of `context` tokens, and the time of a cached one's last 256."""
     torch.cuda.empty_cache()
     config = made.config_of(context + 256, 1)
@@ -79,18 +82,36 @@ def measure(shape: ModelShape, weights: ModelWeights, context: int, left: float)
     every = np.interp(starts, sorted(took), [took[start] for start in sorted(took)])
     peak = torch.cuda.max_memory_allocated() - before
     cached = min(run(runner, context - 256 - 4, context, write_from=context - 256) for _ in range(5))
+    if detail:
+        show(lambda: run(runner, starts[-1], context))
+        show(lambda: run(runner, context - 256 - 4, context, write_from=context - 256))
     rate = context / every.sum() / 1e3
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "context": context}
     out |= {
         "ktokens_s": round(float(rate), 2),
-        "first_ms": round(every[0] * 1e3, 1),
-        "last_ms": round(every[-1] * 1e3, 1),
+        "first_ms": round(float(every[0]) * 1e3, 1),
+        "last_ms": round(float(every[-1]) * 1e3, 1),
     }
     out |= {"measured": f"{len(took)}/{len(starts)} chunks", "cached_ms": round(cached * 1e3, 2)}
     out |= {"transient_gib": round(peak / 2**30, 2)}
     if (shape.num_layers, context) in GOALS:
         out |= dict(zip(("goal", "vllm"), GOALS[shape.num_layers, context], strict=True))
     return out
+
+
+def show(work: Callable[[], object]) -> None:
+    """Print the kernels of some work by their time."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    by_name: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            by_name.setdefault(event.name[:60], []).append(event.device_time)
+    total = sum(sum(times) for times in by_name.values())
+    print(f"    {total / 1e3:.1f} ms in {sum(len(times) for times in by_name.values())} kernels", flush=True)
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:22]:
+        print(f"    {sum(times):10.1f} us {len(times):5d} x {name}", flush=True)
 
 
 def run(runner: DeviceRunner, start: int, end: int, write_from: int | None = None) -> float:

@@ -61,9 +61,6 @@ def main() -> None:
         mover._down.synchronize()
         out["down"] = round(size / (time.perf_counter() - started) / 1e9, 1)
         out["down_step_ms"] = round(begun.elapsed_time(ended), 1)
-        for key in range(given.pages):
-            mover._await((key,))
-    out["down_with_sums"] = round(size / (time.perf_counter() - started) / 1e9, 1)
     frames.zero_()
     parts = [FetchPart(key, HOST, (frame,), (at,)) for at, (key, frame) in enumerate(zip(keys, order, strict=True))]
     fetches = tuple(Fetch(at, tuple(parts[at : at + _SPAN])) for at in range(0, given.pages, _SPAN))

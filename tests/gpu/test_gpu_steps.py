@@ -18,7 +18,7 @@ from triptych.engine.runner import Runner
 from triptych.words import FinishReason, Request, SamplingParams
 
 OPTIONS: dict[str, Any] = {
-    **{"device": "cuda", "max_running": 4, "step_tokens": 256, "kv_memory": 256 << 20, "max_context": 2400},
+    **{"device": "cuda", "max_running": 2, "step_tokens": 256, "kv_memory": 256 << 20, "max_context": 2400},
 }
 NATIVE = {"numerics": "native", "weight_dtype": "released", "kv_format": "fp8"}
 PROMPTS = [text(NARROW_FLASH, i, n) for i, n in enumerate((1, 5, 127, 129, 600, 2300, 128, 4))]

@@ -169,3 +169,16 @@ def test_random_histories_give_what_each_text_gives_alone(seed: int) -> None:
         best = logits.max(dim=1).values
         chosen = logits.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         assert float((best - chosen).max()) < 1e-3  # float32 sums in another order may turn near-ties over
+
+
+@pytest.mark.usefixtures("gpu_mover")
+def test_a_page_that_is_damaged_on_the_host_is_computed_again() -> None:
+    engine = _engine(pages=40, host_pages=40)
+    prompt = _text(3, 700)
+    want = engine.ask(prompt, 20).tokens
+    engine.spoil_device()
+    host = engine.loop._mover._host  # type: ignore[attr-defined]
+    host[: len(host) // 2, 100] ^= 1
+    assert engine.ask(prompt, 20).tokens == want
+    assert engine.loop.stats().cache["fetches_failed"] > 0
+    engine.cache.check_integrity()

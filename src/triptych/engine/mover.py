@@ -182,16 +182,13 @@ class Mover:
     def _bring_from_host(self, part: FetchPart) -> bool:
         source = self._parts(self._host, part.key, part.host_frames)
         target = self._parts(self._device, part.key, part.frames)
-        return self._is_whole(part, _copy(source, target))
-
-    def _is_whole(self, part: FetchPart, digest: bytes) -> bool:
-        """Whether what the host has of an object is what came there."""
-        if self._sums[part.host_frames[0]] == (part.key, digest):
+        if self._sums[part.host_frames[0]] == (part.key, _copy(source, target)):
             return True
-        self._faults.report(
-            "damage", f"A {part.key.kind} in host memory does not match its checksum; it is computed again."
-        )
+        self._tell_damage(part.key)
         return False
+
+    def _tell_damage(self, key: ObjectKey) -> None:
+        self._faults.report("damage", f"A {key.kind} in host memory does not match its checksum; it is computed again.")
 
     def _touch(self, keys: Sequence[ObjectKey]) -> None:
         for store in self._stores.values():

@@ -117,7 +117,7 @@ class AttentionBlock:
             return None
         assert cache.index_keys is not None
         scale = shape.index_head_dim**-0.5 * shape.index_heads**-0.5
-        head_weights = self._n.activation(front[:, slice(*layout.index_weights)]) * scale
+        head_weights = self._n.activation(front[:, slice(*layout.index_weights)]).to(front.dtype) * scale
         q = self._k.index_query_rows(heads, shape.index_heads, shape.index_head_dim, angles)
         keys = entries._replace(pool=cache.index_keys)
         return self._k.select_entries(self._n.index(q), head_weights, keys, shape.index_topk)  # type: ignore[no-any-return]

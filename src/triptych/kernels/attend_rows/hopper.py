@@ -136,6 +136,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     RING: gl.constexpr,
     REACH: gl.constexpr,
 ):
+    """Sums, peaks and weights of one split of 64 heads of row program_id(2), see triton.py; or, WHOLE, the result."""
     DIM: gl.constexpr = 512
     ROPE: gl.constexpr = 64
     NOPE: gl.constexpr = 448
@@ -288,21 +289,6 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
             _keep_scaled(w2_s.index(after), x2, b2, 384, 16, by64)
             wr_s.index(after).store(xr)
             fence_async_shared()
-        scores = warpgroup_mma_wait(0, deps=(s,))
-        scores = gl.where((begin + t * 64 + js < end)[None, :], scores * scale, -1.0e30)
-        if t == 0:
-            peak = gl.max(scores, 1)
-        p = gl.exp2(gl.minimum(scores - peak[:, None], 100.0))
-        p_s.store(p.to(gl.bfloat16))
-        fence_async_shared()
-        sums0 = sums0 * gl.convert_layout(fade, gl.SliceLayout(1, l0))[:, None]
-        sums1 = sums1 * gl.convert_layout(fade, gl.SliceLayout(1, l1))[:, None]
-        sums2 = sums2 * fade[:, None]
-        sumsr = sumsr * fade[:, None]
-        acc0 = warpgroup_mma(p_s, k0, sums0, is_async=True)
-        acc1 = warpgroup_mma(p_s, k1, sums1, is_async=True)
-        acc2 = warpgroup_mma(p_s, k2, sums2, is_async=True)
-        accr = warpgroup_mma(p_s, kr, sumsr, is_async=True)
         # addresses and bytes of tile t + 2
         j = gl.minimum(begin + (t + 2) * 64 + i, end - 1)
         ring_j = _ring_row(first, j, RING, FLAT)
@@ -324,6 +310,21 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         b0 = _exponents(scales_s, by256)
         b1 = _exponents(scales_s, by128)
         b2 = _exponents(scales_s, by64)
+        scores = warpgroup_mma_wait(0, deps=(s,))
+        scores = gl.where((begin + t * 64 + js < end)[None, :], scores * scale, -1.0e30)
+        if t == 0:
+            peak = gl.max(scores, 1)
+        p = gl.exp2(gl.minimum(scores - peak[:, None], 100.0))
+        p_s.store(p.to(gl.bfloat16))
+        fence_async_shared()
+        sums0 = sums0 * gl.convert_layout(fade, gl.SliceLayout(1, l0))[:, None]
+        sums1 = sums1 * gl.convert_layout(fade, gl.SliceLayout(1, l1))[:, None]
+        sums2 = sums2 * fade[:, None]
+        sumsr = sumsr * fade[:, None]
+        acc0 = warpgroup_mma(p_s, k0, sums0, is_async=True)
+        acc1 = warpgroup_mma(p_s, k1, sums1, is_async=True)
+        acc2 = warpgroup_mma(p_s, k2, sums2, is_async=True)
+        accr = warpgroup_mma(p_s, kr, sumsr, is_async=True)
         most, total_p = gl.reduce((p, p), 1, _max_and_sum)
         weight += total_p
         growth = gl.maximum(gl.log2(most), 0.0)

@@ -155,6 +155,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    """Sums, peaks and weights of one split of some heads of row program_id(2), see triton.py; or, WHOLE, results."""
     kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     NOPE: tl.constexpr = DIM - ROPE
     W0: tl.constexpr = PARTS[0]

@@ -155,8 +155,8 @@ def _launch(
         ROPE=rope,
         WIDTH=width,
         SPLITS=triton.next_power_of_2(splits),
-        TAKEN=min(16 if width <= 128 else 4, triton.next_power_of_2(splits)),
-        num_warps=2 if width > 128 else 1,
+        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
 
 

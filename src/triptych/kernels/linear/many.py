@@ -52,6 +52,7 @@ def product(
     r = (r0 * TALL + tl.arange(0, TALL)).to(tl.int64)
     c = (c0 * WIDE + tl.arange(0, WIDE)).to(tl.int64)
     d = tl.arange(0, 128)
+    there = (r < rows)[:, None]  # masked, not clamped: everybody reading one row again and again is slow
     rr, cc = tl.minimum(r, rows - 1), tl.minimum(c, columns - 1)
     width = depth // 128 // SPLIT * 128
     x_at = x_ptr + rr[:, None] * depth + split * width + d[None, :]
@@ -61,13 +62,13 @@ def product(
     f_one = ws_ptr + (c0 * WIDE // 128) * (depth // 128) + split * (width // 128)
     total = tl.zeros([TALL, WIDE], tl.float32)
     for k in range(0, width // 128):
-        some = tl.dot(tl.load(x_at + k * 128), tl.load(w_at + k * 128))
+        some = tl.dot(tl.load(x_at + k * 128, mask=there, other=0.0), tl.load(w_at + k * 128))
         s = tl.load(s_at + k * xs_group)
         if WIDE <= 128:
             total += some * (s * tl.load(f_one + k))[:, None]
         else:
             total += some * s[:, None] * tl.load(f_at + k)[None, :]
-    keep = (r < rows)[:, None] & (c < columns)[None, :]
+    keep = there & (c < columns)[None, :]
     place = r[:, None] * columns + c[None, :]
     if SPLIT == 1:
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
@@ -112,7 +113,7 @@ def grouped(
     f_at = ws_ptr + c0 // 128 * (depth // 128) + split * (width // 128)
     total = tl.zeros([64, TALL], tl.float32)
     for k in range(0, width // 128):
-        x = tl.load(x_at + k * 128).to(tl.float32)
+        x = tl.load(x_at + k * 128, mask=(r < rows)[None, :], other=0.0).to(tl.float32)
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
         total += tl.dot(tl.load(w_at + k * 128).to(tl.float16), x) * tl.load(f_at + k)
     keep = (r < rows)[None, :]

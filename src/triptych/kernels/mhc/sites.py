@@ -5,8 +5,7 @@ A site is two steps, with all rows of a step between them:
     expand   programs over (16 rows, slice of d)   new streams, and each slice's share of the 24 dot products
     mix      programs over (row, job)              sum of the shares; job 0 collapses and norms, job 1 runs Sinkhorn
 
-`whole` is both in one launch: the programs of 16 rows wait for each other between the steps. All of them must run side
-by side, so it is for few rows only.
+`expand` here serves every dtype and size; few.py has it for bf16 streams.
 
 The maps are float32 and the streams bf16, so a product is exact in two bf16 parts of the map: 16 bits of it. The slices
 do not depend on how many rows there are, nor does the order of any sum: a row's result never depends on its batch.
@@ -19,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _expand(
+def expand(
     y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
     FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
@@ -73,17 +72,6 @@ def _expand(
 
 
 @triton.jit
-def expand(
-    y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-    FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    _expand(
-        y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-        FIRST, ROWS, BLOCK, MAPS, NARROW,
-    )  # fmt: skip
-
-
-@triton.jit
 def _z(share_ptr, r, slices, dim, norm_eps, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr):
     """The maps of row r [MAPS]: all slices together, over the norm of the streams."""
     s = tl.arange(0, SLICES)
@@ -119,9 +107,7 @@ def _row_norm(x, d, dim, norm_ptr, norm_eps):
 
 
 @triton.jit
-def _mix(
-    r,
-    job,
+def mix(
     streams_ptr,
     share_ptr,
     base_ptr,
@@ -141,57 +127,15 @@ def _mix(
     DIM: tl.constexpr,
 ):
     """Job 0: the block's normed input. Job 1: post and comb, which the next site needs."""
+    r = tl.program_id(0).to(tl.int64)
     z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
-    if job == 0:
+    if tl.program_id(1) == 0:
         d = tl.arange(0, DIM)
         x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
         x = _row_norm(x, d, dim, norm_ptr, norm_eps)
         tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
     else:
         _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS, MAPS)
-
-
-@triton.jit
-def mix(
-    streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps, norm_eps,
-    ITERS: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    _mix(
-        tl.program_id(0).to(tl.int64), tl.program_id(1),
-        streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps, norm_eps,
-        ITERS, N, SLICES, MAPS, DIM,
-    )  # fmt: skip
-
-
-@triton.jit
-def whole(
-    y_ptr, ids_ptr, before_ptr, old_post_ptr, old_comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-    base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, eps, norm_eps, met_ptr,
-    FIRST: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr,
-    NARROW: tl.constexpr, ITERS: tl.constexpr, SLICES: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """Both steps. met [tiles, 2] int32 is zero before and after: how many programs have arrived, and have gone on."""
-    slices = tl.num_programs(0)
-    tile = tl.program_id(1)
-    _expand(
-        y_ptr, ids_ptr, before_ptr, old_post_ptr, old_comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
-        FIRST, ROWS, BLOCK, MAPS, NARROW,
-    )  # fmt: skip
-    tl.debug_barrier()  # all threads have stored before one says so
-    tl.atomic_add(met_ptr + 2 * tile, 1, sem="acq_rel")
-    while tl.atomic_add(met_ptr + 2 * tile, 0, sem="acquire") < slices:
-        pass
-    tl.debug_barrier()
-    if tl.atomic_add(met_ptr + 2 * tile + 1, 1, sem="acq_rel") == slices - 1:
-        tl.atomic_xchg(met_ptr + 2 * tile, 0)
-        tl.atomic_xchg(met_ptr + 2 * tile + 1, 0)
-    mine = tl.minimum(ROWS, rows - tile * ROWS)
-    for at in range(tl.program_id(0), 2 * mine, slices):
-        _mix(
-            (tile * ROWS + at % mine).to(tl.int64), at // mine,
-            streams_ptr, share_ptr, base_ptr, scale_ptr, norm_ptr, x_ptr, post_ptr, comb_ptr, slices, dim, eps,
-            norm_eps, ITERS, N, SLICES, MAPS, DIM,
-        )  # fmt: skip
 
 
 @triton.jit

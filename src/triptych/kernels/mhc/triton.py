@@ -6,15 +6,13 @@ run on an n x n tile in registers.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.mhc import sites
+from triptych.kernels.mhc.few import expand_narrow
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
 
@@ -62,40 +60,29 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_rows; for few rows. One launch, or two for many rows."""
+    """See ref.mhc_rows; two launches."""
     return _site(y, y, before, site, norm, first=False)
 
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_first; launches as mhc_rows."""
+    """See ref.mhc_first; two launches."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
     nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
     return _site(embed, token_ids, nothing, site, norm, first=True)
 
 
 def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
-    """See ref.mhc_last; for few rows. Two launches."""
-    old = before.streams
-    rows, n, dim = old.shape
-    slices = triton.cdiv(dim, _SLICE)
-    streams, out = torch.empty_like(old), old.new_empty(rows, dim)
-    share = torch.empty(rows, slices, 16, device=old.device)
-    sites.expand[(slices, triton.cdiv(rows, _TILE))](
-        *(y, y, old, before.post, before.comb, streams, head.fn, share, rows, dim, len(head.fn)),
-        FIRST=False,
-        ROWS=_TILE,
-        BLOCK=_SLICE,
-        MAPS=16,
-        NARROW=old.dtype == torch.bfloat16,
-        num_warps=4,
-    )
+    """See ref.mhc_last; two launches."""
+    rows, n, dim = before.streams.shape
+    streams, share = _expand(y, y, before, head.fn, first=False)
+    out, slices = streams.new_empty(rows, dim), share.shape[1]
     sites.head[(rows,)](
         *(streams, share, head.base, head.scale, norm, out, slices, dim, head.eps, head.norm_eps),
         N=n,
         SLICES=triton.next_power_of_2(slices),
-        MAPS=16,
+        MAPS=share.shape[2],
         DIM=triton.next_power_of_2(dim),
-        num_warps=4,
+        num_warps=8,
     )
     return out
 
@@ -103,42 +90,44 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
 _SLICE = 32  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Triton's interpreter runs one program after the other: they cannot wait for each other."""
-
-
-@cache
-def _meeting_points(device: torch.device) -> Tensor:
-    """Counters of programs that wait for each other; zero between launches, which never overlap."""
-    return torch.zeros(2 * 64, dtype=torch.int32, device=device)
+"""Triton's interpreter runs one program after the other, and has no Gluon."""
 
 
 def _site(
-    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool, split: bool | None = None
+    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`split`: in two launches, which is needed unless all programs run side by side."""
-    old = before.streams
-    rows, n, dim = old.shape
+    rows, n, dim = before.streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
-    tiles, slices = triton.cdiv(rows, _TILE), triton.cdiv(dim, _SLICE)
-    if split is None:
-        split = _INTERPRETED or tiles * slices > 2 * multiprocessors(old.device)
-    streams, x = torch.empty_like(old), old.new_empty(rows, dim)
-    post, comb = torch.empty(rows, n, device=old.device), torch.empty(rows, n, n, device=old.device)
-    share = torch.empty(rows, slices, 32, device=old.device)
-    spread = (y, ids, old, before.post, before.comb, streams, site.fn, share, rows, dim, len(site.fn))
-    narrow = old.dtype == torch.bfloat16
-    meta = dict(FIRST=first, ROWS=_TILE, BLOCK=_SLICE, MAPS=32, NARROW=narrow)
-    wide = dict(ITERS=site.iters, SLICES=triton.next_power_of_2(slices), DIM=triton.next_power_of_2(dim))
-    joined = (site.base, site.scale, norm, x, post, comb)
-    if split:
-        sites.expand[(slices, tiles)](*spread, **meta, num_warps=4)
-        sites.mix[(rows, 2)](
-            *(streams, share, *joined, slices, dim, site.eps, site.norm_eps), N=n, MAPS=32, **wide, num_warps=4
-        )
-    else:
-        met = _meeting_points(old.device)
-        sites.whole[(slices, tiles)](*spread, *joined, site.eps, site.norm_eps, met, N=n, **meta, **wide, num_warps=4)
+    streams, share = _expand(y, ids, before, site.fn, first=first)
+    x, slices = streams.new_empty(rows, dim), share.shape[1]
+    post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)
+    sites.mix[(rows, 2)](
+        *(streams, share, site.base, site.scale, norm, x, post, comb, slices, dim, site.eps, site.norm_eps),
+        ITERS=site.iters,
+        N=n,
+        SLICES=triton.next_power_of_2(slices),
+        MAPS=share.shape[2],
+        DIM=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
     return x, streams, post, comb
+
+
+def _expand(y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    """New streams [R, n, d], and shares of the maps and squares [R, slices, 16 or 32]."""
+    old = before.streams
+    rows, _, dim = old.shape
+    grid = (triton.cdiv(dim, _SLICE), triton.cdiv(rows, _TILE))
+    streams, maps = torch.empty_like(old), 32 if len(fn) > 15 else 16
+    share = torch.empty(rows, grid[0], maps, device=old.device)
+    given = (y, ids, old, before.post, before.comb, streams, fn, share, rows, dim, len(fn))
+    meta = dict(FIRST=first, ROWS=_TILE, BLOCK=_SLICE, MAPS=maps)
+    narrow = old.dtype == torch.bfloat16
+    if narrow and dim % _SLICE == 0 and not _INTERPRETED:
+        expand_narrow[grid](*given, **meta, num_warps=1)
+    else:
+        sites.expand[grid](*given, NARROW=narrow, **meta, num_warps=4)
+    return streams, share
 
 
 def _warps(values: int) -> int:

@@ -9,9 +9,11 @@ step; sums are in a fixed order, so results do not depend on who that was. Count
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from triptych.kernels.quant.fragments import (
     DEPTH,
@@ -25,6 +27,9 @@ from triptych.kernels.quant.fragments import (
     scale_of,
     weight_layout,
 )
+
+STAGES: Any = gl.constexpr(4)
+"""Pairs of blocks of weights, 8 KB each, on their way or in use."""
 
 
 @gluon.jit
@@ -50,51 +55,59 @@ def _mxfp4_rows(w_ptr, code_ptr, x_ptr, xs_ptr, row, xrow, xrow_of, K: gl.conste
     MMA: gl.constexpr = mma_layout(4)
     W: gl.constexpr = weight_layout(4, 4)
     X: gl.constexpr = row_layout(N, 4)
+    C: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])
+    L: gl.constexpr = gl.SliceLayout(2, W)
     BLOCKS: gl.constexpr = K // 128
-    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
-    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
-    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))
+    # weights wait in shared memory: loads into registers would have to be waited for in the order of few scoreboards
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES * 2, 64, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, C)))
     wp = w_ptr + gl.expand_dims(r[:, None] * (K // 8) + c[None, :] * 4, 2) + gl.expand_dims(b[None, :], 1)
-    cp = code_ptr + r[:, None] * (K // 32) + c[None, :]
+    for early in gl.static_range(STAGES - 1):
+        _fetch(ws, wp, early * 2, BLOCKS)
+    cp = code_ptr + gl.convert_layout(row, gl.SliceLayout(1, L))[:, None] * (K // 32)
+    cp = cp + gl.arange(0, 4, gl.SliceLayout(0, L))[None, :]
     xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
     xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
     xp = x_ptr + gl.expand_dims(xrow[:, None] * K + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
     sp = xs_ptr + xrow_of * BLOCKS
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    w0, e0 = gl.load(wp, cache_modifier=".cg"), gl.load(cp)  # past the L1, which is for x and the scales
-    w1 = gl.load(wp + 16, mask=BLOCKS > 1, other=0, cache_modifier=".cg")
-    e1 = gl.load(cp + 4, mask=BLOCKS > 1, other=0)
-    w2 = gl.load(wp + 32, mask=BLOCKS > 2, other=0, cache_modifier=".cg")
-    e2 = gl.load(cp + 8, mask=BLOCKS > 2, other=0)
-    w3 = gl.load(wp + 48, mask=BLOCKS > 3, other=0, cache_modifier=".cg")
-    e3 = gl.load(cp + 12, mask=BLOCKS > 3, other=0)
     top = _largest_codes(code_ptr, row, K)
-    down = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(2, W))) - DEPTH
-    for at in range(0, BLOCKS, 4):
-        for step in gl.static_range(4):
-            w = w0
-            e = e0
-            w0 = w1
-            w1 = w2
-            w2 = w3
-            e0 = e1
-            e1 = e2
-            e2 = e3
-            nxt = at + step + 4
-            more = nxt < BLOCKS if BLOCKS % 4 else at + 4 < BLOCKS
-            here = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 4 else at + step  # beyond the last, weights are zero
-            w3 = gl.load(wp + nxt * 16, mask=more, other=0, cache_modifier=".cg")
-            e3 = gl.load(cp + nxt * 4, mask=more, other=0)
-            x = gl.load(xp + here * 128)
-            s = gl.load(sp + here)
-            shift = gl.maximum(e.to(gl.int32) - down[:, None], 0) * 0x04000400
+    down = gl.convert_layout(top, gl.SliceLayout(1, L)) - DEPTH
+    # the compiler fails over a loop that it knows to run once: there the start, zero, is not told
+    start = gl.program_id(2) if BLOCKS <= 2 else 0
+    for at in range(start, BLOCKS, 2):
+        async_copy.wait_group(STAGES - 2)
+        gl.thread_barrier()
+        _fetch(ws, wp, at + (STAGES - 1) * 2, BLOCKS)
+        for step in gl.static_range(2):
+            # of an odd number of blocks the last is multiplied twice, the second time by a scale of zero
+            k = gl.minimum(at + step, BLOCKS - 1) if BLOCKS % 2 else at + step
+            w = ws.index((at + step) % (STAGES * 2)).load(W)
+            e = gl.load(cp + k * 4).to(gl.int32)
+            x = gl.load(xp + k * 128)
+            s = gl.load(sp + k)
+            shift = gl.maximum(e - down[:, None], 0) * 0x04000400
+            if BLOCKS % 2:
+                shift = gl.where(at + step < BLOCKS, shift, 0)
             part = mma_v2(from_mxfp4(w, shift, 64, MMA), from_rows(x, N, MMA), zero)
             acc += part * s[None, :]
     top = gl.convert_layout(top, gl.SliceLayout(1, MMA))
     # a row whose largest scale is 2^-115 is nothing
     factor = (gl.maximum(top - RAISED, 1) << 23).to(gl.float32, bitcast=True)
     return acc * factor[:, None]
+
+
+@gluon.jit
+def _fetch(ws, wp, k, BLOCKS: gl.constexpr):
+    """Blocks k and k + 1, neighbours in memory, on their way into shared memory."""
+    if k < BLOCKS:
+        async_copy.async_copy_global_to_shared(ws.index(k % (STAGES * 2)), wp + k * 16, cache_modifier=".cg")
+    if k + 1 < BLOCKS:
+        async_copy.async_copy_global_to_shared(ws.index((k + 1) % (STAGES * 2)), wp + k * 16 + 16, cache_modifier=".cg")
+    async_copy.commit_group()
 
 
 @gluon.jit

@@ -16,8 +16,6 @@ from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 _COUNTERS = 1 << 15
 """Counters of each launch: it needs one a tile and 128 hidden columns, or one a row and 64 output columns."""
 
-_WIDE = 64  # rows from which on an expert has often more than 8 pairs
-
 
 def moe_rows_on_gpu(
     x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
@@ -30,7 +28,7 @@ def moe_rows_on_gpu(
     rows, dim = x.shape
     inner, k = w2.shape[2], router.experts_per_token
     pairs = rows * k
-    n = 8 if rows <= _WIDE else 16
+    n = 8  # an expert's pairs beyond them are another tile: tiles of 16 cost registers, and with them programs
     tiles = min(pairs, pairs // n + min(pairs, w2.shape[0]))
     extra = triton.cdiv(rows, n)
     counters = _counters(x.device)

@@ -106,6 +106,16 @@ def _vectors(
     cos, sin = (x, x) if angles is None else angles
     if not rows:
         return
+    if weight is None and angles is not None and dim & (dim - 1) == 0 and heads >= _HEADS:
+        _heads_rope[(rows, triton.cdiv(heads, _HEADS))](
+            *(x, x.stride(0), out, cos, sin, heads, -1.0 if back else 1.0, eps or 0.0),
+            NORM=eps is not None,
+            WIDTH=2 * cos.shape[1],
+            HEADS=_HEADS,
+            DIM=dim,
+            num_warps=4,
+        )
+        return
     _norm_rope[(rows, heads)](
         *(x, x.stride(0), out, x if weight is None else weight, cos, sin, dim),
         *(0 if angles is None else 2 * cos.shape[1], -1.0 if back else 1.0, eps or 0.0),
@@ -114,6 +124,40 @@ def _vectors(
         ROPE=angles is not None,
         DIM=triton.next_power_of_2(dim),
     )
+
+
+_HEADS = 8  # vectors of a row that one program norms and rotates where there are that many
+
+
+@triton.jit
+def _heads_rope(
+    x_ptr,
+    stride,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    heads,
+    sign,
+    eps,
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """As `_norm_rope` for several vectors of a row, whose number of dims is a power of two."""
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    x = tl.load(x_ptr + r * stride + at, mask=(h < heads)[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+    pair = tl.arange(0, DIM // 2) - (DIM - WIDTH) // 2
+    turns = pair >= 0
+    cos = tl.load(cos_ptr + r * (WIDTH // 2) + pair, mask=turns, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + r * (WIDTH // 2) + pair, mask=turns, other=0.0)[None, :] * sign
+    even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
+    x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
+    tl.store(out_ptr + r * heads * DIM + at, x.to(out_ptr.dtype.element_ty), mask=(h < heads)[:, None])
 
 
 @triton.jit

@@ -95,7 +95,7 @@ def _unpacked(target, source, words, layout: gl.constexpr):
 
 
 @gluon.jit
-def scores(
+def scores(  # noqa: C901  (branches that the compiler resolves)
     q_ptr,
     power_ptr,
     weight_ptr,
@@ -115,15 +115,27 @@ def scores(
     total,
     heads,
     stretch,
+    count,
     KIND: gl.constexpr,
     PER_PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
-    """Ordered scores of row program_id(1), see triton.py; q [B, heads, 128] e4m3 lacks 2^power [B, heads]."""
-    r = gl.program_id(1).to(gl.int64)
+    """Ordered scores of ROWS of the `count` rows, see triton.py; q [R, heads, 128] e4m3 lacks 2^power [R, heads].
+
+    Rows of one sequence share each tile of keys; those of several take turns.
+    """
+    r = gl.program_id(1).to(gl.int64) * ROWS
     begin = gl.program_id(0) * stretch
-    visible = gl.load(visible_ptr + r).to(gl.int32)
-    if begin >= visible:
+    seq = gl.load(seq_ptr + r)
+    longest = gl.load(visible_ptr + r).to(gl.int32)
+    turns = 1
+    for n in gl.static_range(1, ROWS):
+        other = gl.minimum(r + n, count - 1)
+        longest = gl.maximum(longest, gl.load(visible_ptr + other).to(gl.int32))
+        if gl.load(seq_ptr + other) != seq:
+            turns = ROWS
+    if begin >= longest:
         return
     BYTES: gl.constexpr = 128 if KIND == 1 else 64
     copied: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [4, 1], [1, 0])
@@ -131,8 +143,11 @@ def scores(
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 4, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    words_of: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-    q_s = gl.allocate_shared_memory(gl.uint8, [64, 128], eight)
+    unpacked: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
+    by_key: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q_s = gl.allocate_shared_memory(gl.uint8, [ROWS, 64, 128], eight)
+    weights_s = gl.allocate_shared_memory(gl.float32, [ROWS, 64], flat)
     scales_s = gl.allocate_shared_memory(gl.int32, [STAGES, 128], flat)
     if KIND == 1:
         keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, 128], eight)
@@ -140,77 +155,93 @@ def scores(
         keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, 64], plain)
         wide_s = gl.allocate_shared_memory(gl.uint8, [128, 128], eight)
 
-    table_ptr += gl.load(seq_ptr + r).to(gl.int64) * table_row
-    end = gl.minimum(begin + stretch, visible)
-    tiles = (end - begin + 127) // 128
-    rows = gl.arange(0, 128, layout=gl.SliceLayout(1, copied))
-    rows1 = gl.arange(0, 128, layout=line)
-    for stage in gl.static_range(STAGES - 1):
-        g = gl.minimum(begin + stage * 128 + rows, visible - 1)
-        g1 = gl.minimum(begin + stage * 128 + rows1, visible - 1)
-        _copy_tile(
-            *(keys_s.index(stage), scales_s.index(stage), _pages(table_ptr, g, PER_PAGE), g, pool_ptr, pool_page),
-            *(pool_row, _pages(table_ptr, g1, PER_PAGE), g1, scales_ptr, scales_page, scales_row),
-            *(PER_PAGE, BYTES, copied),
-        )
-    g = gl.minimum(begin + (STAGES - 1) * 128 + rows, visible - 1)
-    g1 = gl.minimum(begin + (STAGES - 1) * 128 + rows1, visible - 1)
-    page = _pages(table_ptr, g, PER_PAGE)
-    page1 = _pages(table_ptr, g1, PER_PAGE)
-
     by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, by_query))
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, by_query))
-    q = gl.load(q_ptr + (r * heads + h)[:, None] * 128 + d[None, :], mask=(h < heads)[:, None], other=0)
-    q_s.store(q)
+    hw = gl.arange(0, 64, layout=line)
+    for n in gl.static_range(ROWS):
+        row = gl.minimum(r + n, count - 1)
+        q = gl.load(q_ptr + (row * heads + h)[:, None] * 128 + d[None, :], mask=(h < heads)[:, None], other=0)
+        q_s.index(n).store(q)
+        power = gl.load(power_ptr + row * heads + hw, mask=hw < heads, other=0)
+        weight = gl.load(weight_ptr + row * weight_row + hw, mask=hw < heads, other=0.0)
+        weights_s.index(n).store(weight * ((127 + power) << 23).to(gl.float32, bitcast=True))
     fence_async_shared()
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
-    hs = gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
-    power = gl.load(power_ptr + r * heads + hs, mask=hs < heads, other=0)
-    weight = gl.load(weight_ptr + r * weight_row + hs, mask=hs < heads, other=0.0)
-    weight = (weight * ((127 + power) << 23).to(gl.float32, bitcast=True))[None, :]
+    rows = gl.arange(0, 128, layout=gl.SliceLayout(1, copied))
+    rows1 = gl.arange(0, 128, layout=line)
     none = gl.zeros([128, 64], gl.float32, layout=s_layout)
-    queries = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
-    i = gl.arange(0, 128, layout=gl.SliceLayout(1, s_layout))
-    per16: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for t in range(tiles):
-        at = begin + t * 128
-        async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
-        if KIND == 1:
-            fence_async_shared()
-            keys = keys_s.index(t % STAGES)._reinterpret(gl.float8e4nv, [128, 128], eight)
-            factor = scales_s.index(t % STAGES).load(gl.SliceLayout(1, s_layout)).to(gl.float32, bitcast=True)
-        else:
-            words = scales_s.index(t % STAGES).load(words_of)
-            target = wide_s._reinterpret(
-                gl.int32, [128, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-            )
-            most = _unpacked(target, keys_s.index(t % STAGES), words, gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-            fence_async_shared()
-            keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
-            factor = (gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True)
-            factor = gl.convert_layout(factor, gl.SliceLayout(1, s_layout))
-        token = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
-        if t + STAGES - 1 < tiles:
-            slot = (t + STAGES - 1) % STAGES
+    i = gl.arange(0, 128, layout=by_key)
+    for turn in range(turns):
+        visible = longest
+        if turns > 1:
+            visible = gl.load(visible_ptr + gl.minimum(r + turn, count - 1)).to(gl.int32)
+        last = gl.maximum(visible - 1, 0)
+        line_ptr = table_ptr + gl.load(seq_ptr + gl.minimum(r + turn, count - 1)).to(gl.int64) * table_row
+        tiles = gl.maximum(gl.minimum(begin + stretch, visible) - begin + 127, 0) // 128
+        for stage in gl.static_range(STAGES - 1):
+            g = gl.minimum(begin + stage * 128 + rows, last)
+            g1 = gl.minimum(begin + stage * 128 + rows1, last)
             _copy_tile(
-                *(keys_s.index(slot), scales_s.index(slot), page, g, pool_ptr, pool_page, pool_row, page1, g1),
-                *(scales_ptr, scales_page, scales_row, PER_PAGE, BYTES, copied),
+                *(keys_s.index(stage), scales_s.index(stage), _pages(line_ptr, g, PER_PAGE), g, pool_ptr, pool_page),
+                *(pool_row, _pages(line_ptr, g1, PER_PAGE), g1, scales_ptr, scales_page, scales_row),
+                *(PER_PAGE, BYTES, copied),
             )
-        else:
-            async_copy.commit_group()
-        g = gl.minimum(at + STAGES * 128 + rows, visible - 1)
-        g1 = gl.minimum(at + STAGES * 128 + rows1, visible - 1)
-        page = _pages(table_ptr, g, PER_PAGE)
-        page1 = _pages(table_ptr, g1, PER_PAGE)
-        s = warpgroup_mma_wait(0, deps=(token,))
-        s = gl.sum(gl.maximum(s, 0.0) * weight, 1) * factor
-        bits = gl.where(s == 0.0, 0.0, s).to(gl.int32, bitcast=True)
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        order = gl.where(at + i < visible, order, -2147483648)
-        order = gl.convert_layout(order, per16)
-        gl.store(out_ptr + r * total + at + rows1, order)
-        top = gl.max(gl.reshape(order, [8, 16]), 1)
-        eighth = gl.arange(0, 8, layout=top.type.layout)
-        gl.store(tops_ptr + r * (total // 16) + at // 16 + eighth, top)
+        g = gl.minimum(begin + (STAGES - 1) * 128 + rows, last)
+        g1 = gl.minimum(begin + (STAGES - 1) * 128 + rows1, last)
+        page = _pages(line_ptr, g, PER_PAGE)
+        page1 = _pages(line_ptr, g1, PER_PAGE)
+        for t in range(tiles):
+            at = begin + t * 128
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()
+            if KIND == 1:
+                fence_async_shared()
+                keys = keys_s.index(t % STAGES)._reinterpret(gl.float8e4nv, [128, 128], eight)
+                factor = scales_s.index(t % STAGES).load(by_key).to(gl.float32, bitcast=True)
+            else:
+                words = scales_s.index(t % STAGES).load(gl.SliceLayout(1, unpacked))
+                target = wide_s._reinterpret(
+                    gl.int32, [128, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+                )
+                most = _unpacked(target, keys_s.index(t % STAGES), words, unpacked)
+                fence_async_shared()
+                keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
+                factor = gl.convert_layout((gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True), by_key)
+            if t + STAGES - 1 < tiles:
+                slot = (t + STAGES - 1) % STAGES
+                _copy_tile(
+                    *(keys_s.index(slot), scales_s.index(slot), page, g, pool_ptr, pool_page, pool_row, page1, g1),
+                    *(scales_ptr, scales_page, scales_row, PER_PAGE, BYTES, copied),
+                )
+            else:
+                async_copy.commit_group()
+            g = gl.minimum(at + STAGES * 128 + rows, last)
+            g1 = gl.minimum(at + STAGES * 128 + rows1, last)
+            page = _pages(line_ptr, g, PER_PAGE)
+            page1 = _pages(line_ptr, g1, PER_PAGE)
+            for n in gl.static_range(ROWS):
+                queries = q_s.index(n)._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
+                token = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
+                scale = weights_s.index(n).load(gl.SliceLayout(0, s_layout))[None, :]
+                s = warpgroup_mma_wait(0, deps=(token,))
+                s = gl.sum(gl.maximum(s, 0.0) * scale, 1) * factor
+                mine = (r + n < count) & ((turns == 1) | (turn == n))
+                sees = gl.load(visible_ptr + gl.minimum(r + n, count - 1)).to(gl.int32)
+                _keep(out_ptr, tops_ptr, s, at, i, (r + n) * total, mine, sees)
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+
+
+@gluon.jit
+def _keep(out_ptr, tops_ptr, s, at, i, start, mine, visible):
+    """Write scores s [128] of keys from `at` on as ordered integers, and the highest of each 16, if `mine`."""
+    per16: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    bits = gl.where(s == 0.0, 0.0, s).to(gl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = gl.where(at + i < visible, order, -2147483648)
+    order = gl.convert_layout(order, per16)
+    keys = gl.arange(0, 128, layout=per16)
+    gl.store(out_ptr + start + at + keys, order, mask=(at + keys >= 0) & mine)
+    top = gl.max(gl.reshape(order, [8, 16]), 1)
+    eighth = gl.arange(0, 8, layout=top.type.layout)
+    gl.store(tops_ptr + (start + at) // 16 + eighth, top, mask=(eighth >= 0) & mine)

@@ -112,7 +112,7 @@ def _on_hopper(queries: IndexQueries, pool: Rows) -> bool:
 def _hopper_scores(
     raw: Tensor, queries: IndexQueries, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
 ) -> None:
-    """ordered_scores in two launches: the queries of all rows, then scores."""
+    """ordered_scores in two launches: the queries of all rows as e4m3, then hopper.py."""
     rows, heads, dim = len(raw), queries.count, queries.dim
     cos, sin = queries.angles
     q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
@@ -125,24 +125,19 @@ def _hopper_scores(
         ROPE=2 * cos.shape[1],
         num_warps=4,
     )
-    stream_scores(q, power, queries.weights, keys, scores, tops, stretch)
-
-
-def stream_scores(
-    q: Tensor, power: Tensor, weights: Tensor, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
-) -> None:
-    """Ordered scores of e4m3 queries [B, Hi, 128] that lack 2^power [B, Hi], by hopper.py."""
     pool = keys.pool
     assert isinstance(pool, PackedRows)
     total = scores.shape[1]
     launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    launch[(triton.cdiv(total, stretch), len(q))](
-        *(q, power, weights, weights.stride(0), pool.values, *pool.values.stride()[:2]),
+    shared = 1 if queries.rounds else 4  # rows of a prefill chunk read the same keys
+    launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
+        *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
-        *(keys.visible, scores, tops, total, q.shape[1], stretch),
+        *(keys.visible, scores, tops, total, q.shape[1], stretch, len(q)),
         KIND=1 if pool.format.kind == "fp8" else 2,
         PER_PAGE=pool.shape[1],
         STAGES=4,
+        ROWS=shared,
         num_warps=4,
     )
 
