@@ -145,7 +145,8 @@ async def ask(port: int, text: str, tokens: int, *, leave_after: float = 1e9, pa
         while piece := await reader.read(512 if pause else 2**16):
             now = time.perf_counter()
             if b"data: " in piece:
-                seen.first = seen.first or now - begin
+                if not seen.first:
+                    seen.first, last = now - begin, now
                 seen.worst, last = max(seen.worst, now - last), now
             raw.append(piece)
             events += piece.count(b"data: ")

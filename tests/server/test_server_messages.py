@@ -84,6 +84,12 @@ def test_a_stop_sequence_is_named(claude: anthropic.Anthropic) -> None:
         assert answer.content[0].text == text[: text.index(stop)]
 
 
+def test_a_last_turn_of_the_assistant_is_continued(claude: anthropic.Anthropic, engine: FakeEngine) -> None:
+    turns = [*ASK["messages"], {"role": "assistant", "content": "The cat is"}]
+    claude.messages.create(**ASK | {"messages": turns})
+    assert engine.tokenizer.decode(engine.prompts[-1], hide_special=False).endswith("</think>The cat is")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -90,7 +90,7 @@ def read_talk(fields: Fields) -> Talk:
 def _thinking(fields: Fields) -> tuple[bool | None, str | None]:
     """DeepSeek's `thinking` switch and OpenAI's `reasoning_effort`, which must not contradict each other."""
     effort = fields.text("reasoning_effort")
-    kind = Fields(fields.entries("thinking", 4), "thinking").text("type")
+    kind = fields.inside("thinking", ("type",)).text("type")
     if kind not in (None, "enabled", "adaptive", "disabled"):
         raise wrong("thinking.type", "enabled or disabled", kind)
     if kind == "disabled" and effort not in (None, "none"):

@@ -5,7 +5,7 @@ Nothing that would change the answer is dropped in silence: a field is read, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -127,6 +127,12 @@ class Fields:
         if value is None:
             return None
         return as_number(self.path(name), value)
+
+    def inside(self, name: str, read: Collection[str], harmless: Collection[str] = ()) -> Fields:
+        """The fields of an object that may have only these; empty if absent."""
+        value = self.entries(name, len(read) + len(harmless) + 16)
+        FieldTable(frozenset(read), frozenset(harmless), {}).check(value, self.path(name))
+        return Fields(value, self.path(name))
 
     def items(self, name: str, most: int) -> list[object]:
         """A list of at most `most` entries; empty if absent."""

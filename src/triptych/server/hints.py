@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 
 from triptych.errors import RequestError
-from triptych.server.fields import Fields, FieldTable, wrong
+from triptych.server.fields import Fields, wrong
 from triptych.words import CacheHints
 
 HINT_FIELDS = frozenset({"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_hints"})
-_OURS = FieldTable(read=frozenset({"session", "ttl", "pin"}), harmless=frozenset(), refused={})
 _RETENTION = {"in_memory": None, "in-memory": None, "24h": 86400.0}
 _SPAN = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -35,16 +34,12 @@ def cache_hints(fields: Fields, salt: str, marks: tuple[int, ...] = (), ttl: flo
         if retention not in _RETENTION:
             raise wrong("prompt_cache_retention", "'in_memory' or '24h'", retention)
         ttl = _RETENTION[retention] or ttl
-    options = Fields(fields.entries("prompt_cache_options", 8))
+    options = fields.inside("prompt_cache_options", ("ttl",), ("mode", "comparison_response_id", "prewarm"))
     ttl = span("prompt_cache_options.ttl", options.value("ttl")) or ttl
-    ours = fields.entries("cache_hints", 8)
-    pin = 0.0
-    if ours:
-        _OURS.check(ours, "cache_hints")
-        inner = Fields(ours, "cache_hints")
-        session = inner.text("session") or session
-        ttl = inner.number("ttl") or ttl
-        pin = inner.number("pin") or 0.0
+    ours = fields.inside("cache_hints", ("session", "ttl", "pin"))
+    session = ours.text("session") or session
+    ttl = ours.number("ttl") or ttl
+    pin = ours.number("pin") or 0.0
     if session is not None and len(session) > _LONGEST_SESSION:
         raise RequestError(f"The session name is longer than {_LONGEST_SESSION} characters.", param="prompt_cache_key")
     try:

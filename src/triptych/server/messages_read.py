@@ -67,7 +67,7 @@ def _params(fields: Fields) -> SamplingParams:
 
 
 def _hints(fields: Fields, desk: Desk, marks: tuple[int, ...], ttl: float | None) -> CacheHints:
-    user = Fields(fields.entries("metadata", 64), "metadata").text("user_id")
+    user = fields.inside("metadata", ("user_id",)).text("user_id")
     known = {"prompt_cache_key": user[:256]} if user else {}
     return cache_hints(Fields(known | {"cache_hints": fields.value("cache_hints")}), desk.salt, marks, ttl)
 
@@ -81,10 +81,13 @@ def read_conversation(fields: Fields) -> tuple[Talk, float | None]:
         raise RequestError("messages must be a non-empty list of objects with role and content.", param="messages")
     for i, message in enumerate(raw):
         messages += reader.message(message, f"messages[{i}]")
+    last = messages[-1]
+    if isinstance(last, dict) and last["role"] == "assistant":
+        last["prefix"] = True  # the answer goes on from what is put into the model's mouth
     tools = [reader.tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.items("tools", _MOST_TOOLS))]
     choice, parallel = _tool_choice(fields)
     thinking, effort = _thinking(fields)
-    output = Fields(fields.entries("output_config", 8), "output_config")
+    output = fields.inside("output_config", ("effort", "format"))
     talk = Talk(
         messages=messages,
         tools=tools,
@@ -101,7 +104,7 @@ def _tool_choice(fields: Fields) -> tuple[object, bool]:
     raw = fields.entries("tool_choice", 4)
     if not raw:
         return None, True
-    inner = Fields(raw, "tool_choice")
+    inner = fields.inside("tool_choice", ("type", "name", "disable_parallel_tool_use"))
     parallel = not inner.flag("disable_parallel_tool_use")
     kind = inner.text("type")
     if kind == "tool":
@@ -119,7 +122,7 @@ def _thinking(fields: Fields) -> tuple[bool | None, str | None]:
     kind = raw.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise wrong("thinking.type", "enabled, adaptive or disabled", kind)
-    budget = Fields(raw, "thinking").integer("budget_tokens")
+    budget = fields.inside("thinking", ("type", "budget_tokens"), ("display",)).integer("budget_tokens")
     if budget is not None and budget < 1:
         raise RequestError("thinking.budget_tokens must be positive.", param="thinking.budget_tokens")
     return kind != "disabled", None

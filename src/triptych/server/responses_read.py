@@ -64,6 +64,8 @@ def read_responses(raw: dict[str, object], desk: Desk) -> Ask:
         max_tokens=fields.integer("max_output_tokens"),
         logprobs=_logprobs(fields),
     )
+    fields.inside("stream_options", (), ("include_obfuscation",))
+    fields.entries("metadata", 64)
     before = _before(fields, desk)
     new = input_messages(fields.value("input"))
     talk = _talk(fields, [*(before.conversation() if before else []), *new])
@@ -110,15 +112,14 @@ def _logprobs(fields: Fields) -> int | None:
 def _talk(fields: Fields, messages: list[object]) -> Talk:
     instructions = fields.text("instructions")
     system: list[object] = [{"role": "system", "content": instructions}] if instructions else []
-    reasoning = Fields(fields.entries("reasoning", 8), "reasoning")
-    effort = reasoning.text("effort")
+    effort = fields.inside("reasoning", ("effort",), ("summary", "generate_summary")).text("effort")
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.items("tools", _MOST_TOOLS))]
     return Talk(
         messages=[*system, *messages],
         tools=tools,
         tool_choice=_tool_choice(fields.value("tool_choice")),
         parallel_tool_calls=fields.flag("parallel_tool_calls", True),
-        response_format=_format(Fields(fields.entries("text", 8), "text")),
+        response_format=_format(fields.inside("text", ("format",), ("verbosity",))),
         effort=effort,
     )
 

@@ -20,6 +20,7 @@ _THINK, _END_THINK = "<think>", "</think>"
 _END_VALUE = f"</{DSML}parameter>"
 _MARKERS = (_OPEN, _CLOSE, _THINK, _END_THINK, DSML)
 _LONGEST_MARKER = max(map(len, _MARKERS))
+_FIRSTS = frozenset(marker[0] for marker in _MARKERS)
 _LONGEST_TAG = 1024  # characters; what is longer is no tag
 _ATTRIBUTES = re.compile(r'.*? name="(.*?)"(?: string="(\w+)")?>', re.DOTALL)
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
@@ -270,8 +271,8 @@ class OutputParser:
 
 def _overlap(text: str, markers: Collection[str], least: int = 1) -> int:
     """The length of the longest end of `text`, of at least `least` characters, that begins one of `markers`."""
-    most = min(len(text), max(map(len, markers)) - 1)
-    for length in range(most, least - 1, -1):
-        if any(marker.startswith(text[-length:]) for marker in markers):
-            return length
+    most = max(map(len, markers)) - 1
+    for at in range(max(0, len(text) - most), len(text) - least + 1):
+        if text[at] in _FIRSTS and any(marker.startswith(text[at:]) for marker in markers):
+            return len(text) - at
     return 0
