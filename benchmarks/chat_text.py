@@ -1,7 +1,7 @@
 """python -m benchmarks chat_text: what it costs on the host to render, constrain and read a chat.
 
-With DeepSeek's own vocabulary. Render: 100 messages with 20 tools to token ids, by both encodings. Grammars: compiling, and
-one mask per token of an answer that matches. Reading: the parser, token by token. Wall clock of one thread.
+With DeepSeek's own vocabulary. Render: 100 messages with 20 tools to token ids, by both encodings. Grammars: compiling,
+and one mask per token of an answer that matches. Reading: the parser, token by token. Wall clock of one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,22 @@ from triptych.text.tools import DSML, ToolCall, calls_block, parse_tools
 from triptych.text.turns import parse_turns
 
 VOCABULARY = 129_280
-WORDS = "the cat sat on a mat while rain fell 12 times, naïve «Nord» and then (why not?) went\n home".split(" ")
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "while",
+    "rain",
+    "fell",
+    "12",
+    "times,",
+    "naïve",
+    "«Nord»",
+    "(why",
+    "not?)",
+    "went\n",
+    "home",
+)
 EDIT = {"type": "object", "properties": {"old": {"type": "string"}, "new": {"type": "string"}}, "required": ["old"]}
 PARAMETERS = {
     "type": "object",

@@ -166,6 +166,7 @@ def strict(parameters: Any) -> tuple[dict[str, Any], ...]:
     return (LOOSE, {"name": "f", "strict": True, "parameters": parameters})
 
 
+WIDE = {"type": "object", "properties": {f"p{i}": {"type": "string", "maxLength": i} for i in range(3000)}}
 WRONG = {"type": "strin"}
 
 
@@ -177,7 +178,9 @@ WRONG = {"type": "strin"}
         (Wanted(response_format={"type": "regex"}), "response_format.regex"),
         (Wanted(response_format={"type": "regex", "regex": "a("}), "response_format.regex"),
         (Wanted(response_format={"type": "lark", "lark": "begin: /a/"}), "response_format.lark"),
+        (Wanted(response_format={"type": "regex", "regex": "a|" * 40_000 + "b"}), "response_format.regex"),
         (Wanted(response_format={"type": "json_schema"}), "response_format.json_schema"),
+        (Wanted(response_format=schema_format({"$ref": "#"})), "response_format.json_schema.schema"),
         (Wanted(response_format=schema_format(3)), "response_format.json_schema.schema"),
         (
             Wanted(response_format=schema_format({"properties": {"a": {"items": WRONG}}})),
@@ -197,6 +200,12 @@ def test_faults_are_named_by_their_path(wanted: Wanted, param: str, grammars: An
     with pytest.raises(RequestError) as caught:
         answer_grammar(wanted, grammars, tokenizer)
     assert caught.value.param == param and str(caught.value)
+
+
+def test_thousands_of_optional_properties(grammars: GrammarCache, tokenizer: Tokenizer) -> None:
+    wanted = Wanted(response_format=schema_format(WIDE))
+    assert takes(wanted, '{"p7": "seven", "p2999": ""}', grammars, tokenizer)
+    assert not takes(wanted, '{"p7": "seven and more"}', grammars, tokenizer)
 
 
 def test_a_schema_that_cannot_be_followed_matters_only_where_it_is_strict(grammars: Any, tokenizer: Any) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from triptych.errors import RequestError, UnknownField, nearest
-from triptych.text.grammar import GrammarCache, available, in_short, require
+from triptych.text.grammar import GrammarCache, available, require
 from triptych.text.schema import Parameters, blame, json_rule, quoted, slashes
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import Grammar
 
 _END_THINK = "</think>"
 _DSML = "\uff5cDSML\uff5c"
+_LONGEST_PATTERN = 1 << 16
 _KINDS = ("text", "json_object", "json_schema", "regex", "lark")
 
 
@@ -87,6 +88,8 @@ def text_rules(raw: object) -> str | None:
     pattern = raw.get(kind)
     if not isinstance(pattern, str) or not pattern:
         raise RequestError(f"{at}.{kind} must be a non-empty string.", param=f"{at}.{kind}")
+    if len(pattern) > _LONGEST_PATTERN:
+        raise RequestError(f"{at}.{kind} is longer than {_LONGEST_PATTERN} characters.", param=f"{at}.{kind}")
     if kind == "regex":
         return f"answer: /{slashes(pattern)}/\n"
     return f"answer: %lark {{\n{pattern}\n}}\n"
@@ -161,12 +164,12 @@ def _compile(grammar: Grammar, grammars: GrammarCache, wanted: Wanted, dsml: str
         at = f"response_format.{raw['type']}"
         if raw["type"] == "json_schema":
             at = blame(schema_of(raw), f"{at}.schema", works)
-        raise RequestError(f"{at} cannot be followed: {in_short(fault)}.", param=at)
+        raise RequestError(f"{at} cannot be followed: {fault}.", param=at)
     for i, function in enumerate(wanted.functions):
         if not function.get("strict"):
             continue
         fault = grammars.fault("start: args\n" + _arguments("args", function, dsml, grammars))
         if fault:
             at = blame(function.get("parameters") or {}, f"tools[{i}].function.parameters", works)
-            raise RequestError(f"{at} cannot be followed: {in_short(fault)}.", "Leave out strict.", param=at)
+            raise RequestError(f"{at} cannot be followed: {fault}.", "Leave out strict.", param=at)
     raise error

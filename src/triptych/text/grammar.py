@@ -23,6 +23,8 @@ from triptych.words import Grammar
 
 MaskBits = npt.NDArray[np.int32]
 _MOST_COMPILED = 256  # grammars; a compiled one takes from tens of kilobytes to some megabytes
+_MOST_ITEMS = 20_000  # of a parser's row: an object of some thousand optional properties
+_MOST_STATES = 50_000  # of a lexer; one takes a kilobyte or two
 _LONGEST = 4 << 20  # characters of one grammar
 
 
@@ -63,7 +65,7 @@ class GrammarState:
             return self._before
         bits = np.zeros(self._words, np.int32)
         if self._matcher.is_error():
-            raise RuntimeError(f"The grammar could not be followed: {self._matcher.get_error()}")
+            raise RuntimeError(f"The grammar could not be followed: {in_short(self._matcher.get_error())}.")
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         return bits
 
@@ -112,10 +114,8 @@ class GrammarCache:
         return GrammarState(self._matcher(grammar.lark, "grammar"), grammar, self._vocab_size, self._eos_ids)
 
     def fault(self, lark: str) -> str:
-        """What is wrong with a grammar, in llguidance's words; empty if nothing is."""
-        from llguidance import LLMatcher
-
-        return str(LLMatcher.validate_grammar(lark, self._guide()))
+        """What is wrong with a grammar, in one line; empty if nothing is."""
+        return self._compile(lark)[1]
 
     def _matcher(self, lark: str, param: str) -> Any:
         with self._lock:
@@ -124,18 +124,30 @@ class GrammarCache:
                 self._compiled.move_to_end(lark)
                 return found.deep_copy()
         require(param)
-        if len(lark) > _LONGEST:
-            raise RequestError(f"The grammar of {param} is longer than {_LONGEST} characters.", param=param)
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._guide(), lark, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"{param} cannot be followed: {in_short(matcher.get_error())}.", param=param)
+        matcher, fault = self._compile(lark)
+        if fault:
+            raise RequestError(f"{param} cannot be followed: {fault}.", param=param)
         with self._lock:
             self._compiled[lark] = matcher
             while len(self._compiled) > _MOST_COMPILED:
                 self._compiled.popitem(last=False)
             return matcher.deep_copy()
+
+    def _compile(self, lark: str) -> tuple[Any, str]:
+        """A matcher at the beginning of a grammar, and what is wrong with it."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        if len(lark) > _LONGEST:
+            return None, f"it is longer than {_LONGEST} characters"
+        limits = LLParserLimits(max_items_in_row=_MOST_ITEMS, max_lexer_states=_MOST_STATES, verbose_errors=False)
+        matcher = LLMatcher(self._guide(), lark, log_level=0, limits=limits)
+        if matcher.is_error():
+            return None, in_short(matcher.get_error())
+        first = matcher.deep_copy()  # too complex for its first token already?
+        begins = any(first.compute_bitmask())
+        if first.is_error():
+            return None, in_short(first.get_error())
+        return matcher, "" if begins else "nothing matches it"
 
     def _guide(self) -> Any:
         """The vocabulary as llguidance wants it; built once."""
@@ -168,5 +180,7 @@ class _Vocabulary:
 def in_short(text: str) -> str:
     """What an error of llguidance says, in one line."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if "NoExtension" in text:
+        return "nothing matches it"
     last = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "unknown reason")
     return last.removeprefix("error:").strip().rstrip(".")[:300]

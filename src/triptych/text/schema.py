@@ -21,6 +21,7 @@ JSON_TEXT = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\
 _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 _MOST_NODES = 2000  # of a faulty schema that are tried one by one
+_LONGEST_PATH = 300
 _DEEPEST = 32  # references that are followed
 
 
@@ -185,7 +186,7 @@ def blame(schema: dict[str, Any], at: str, works: Callable[[dict[str, Any]], boo
     while True:
         for name, part in _parts(node):
             left -= 1
-            if left < 0:
+            if left < 0 or len(at) > _LONGEST_PATH:
                 return at
             if isinstance(part, dict) and not works({**defined, **part}):
                 at, node = f"{at}.{name}" if not name.startswith("[") else f"{at}{name}", part
