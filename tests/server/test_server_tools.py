@@ -214,3 +214,18 @@ def test_stop_strings_are_about_what_is_said(client: openai.OpenAI, engine: Fake
     choice = client.chat.completions.create(**ASK, stop=["path", "invoke"]).choices[0]
     assert choice.message.content == "Let me look." and choice.finish_reason == "tool_calls"
     assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == ARGUMENTS
+
+
+@pytest.mark.parametrize("effort", ["none", "low"])
+def test_a_last_message_is_gone_on_with_and_remembered(client: openai.OpenAI, engine: FakeEngine, effort: str) -> None:
+    begun: dict[str, Any] = {"role": "assistant", "content": "Once upon", "prefix": True}
+    ask: dict[str, Any] = {"model": "fake", "reasoning_effort": effort, "tools": TOOLS}
+    question = {"role": "user", "content": "A story"}
+    engine.script = [" a time"]
+    message = client.chat.completions.create(**ask, messages=[question, begun]).choices[0].message
+    assert message.content == " a time" and not getattr(message, "reasoning_content", None)
+    told = engine.prompts[-1].tolist() + engine.tokenizer.encode(" a time").tolist()
+    engine.script = ["."]
+    more = [question, {"role": "assistant", "content": "Once upon a time"}, {"role": "user", "content": "Go on"}]
+    client.chat.completions.create(**ask, messages=more)
+    assert engine.prompts[-1].tolist()[: len(told) + 1] == [*told, engine.tokenizer.eos_id]

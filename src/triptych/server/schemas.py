@@ -131,6 +131,8 @@ FIELDS: dict[str, dict[str, Json]] = {
         "response_format": {
             "anyOf": [
                 _object(("type",), type=_one_of("text", "json_object")),
+                _object(("type", "regex"), type=_one_of("regex"), regex=_STRING),
+                _object(("type", "lark"), type=_one_of("lark"), lark=_STRING),
                 _object(
                     ("type", "json_schema"),
                     type=_one_of("json_schema"),

@@ -15,7 +15,7 @@ from triptych.text.constraint import Wanted, answer_grammar, text_rules
 from triptych.text.dsml import OutputParser
 from triptych.text.grammar import available
 from triptych.text.render import Prompt, render_turns
-from triptych.text.spell import EFFORTS, END_THINK, Style
+from triptych.text.spell import EFFORTS, END_THINK, Style, continued
 from triptych.text.tools import DSML, OPENER, ToolCall, call_start, parse_tools
 from triptych.text.turns import Assistant, parse_turns
 from triptych.words import Delta, SamplingParams, TokenIds
@@ -57,13 +57,15 @@ def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
     with blaming("messages"):
         prompt = render_turns(turns, desk.engine.tokenizer, style, limit=limit, history=desk.history, salt=desk.salt)
     names = [] if choice == "none" else [str(function["name"]) for function in style.functions]
+    opened = continued(turns)
+    in_thoughts = style.thinking and not (opened is not None and opened.text)
+    thinks = in_thoughts and END_THINK not in style.begin
     if params.stop:  # these are about what is said
-        thinks = style.thinking and END_THINK not in style.begin
         params = replace(params, stop_after=END_THINK if thinks else "", stop_until=f"<{DSML}" if names else "")
     grammars = desk.engine.grammars
     if grammars is not None:
         wanted = Wanted(
-            thinking=style.thinking and not style.begin,
+            thinking=thinks,
             functions=style.functions,
             choice=choice,
             parallel=talk.parallel_tool_calls,
@@ -73,14 +75,15 @@ def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
         params = replace(params, grammar=answer_grammar(wanted, grammars, desk.engine.tokenizer))
 
     def reader() -> Reader:
-        parser = OutputParser(thinking=style.thinking, tools=names, parallel=talk.parallel_tool_calls)
+        parser = OutputParser(thinking=in_thoughts, tools=names, parallel=talk.parallel_tool_calls)
         return ChatReader(parser, style)
 
-    return Ready(prompt.ids, prompt.boundaries, params, reader, _keeper(prompt, desk))
+    return Ready(prompt.ids, prompt.boundaries, params, reader, _keeper(prompt, desk, opened))
 
 
-def _keeper(prompt: Prompt, desk: Desk) -> Callable[[int, Answer], None]:
-    """Remembers each answer under the prompt without its forced begin, which is the answer's."""
+def _keeper(prompt: Prompt, desk: Desk, opened: Assistant | None) -> Callable[[int, Answer], None]:
+    """Remembers each answer under the prompt without what the answer's own turn begins with there."""
+    text, reasoning = (opened.text, opened.reasoning or "") if opened is not None else ("", "")
     before = prompt.ids[: len(prompt.ids) - prompt.forced]
     forced = prompt.ids[len(before) :].tolist()
 
@@ -88,7 +91,7 @@ def _keeper(prompt: Prompt, desk: Desk) -> Callable[[int, Answer], None]:
         if answer.stop is not None:
             return  # what the client was shown is not all that was sampled
         calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in answer.calls)
-        turn = Assistant(answer.text, answer.reasoning or None, calls)
+        turn = Assistant(text + answer.text, reasoning + answer.reasoning or None, calls)
         desk.history.remember(desk.salt, before, turn, [*forced, *answer.token_ids])
 
     return keep

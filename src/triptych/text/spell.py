@@ -149,9 +149,10 @@ def keeps_reasoning(turn: Assistant, style: Style) -> bool:
     return style.thinking and bool(style.functions or turn.open)
 
 
-def continued(turns: Sequence[Turn]) -> bool:
-    """True if the answer goes on with the last turn."""
-    return bool(turns) and isinstance(turns[-1], Assistant) and turns[-1].open
+def continued(turns: Sequence[Turn]) -> Assistant | None:
+    """The last turn, if the answer goes on with it."""
+    last = turns[-1] if turns else None
+    return last if isinstance(last, Assistant) and last.open else None
 
 
 def system_text(turns: Sequence[Turn]) -> str:
