@@ -1,7 +1,8 @@
 """python -m benchmarks chat_text: what it costs on the host to render, constrain and read a chat.
 
 With DeepSeek's own vocabulary. Render: 100 messages with 20 tools to token ids, by both encodings. Grammars: compiling,
-and one mask per token of an answer that matches. Reading: the parser, token by token. Wall clock of one thread.
+and one mask per token of an answer that matches. Reading: the parser, token by token. Wall clock of one
+thread. Decode: the bundled model, constrained and not.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks import rows
+from triptych.engine.api import Engine
 from triptych.engine.sampler import apply_mask
 from triptych.text import recipe
 from triptych.text.constraint import Wanted, answer_grammar
@@ -29,6 +32,7 @@ from triptych.text.spell import PlainEncoding, Style
 from triptych.text.tokenizer import Tokenizer
 from triptych.text.tools import DSML, ToolCall, calls_block, parse_tools
 from triptych.text.turns import parse_turns
+from triptych.words import SamplingParams
 
 VOCABULARY = 129_280
 WORDS = (
@@ -84,6 +88,7 @@ def main(argv: list[str]) -> int:
     values["render"] = rendering(tokenizer, given.rounds)
     values["grammars"] = grammars(tokenizer)
     values["reading_us_a_token"] = reading(tokenizer)
+    values["decode_tok_s"] = decoding()
     print(json.dumps(values, indent=1))
     rows.append("chat_text", values, kv_bytes={}, threads=1)
     return 0
@@ -198,6 +203,25 @@ def reading(tokenizer: Tokenizer) -> float:
         parser.finish()
 
     return round(milliseconds(read, 5) * 1e3 / len(chunks), 1)
+
+
+def decoding() -> dict[str, float]:
+    """Tokens per second of 16 streams of the bundled model, free and under a schema, taking turns; medians of 5."""
+    engine = Engine.load("tiny", kv_memory=64 << 20, max_running=16)
+    assert engine.grammars is not None and engine.tokenizer is not None
+    schema = {"type": "array", "items": {"type": "string", "maxLength": 40}, "minItems": 400}
+    wanted = Wanted(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}})
+    # a bias, so that both rows leave the quick way of plain greedy decoding
+    free = SamplingParams(max_tokens=120, temperature=0.0, ignore_eos=True, logit_bias={5: 0.1})
+    bound = replace(free, grammar=answer_grammar(wanted, engine.grammars, engine.tokenizer))
+    taken: dict[str, list[float]] = {"free": [], "grammar": []}
+    for _ in range(5):
+        for name, params in (("free", free), ("grammar", bound)):
+            started = time.perf_counter()
+            outs = engine.generate(["Say: "] * 16, params)
+            taken[name].append(sum(len(out.token_ids) for out in outs) / (time.perf_counter() - started))
+    engine.close()
+    return {name: round(statistics.median(rates), 1) for name, rates in taken.items()}
 
 
 def spelled(text: str, tokenizer: Tokenizer) -> list[int]:
