@@ -95,7 +95,9 @@ class Pools:
         positions = torch.arange(max(boundary - RESTORED, 0), boundary - LOOKBACK, device=self.device)
         layers = torch.arange(len(self.layers), device=self.device)[:, None]
         rows = layers * WINDOW + (positions - (boundary - RESTORED))
-        held = torch.tensor(frames, device=self.device)
+        held = torch.tensor(frames)
+        if self.device.type == "cuda":  # the host does not wait for this copy
+            held = held.pin_memory().to(self.device, non_blocking=True)
         return positions, held[rows // self.rows_per_frame], rows % self.rows_per_frame
 
     def _rings(self, slot: int) -> list[Tensor]:

@@ -67,8 +67,8 @@ def _fetch(xs, ws, xp, wp, k, BLOCKS: gl.constexpr):
 def _arrive(xs, ws, xp, wp, k, BLOCKS: gl.constexpr):
     """Wait for block k and fetch one into the place of block k - 2: a product of k - 1 may still be running."""
     async_copy.wait_group(STAGES - 3)
+    fence_async_shared()  # by those who wrote, before the barrier
     gl.thread_barrier()
-    fence_async_shared()
     _fetch(xs, ws, xp, wp, k + STAGES - 2, BLOCKS)
 
 

@@ -111,19 +111,23 @@ def _expand(
 
     Their numbers go to put_ptr in order, their values to value_ptr; returns how many there are, of which ROOM fit.
     """
-    i = tl.arange(0, GROUPS * MEMBERS)
-    group = i // MEMBERS
-    member = i % MEMBERS
-    there = (group < found) & (member < members)
-    at = tl.load(list_ptr + group, mask=there, other=0) * members + member
-    there = there & (at < n)
-    x = tl.load(source_ptr + at, mask=there, other=-2147483648)
-    among = (there & (x >= bound)).to(tl.int32)
-    place = tl.cumsum(among, 0) - among
-    fits = (among > 0) & (place < ROOM)
-    tl.store(put_ptr + place, at, mask=fits)
-    tl.store(value_ptr + place, x, mask=fits)
-    return tl.sum(among, 0)
+    PART: tl.constexpr = GROUPS // 2
+    total = tl.full([], 0, tl.int32)
+    member = tl.arange(0, MEMBERS)
+    for first in range(0, found, PART):
+        group = first + tl.arange(0, PART)
+        listed = group < found
+        base = tl.load(list_ptr + group, mask=listed, other=0) * members
+        at = tl.reshape(base[:, None] + member[None, :], [PART * MEMBERS])
+        there = tl.reshape(listed[:, None] & (member < members)[None, :], [PART * MEMBERS]) & (at < n)
+        x = tl.load(source_ptr + at, mask=there, other=-2147483648)
+        among = (there & (x >= bound)).to(tl.int32)
+        place = total + tl.cumsum(among, 0) - among
+        fits = (among > 0) & (place < ROOM)
+        tl.store(put_ptr + place, at, mask=fits)
+        tl.store(value_ptr + place, x, mask=fits)
+        total += tl.sum(among, 0)
+    return total
 
 
 @triton.jit
