@@ -229,3 +229,16 @@ def test_a_last_message_is_gone_on_with_and_remembered(client: openai.OpenAI, en
     more = [question, {"role": "assistant", "content": "Once upon a time"}, {"role": "user", "content": "Go on"}]
     client.chat.completions.create(**ask, messages=more)
     assert engine.prompts[-1].tolist()[: len(told) + 1] == [*told, engine.tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("effort", ["none", "low"])
+def test_without_grammars_a_forced_call_is_begun_for_the_model(
+    client: openai.OpenAI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, effort: str
+) -> None:
+    for module in ("server.talk", "text.constraint"):
+        monkeypatch.setattr(f"triptych.{module}.available", lambda: False)
+    engine.script = [calls_block([ToolCall("", "list", "{}")]).split('invoke name="list">\n')[1]]
+    named = {"type": "function", "function": {"name": "list"}}
+    choice = client.chat.completions.create(**ASK | {"reasoning_effort": effort}, tool_choice=named).choices[0]
+    [call] = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments, choice.finish_reason) == ("list", "{}", "tool_calls")

@@ -136,6 +136,8 @@ def test_whatever_the_model_writes(bits: list[str], thinking: bool, parallel: bo
 
 
 _PLAIN = st.text(st.sampled_from("ab \n<>/\"'\\{}[]:,é猫🙂\u2028|｜_0"), max_size=30)
+# at the very end this can only be the begin of a tag that was cut off
+_ENDED = _PLAIN.filter(lambda text: not text.endswith("</｜"))
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 _VALUE = st.recursive(
     st.none()
@@ -151,7 +153,7 @@ _CALLS = st.lists(st.tuples(st.sampled_from("fg"), st.dictionaries(_KEY, _VALUE,
 
 
 @settings(max_examples=500, deadline=None)
-@given(reasoning=st.none() | _PLAIN, content=_PLAIN, made=_CALLS, data=st.data())
+@given(reasoning=st.none() | _PLAIN, content=_ENDED, made=_CALLS, data=st.data())
 def test_a_turn_that_is_rendered_reads_as_it_was(reasoning: str | None, content: str, made: Any, data: Any) -> None:
     calls = tuple(ToolCall(f"c{i}", name, dumps(arguments)) for i, (name, arguments) in enumerate(made))
     thinking = reasoning is not None

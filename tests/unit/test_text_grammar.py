@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triptych.errors import RequestError
+from triptych.errors import RequestError, Unsupported
 from triptych.text.constraint import Wanted, answer_grammar
 from triptych.text.grammar import GrammarCache, GrammarState
 from triptych.text.tokenizer import Tokenizer
@@ -224,3 +224,18 @@ def test_masks_are_as_wide_as_the_model_and_states_do_not_share(grammars: Gramma
     end = first.mask()
     assert end is not None and [i for i in range(tokenizer.vocab_size) if allowed(end, i)] == [tokenizer.eos_id]
     np.testing.assert_array_equal(second.mask(), mask)
+
+
+def test_without_llguidance_what_needs_it_is_refused_by_name(
+    grammars: GrammarCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triptych.text.grammar.importlib.util.find_spec", lambda name: None)
+    assert answer_grammar(Wanted(functions=(LOOSE, FREE)), grammars, tokenizer) is None
+    for wanted, param in (
+        (Wanted(response_format=JSON_OBJECT), "response_format"),
+        (Wanted(functions=(LOOSE,), choice="required"), "tool_choice"),
+        (Wanted(functions=(STRICT,)), "tools"),
+    ):
+        with pytest.raises(Unsupported, match=r"triptych\[grammar\]") as caught:
+            answer_grammar(wanted, grammars, tokenizer)
+        assert caught.value.param == param

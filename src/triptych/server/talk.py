@@ -67,7 +67,7 @@ def prepare(talk: Talk, desk: Desk, params: SamplingParams) -> Ready:
         wanted = Wanted(
             thinking=thinks,
             functions=style.functions,
-            choice=choice,
+            choice="auto" if style.begin not in ("", OPENER) else choice,  # begun for the model, it needs no more
             parallel=talk.parallel_tool_calls,
             response_format=talk.response_format,
             opened=style.begin == OPENER,

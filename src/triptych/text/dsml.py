@@ -262,7 +262,7 @@ class OutputParser:
     def _safe(self, text: str, *, newlines: bool) -> int:
         """How much of `text` can be no beginning of markup."""
         if self._ended:
-            return len(text) - _overlap(text, (_OPEN, _CLOSE, DSML), least=2)
+            return len(text) - _overlap(text, (_OPEN, _CLOSE, DSML), least=3)
         end = len(text) - _overlap(text, _MARKERS)
         if newlines:
             end -= min(2, end - len(text[:end].rstrip("\n")))
