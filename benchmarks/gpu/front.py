@@ -1,6 +1,6 @@
 """The kernels between the products of a decode step, on V4-Flash's shapes: checked against references, then timed.
 
-    python -m benchmarks.gpu.front [--check] [--out FILE]
+    python -m benchmarks.gpu.front [--check] [--batch N ...] [--out FILE]
 
 Inputs rotate, so that what a layer reads once a step (its maps) comes from memory and not from the L2 cache. The floor
 is bytes over the copy bandwidth of the run; an empty kernel in a graph takes 1.2 us on an H200.
@@ -244,13 +244,14 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.check:
         return 0 if all([check(SHAPES["flash"], (1, 3, 64)), check(SHAPES["pro"], (2, 17))]) else 1
     bandwidth, _ = ceilings()
     lines = []
-    measured = [(case, SETS) for batch in BATCHES for case in cases(SHAPES["flash"], batch)]
+    measured = [(case, SETS) for batch in options.batch for case in cases(SHAPES["flash"], batch)]
     for case, count in [*measured, *((case, 2) for case in chunk_cases(SHAPES["flash"], 8192))]:
         sets = [case.make() for _ in range(count)]
         us = timed([lambda given=given, case=case: case.fast(*given) for given in sets])

@@ -17,7 +17,7 @@ from triptych.kernels import inputs
 from triptych.kernels.registry import FOLDER
 
 # largest |fast - reference| relative to the norm-wise size of the reference, by storage dtype
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def _z(share_ptr, r, slices, dim, norm_eps, N: tl.constexpr, SLICES: tl.constexp
     s = tl.arange(0, SLICES)
     m = tl.arange(0, MAPS)
     at = share_ptr + (r * slices + s[:, None]) * MAPS + m[None, :]
-    total = tl.sum(tl.load(at, mask=(s < slices)[:, None], other=0.0, cache_modifier=".cg"), 0)
+    total = tl.sum(tl.load(at, mask=(s < slices)[:, None], other=0.0), 0)
     square = tl.sum(tl.where(m == MAPS - 1, total, 0.0), 0)
     return total * tl.rsqrt(square / (N * dim) + norm_eps)
 
@@ -89,21 +89,31 @@ def _pick(z, i, MAPS: tl.constexpr):
 
 
 @triton.jit
-def _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N: tl.constexpr, MAPS: tl.constexpr):
-    """sum_j (sigmoid(z_j) + eps) X_j over the dims d."""
-    scale = tl.load(scale_ptr)
-    x = tl.zeros_like(d).to(tl.float32)
-    for j in tl.static_range(N):
-        weight = tl.sigmoid(_pick(z, j, MAPS) * scale + tl.load(base_ptr + j)) + eps
-        stream = tl.load(streams_ptr + (r * N + j) * dim + d, mask=d < dim, other=0.0, cache_modifier=".cg")
-        x += weight * stream.to(tl.float32)
-    return x
+def _input(
+    streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
+    ROUND: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """x = norm of sum_j (sigmoid(z_j) + eps) X_j for four streams. Returns z [MAPS], scaled; reads all first.
 
-
-@triton.jit
-def _row_norm(x, d, dim, norm_ptr, norm_eps):
-    scale = tl.rsqrt(tl.sum(x * x, 0) / dim + norm_eps)
-    return x * scale * tl.load(norm_ptr + d, mask=d < dim, other=0.0)
+    ROUND: as the streams keep it before the norm.
+    """
+    d = tl.arange(0, DIM)
+    here = streams_ptr + r * 4 * dim + d
+    x0 = tl.load(here, mask=d < dim, other=0.0)
+    x1 = tl.load(here + dim, mask=d < dim, other=0.0)
+    x2 = tl.load(here + 2 * dim, mask=d < dim, other=0.0)
+    x3 = tl.load(here + 3 * dim, mask=d < dim, other=0.0)
+    norm = tl.load(norm_ptr + d, mask=d < dim, other=0.0)
+    z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS) * scale + base
+    pre = tl.sigmoid(z) + eps
+    x = _pick(pre, 0, MAPS) * x0.to(tl.float32) + _pick(pre, 1, MAPS) * x1.to(tl.float32)
+    x += _pick(pre, 2, MAPS) * x2.to(tl.float32)
+    x += _pick(pre, 3, MAPS) * x3.to(tl.float32)
+    if ROUND:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + norm_eps) * norm
+    tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
+    return z
 
 
 @triton.jit
@@ -125,17 +135,28 @@ def mix(
     SLICES: tl.constexpr,
     MAPS: tl.constexpr,
     DIM: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Job 0: the block's normed input. Job 1: post and comb, which the next site needs."""
+    """The block's normed input, and post and comb, which the next site needs; `APART`: by two programs."""
     r = tl.program_id(0).to(tl.int64)
-    z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
-    if tl.program_id(1) == 0:
-        d = tl.arange(0, DIM)
-        x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
-        x = _row_norm(x, d, dim, norm_ptr, norm_eps)
-        tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
+    i = tl.arange(0, MAPS)
+    base = tl.load(base_ptr + i, mask=i < 24, other=0.0)
+    scale = tl.load(scale_ptr + tl.where(i < 4, 0, tl.where(i < 8, 1, 2)))
+    if APART:
+        if tl.program_id(1) == 0:
+            _input(
+                streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
+                False, N, SLICES, MAPS, DIM,
+            )  # fmt: skip
+        else:
+            z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS) * scale + base
+            _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS, MAPS)
     else:
-        _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS, MAPS)
+        z = _input(
+            streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
+            False, N, SLICES, MAPS, DIM,
+        )  # fmt: skip
+        _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS, MAPS)
 
 
 @triton.jit
@@ -157,11 +178,12 @@ def head(
 ):
     """The hidden state of row r: collapsed, rounded, normed."""
     r = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DIM)
-    z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
-    x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
-    x = _row_norm(x.to(x_ptr.dtype.element_ty).to(tl.float32), d, dim, norm_ptr, norm_eps)
-    tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
+    i = tl.arange(0, MAPS)
+    base = tl.load(base_ptr + i, mask=i < 4, other=0.0)
+    _input(
+        streams_ptr, share_ptr, base, tl.load(scale_ptr), norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
+        True, N, SLICES, MAPS, DIM,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -181,11 +203,9 @@ def _soft4(a, b, c, d, eps):
 
 
 @triton.jit
-def _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.constexpr):
-    """post and comb of row r for four streams. The matrix is sixteen scalars: no thread waits for another."""
+def _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.constexpr):
+    """post and comb of row r for four streams, of its scaled maps z. The matrix is sixteen scalars in every thread."""
     i = tl.arange(0, MAPS)
-    part = tl.where(i < 8, 1, 2)
-    z = z * tl.load(scale_ptr + part) + tl.load(base_ptr + i, mask=i < 24, other=0.0)
     tl.store(post_ptr + r * 4 + i - 4, 2.0 * tl.sigmoid(z), mask=(i >= 4) & (i < 8))
     a0, a1, a2, a3 = _soft4(_pick(z, 8, MAPS), _pick(z, 9, MAPS), _pick(z, 10, MAPS), _pick(z, 11, MAPS), eps)
     b0, b1, b2, b3 = _soft4(_pick(z, 12, MAPS), _pick(z, 13, MAPS), _pick(z, 14, MAPS), _pick(z, 15, MAPS), eps)

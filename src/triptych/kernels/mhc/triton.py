@@ -87,6 +87,7 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     return out
 
 
+_APART = 256  # rows up to which a program of its own for Sinkhorn shortens the step more than it costs
 _SLICE = 32  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -101,9 +102,11 @@ def _site(
     streams, share = _expand(y, ids, before, site.fn, first=first)
     x, slices = streams.new_empty(rows, dim), share.shape[1]
     post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)
-    sites.mix[(rows, 2)](
+    apart = rows <= _APART
+    sites.mix[(rows, 1 + apart)](
         *(streams, share, site.base, site.scale, norm, x, post, comb, slices, dim, site.eps, site.norm_eps),
         ITERS=site.iters,
+        APART=apart,
         N=n,
         SLICES=triton.next_power_of_2(slices),
         MAPS=share.shape[2],
