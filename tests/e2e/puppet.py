@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from torch import Tensor
 
-from triptych.engine import loop
+from triptych.engine import runner
 from triptych.engine.api import AsyncEngine
 from triptych.engine.sampler import SamplerState
 from triptych.server.app import build_app
@@ -42,7 +42,7 @@ class Puppet:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.script: list[list[int]] = []
         self._roles: dict[str, list[int]] = {}
-        patch.setattr(loop, "sample", self._sample)
+        patch.setattr(runner, "sample", self._sample)
 
     def _sample(self, logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | str]:
         out: list[SampledToken | str] = []

@@ -64,7 +64,7 @@ class ModelFlags:
         str,
         typer.Option(metavar="MODEL", help="flash, pro, tiny, a checkpoint or config.json; gqa-70b, deepseek-v3.2."),
     ] = "flash"
-    kv_format: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(help="Format of entries.")] = "fp8"
+    kv_format: Annotated[Literal["float32", "bfloat16", "fp8"], typer.Option(help="Format of entries.")] = "fp8"
     index_format: Annotated[
         Literal["fp8", "mxfp4", "bfloat16", "float32"] | None, typer.Option(help="Of index keys. Default: as entries.")
     ] = None

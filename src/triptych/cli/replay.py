@@ -71,7 +71,7 @@ def replay(
     ] = "adaptive",
     in_flight: Annotated[int, typer.Option(metavar="N", help="Requests held at once.")] = 16,
     chunk: Annotated[int, typer.Option(metavar="N", help="Prompt tokens that one step runs.")] = 8192,
-    kv_format: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(help="Format of entries.")] = "fp8",
+    kv_format: Annotated[Literal["float32", "bfloat16", "fp8"], typer.Option(help="Format of entries.")] = "fp8",
     traffic: TrafficFlags,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Hit rate over memory as PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several runs.")] = False,
@@ -152,7 +152,7 @@ def _check_policies(names: tuple[str, ...]) -> None:
             raise ConfigError(f"--policy {name!r} is not known.", nearest(name, known)) from error
 
 
-def _geometry(model: str, kv_format: Literal["fp8", "bfloat16", "float32"]) -> CacheGeometry:
+def _geometry(model: str, kv_format: Literal["float32", "bfloat16", "fp8"]) -> CacheGeometry:
     from triptych.cache.geometry import CacheGeometry
     from triptych.config import SHAPES, ModelShape
 
