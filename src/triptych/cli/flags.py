@@ -55,6 +55,14 @@ class EngineFlags:
     remote: Annotated[
         str | None, typer.Option(metavar="URL", help="A Valkey or Redis server below the disk, redis://host:port.")
     ] = None
+    retention: Annotated[
+        Literal["value", "lru"] | None,
+        typer.Option(help="What the cache gives up first: what is worth least per byte, or what was used longest ago."),
+    ] = None
+    tenant_quota: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the cache that one tenant may take while others want room."),
+    ] = None
     canary: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Compute this share of resumed requests again in idle time and compare."),

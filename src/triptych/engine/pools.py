@@ -16,6 +16,7 @@ are views of values and of scales: of a page, of its own ring in a slot, of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,11 +47,15 @@ class Pools:
         geometry: CacheGeometry,
         capacity: CacheCapacity,
         device: torch.device = torch.device("cpu"),  # noqa: B008  (a value, never changed)
+        spare: int = 0,
     ) -> None:
+        """`spare`: one slot more than requests can own if 1, for the padding rows of decode batches."""
         layers, c, di = shape.num_layers, shape.head_dim, shape.index_head_dim
         n_csa, n_hca = len(shape.csa_layers), len(shape.hca_layers)
         self.capacity = capacity
         self.device = device
+        self.spare_slot = capacity.slots
+        slots = capacity.slots + spare
         self.window_stride = layers * SLOT_ROWS
         self.rows_per_frame = geometry.rows_per_frame
         self.csa_stride = n_csa * CSA_RING
@@ -59,12 +64,12 @@ class Pools:
         dtype = _DTYPES.get(geometry.kv_format, torch.uint8)
         self.frames = torch.empty(capacity.frames, geometry.page_bytes // dtype.itemsize, dtype=dtype, device=device)
         ring_bytes = SLOT_ROWS * geometry.window_row_bytes
-        self.window = torch.empty(capacity.slots, layers, ring_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.window = torch.empty(slots, layers, ring_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._dim = c
         self._rows = self._rows_in(self.frames.view(torch.uint8), 0, self.rows_per_frame)
-        self._csa = torch.empty(capacity.slots * self.csa_stride, 4 * c, device=device)
-        self._index = torch.empty(capacity.slots * self.csa_stride, 4 * di, device=device)
-        self._hca = torch.empty(capacity.slots * self.hca_stride, 2 * c, device=device)
+        self._csa = torch.empty(slots * self.csa_stride, 4 * c, device=device)
+        self._index = torch.empty(slots * self.csa_stride, 4 * di, device=device)
+        self._hca = torch.empty(slots * self.hca_stride, 2 * c, device=device)
         self.layers = self._layer_views(shape, geometry)
 
     @property
@@ -90,7 +95,9 @@ class Pools:
         positions = torch.arange(max(boundary - RESTORED, 0), boundary - LOOKBACK, device=self.device)
         layers = torch.arange(len(self.layers), device=self.device)[:, None]
         rows = layers * WINDOW + (positions - (boundary - RESTORED))
-        held = torch.tensor(frames, device=self.device)
+        held = torch.tensor(frames)
+        if self.device.type == "cuda":  # the host does not wait for this copy
+            held = held.pin_memory().to(self.device, non_blocking=True)
         return positions, held[rows // self.rows_per_frame], rows % self.rows_per_frame
 
     def _rings(self, slot: int) -> list[Tensor]:
@@ -121,20 +128,24 @@ class Pools:
         pages = self.frames.view(torch.uint8)
         views, csa, hca = [], 0, 0
         for layer, ratio in enumerate(shape.ratios):
-            window = self._ring(layer)
+            one = LayerCache(
+                *(layer, self._ring(layer), self._rows),
+                ring=SLOT_ROWS,
+                window_stride=self.window_stride,
+                state_stride=self.csa_stride if ratio == CSA_LAYER else self.hca_stride,
+            )
             if ratio == CSA_LAYER:
                 main = self._entries(pages, segments[layer, "csa_main"])
                 keys = _keys(pages, segments[layer, "csa_index"], geometry.index_format, shape.index_head_dim)
                 at = csa * CSA_RING
-                views.append(LayerCache(layer, window, self._rows, main, keys, self._csa[at:], self._index[at:]))
+                one = replace(one, entries=main, index_keys=keys, state=self._csa[at:], index_state=self._index[at:])
                 csa += 1
             elif ratio == HCA_LAYER:
                 every = self._entries(pages, segments[layer, "hca"])
                 main = every.only(hca) if isinstance(every, PackedRows) else every[:, hca : hca + 1]
-                views.append(LayerCache(layer, window, self._rows, main, None, self._hca[hca * HCA_RING :]))
+                one = replace(one, entries=main, state=self._hca[hca * HCA_RING :])
                 hca += 1
-            else:
-                views.append(LayerCache(layer, window, self._rows))
+            views.append(one)
         return tuple(views)
 
 

@@ -9,16 +9,29 @@ Projections that read the same input share one matrix, so that one product serve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triptych.config import CSA_LAYER, HCA_RATIO, SWA_LAYER, ModelShape
-from triptych.errors import CheckpointError
+from triptych.errors import CheckpointError, ConfigError
 from triptych.kernels.attend.ref import Attention
 from triptych.kernels.compress.ref import Compressor
 from triptych.kernels.mhc.ref import MhcHead, MhcSite
 from triptych.kernels.moe.ref import Experts, Router
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import (
+    FP8_BLOCK,
+    MX_GROUP,
+    dequantize_fp8,
+    e8m0_decode,
+    quantize_fp8,
+    quantize_mxfp4,
+)
+
+Storage = torch.dtype | Literal["released"]
+"""Dtype of all matrices, or as they are released: FP8 and MXFP4 with scales, bf16 for the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +51,12 @@ class AttentionWeights:
     """One attention block. q_norm [q_lora], kv_norm [c]; o_a [G, rank, in]; o_b [d, G*rank]."""
 
     layout: FrontLayout
-    front: Tensor
-    query: Tensor
+    front: Tensor | FrontMatrix
+    query: Matrix
     q_norm: Tensor
     kv_norm: Tensor
-    o_a: Tensor
-    o_b: Tensor
+    o_a: Matrix
+    o_b: Matrix
     core: Attention
     compressor: Compressor | None
     index_compressor: Compressor | None
@@ -55,8 +68,8 @@ class MoeWeights:
 
     router: Router
     experts: Experts
-    shared_w13: Tensor
-    shared_w2: Tensor
+    shared_w13: Matrix
+    shared_w2: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +90,8 @@ class MtpWeights:
     """The multi-token prediction block (reference section 2.8); e_proj and h_proj [d, d]."""
 
     block: LayerWeights
-    e_proj: Tensor
-    h_proj: Tensor
+    e_proj: Matrix
+    h_proj: Matrix
     enorm: Tensor
     hnorm: Tensor
     norm: Tensor
@@ -98,46 +111,89 @@ class ModelWeights:
     mtp: tuple[MtpWeights, ...]
 
 
+class _Place(NamedTuple):
+    """Where a tensor goes: values in their stored form and, if they have scales, those."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Logical shape: packed values count twice."""
+        rows, *columns = self.values.shape
+        packed = self.values.dtype == torch.uint8
+        return torch.Size((rows, 2 * columns[0])) if packed else self.values.shape
+
+
 class WeightStore:
     """Allocates all weights of `shape` and remembers where each official tensor name goes.
 
-    Matrices are `dtype`; norms, mHC, sinks, biases and ape are float32, as in the checkpoint. All are on `device`;
-    on "meta" they take no memory, which tells `nbytes` beforehand.
+    Matrices are `dtype`; norms, mHC, sinks, biases and ape are float32, as in the checkpoint. With "released" linears
+    are Fp8Matrix, routed experts Mxfp4Matrix, and embedding, head, compressors and indexer weights bf16. All are on
+    `device`; on "meta" they take no memory, which tells `nbytes` beforehand.
     """
 
     def __init__(
         self,
         shape: ModelShape,
-        dtype: torch.dtype = torch.float32,
+        dtype: Storage = torch.float32,
         *,
         mtp: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         self._shape = shape
-        self._dtype = dtype
-        self._targets: dict[str, Tensor] = {}
+        self._released = dtype == "released"
+        self._dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
+        self._targets: dict[str, _Place] = {}
         self._placed: set[str] = set()
+        if self._released:
+            _check_blocks(shape)
         with torch.device(device):
             self.weights = self._model(mtp)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights; tensors that share a matrix are counted by their own rows."""
-        return sum(target.nbytes for target in self._targets.values())
+        """Bytes of all weights with their scales; tensors that share a matrix are counted by their own rows."""
+        tensors = (tensor for place in self._targets.values() for tensor in place if tensor is not None)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def place(self, name: str, tensor: Tensor) -> None:
-        """Copy `tensor` to where `name` belongs. Raises CheckpointError for unknown names and wrong shapes."""
+    def place(self, name: str, tensor: Tensor, scale: Tensor | None = None) -> None:
+        """Copy `tensor` to where `name` belongs. Raises CheckpointError for unknown names and wrong shapes.
+
+        With `scale` (e8m0 codes or float32) it is as stored in a file: float8_e4m3fn, or packed e2m1. Whatever is not
+        in the form in which it is kept is brought into it.
+        """
         target = self._targets.get(name)
         if target is None:
             raise CheckpointError(f"Tensor {name} has no place in this model.")
-        if target.shape != tensor.shape:
-            raise CheckpointError(f"Tensor {name} is {list(tensor.shape)}, expected {list(target.shape)}.")
-        target.copy_(tensor)
+        packed = scale is not None and tensor.dtype in (torch.int8, torch.uint8)
+        shape = torch.Size((tensor.shape[0], 2 * tensor.shape[1])) if packed else tensor.shape
+        if target.shape != shape:
+            raise CheckpointError(f"Tensor {name} is {list(shape)}, expected {list(target.shape)}.")
+        if target.scales is None:
+            target.values.copy_(tensor if scale is None else _dense(tensor, scale))
+        elif target.values.dtype == torch.uint8:
+            if scale is not None and packed:
+                values, codes = tensor, scale
+            else:
+                values, codes = quantize_mxfp4(_dense(tensor, scale))
+            target.values.copy_(values.view(torch.uint8))
+            target.scales.copy_(codes.view(torch.uint8))
+        else:
+            if scale is not None and tensor.dtype == torch.float8_e4m3fn:
+                values, codes = tensor, scale
+            else:
+                values, codes = quantize_fp8(_dense(tensor, scale))
+            target.values.copy_(values)
+            factors = e8m0_decode(codes) if codes.element_size() == 1 else codes
+            # matrices of fewer rows than a block share its scale
+            times = target.scales.shape[0] // factors.shape[0]
+            target.scales.copy_(factors.repeat_interleave(times, 0) if times > 1 else factors)
         self._placed.add(name)
 
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every tensor that has a place, by official name."""
-        return {name: (target.shape, target.dtype) for name, target in self._targets.items()}
+        """Logical shape and stored dtype of every tensor that has a place, by official name."""
+        return {name: (target.shape, target.values.dtype) for name, target in self._targets.items()}
 
     def missing(self) -> list[str]:
         """Names not placed yet, sorted. MTP tensors count only once one of them was placed."""
@@ -150,7 +206,7 @@ class WeightStore:
 
     def _new(self, name: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor = torch.empty(*size, dtype=dtype or self._dtype)
-        self._targets[name] = tensor
+        self._targets[name] = _Place(tensor)
         return tensor
 
     def _f32(self, name: str, *size: int) -> Tensor:
@@ -161,9 +217,53 @@ class WeightStore:
         whole = torch.empty(sum(rows for _, rows in parts), width, dtype=self._dtype)
         at = 0
         for name, rows in parts:
-            self._targets[name] = whole[at : at + rows]
+            self._targets[name] = _Place(whole[at : at + rows])
             at += rows
         return whole
+
+    def _linear(self, width: int, parts: list[tuple[str, int]]) -> Matrix:
+        """As `_stack`, of tensors that are released as FP8."""
+        if not self._released:
+            return self._stack(width, parts)
+        whole = _fp8(sum(rows for _, rows in parts), width)
+        at = 0
+        for name, rows in parts:
+            mine = whole.rows(at, at + rows)
+            self._targets[name] = _Place(mine.values, mine.scales)
+            at += rows
+        return whole
+
+    def _front(self, width: int, latent: list[tuple[str, int]], rest: list[tuple[str, int]]) -> Tensor | FrontMatrix:
+        if not self._released:
+            return self._stack(width, latent + rest)
+        matrix = self._linear(width, latent)
+        assert isinstance(matrix, Fp8Matrix)
+        return FrontMatrix(matrix, self._stack(width, rest))
+
+    def _out(self, name: str, groups: int, rank: int, width: int) -> Matrix:
+        """The first, grouped output projection [groups, rank, width]."""
+        if not self._released:
+            dense = torch.empty(groups, rank, width, dtype=self._dtype)
+            self._targets[name] = _Place(dense.view(groups * rank, width))
+            return dense
+        matrix = _fp8(groups, rank, width)
+        self._targets[name] = _Place(matrix.values.view(groups * rank, width), matrix.scales.flatten(0, 1))
+        return matrix
+
+    def _experts(self, names: list[list[str]], rows: int, width: int) -> Tensor | Mxfp4Matrix:
+        """A stack [experts, parts * rows, width]; names[expert] are those of its parts."""
+        count, parts = len(names), len(names[0])
+        if self._released:
+            packed = torch.empty(count, parts * rows, width // 2, dtype=torch.uint8)
+            matrix = Mxfp4Matrix(packed, torch.empty(count, parts * rows, width // MX_GROUP, dtype=torch.uint8))
+            values, scales = matrix.values, matrix.scales
+        else:
+            values = torch.empty(count, parts * rows, width, dtype=self._dtype)
+        for expert, own in enumerate(names):
+            for part, name in enumerate(own):
+                mine = slice(part * rows, (part + 1) * rows)
+                self._targets[name] = _Place(values[expert, mine], scales[expert, mine] if self._released else None)
+        return matrix if self._released else values
 
     def _model(self, mtp: bool) -> ModelWeights:
         s = self._shape
@@ -181,8 +281,8 @@ class WeightStore:
         d = self._shape.hidden_size
         return MtpWeights(
             block=self._layer(at, SWA_LAYER, False),
-            e_proj=self._new(at + "e_proj.weight", d, d),
-            h_proj=self._new(at + "h_proj.weight", d, d),
+            e_proj=self._linear(d, [(at + "e_proj.weight", d)]),
+            h_proj=self._linear(d, [(at + "h_proj.weight", d)]),
             enorm=self._f32(at + "enorm.weight", d),
             hnorm=self._f32(at + "hnorm.weight", d),
             norm=self._f32(at + "norm.weight", d),
@@ -228,7 +328,7 @@ class WeightStore:
         s = self._shape
         c, d, di = s.head_dim, s.hidden_size, s.index_head_dim
         wide = 2 * c if ratio == CSA_LAYER else c
-        parts = [(at + "wq_a.weight", s.q_lora_rank), (at + "wkv.weight", c)]
+        latent, parts = [(at + "wq_a.weight", s.q_lora_rank), (at + "wkv.weight", c)], []
         queries = [(at + "wq_b.weight", s.num_heads * c)]
         if ratio != SWA_LAYER:
             parts += [(at + "compressor.wkv.weight", wide), (at + "compressor.wgate.weight", wide)]
@@ -236,17 +336,15 @@ class WeightStore:
             parts += [(at + f"indexer.compressor.{w}.weight", 2 * di) for w in ("wkv", "wgate")]
             parts.append((at + "indexer.weights_proj.weight", s.index_heads))
             queries.append((at + "indexer.wq_b.weight", s.index_heads * di))
-        o_in = s.num_heads * c // s.o_groups
-        o_a = torch.empty(s.o_groups, s.o_lora_rank, o_in, dtype=self._dtype)
-        self._targets[at + "wo_a.weight"] = o_a.view(s.o_groups * s.o_lora_rank, o_in)
+        low = s.o_groups * s.o_lora_rank
         return AttentionWeights(
             layout=_front_layout(s, ratio),
-            front=self._stack(d, parts),
-            query=self._stack(s.q_lora_rank, queries),
+            front=self._front(d, latent, parts),
+            query=self._linear(s.q_lora_rank, queries),
             q_norm=self._f32(at + "q_norm.weight", s.q_lora_rank),
             kv_norm=self._f32(at + "kv_norm.weight", c),
-            o_a=o_a,
-            o_b=self._new(at + "wo_b.weight", d, s.o_groups * s.o_lora_rank),
+            o_a=self._out(at + "wo_a.weight", s.o_groups, s.o_lora_rank, s.num_heads * c // s.o_groups),
+            o_b=self._linear(low, [(at + "wo_b.weight", d)]),
             core=Attention(self._f32(at + "attn_sink", s.num_heads), c**-0.5),
             compressor=self._compressor(at + "compressor.", ratio, c) if ratio != SWA_LAYER else None,
             index_compressor=self._compressor(at + "indexer.compressor.", ratio, di) if ratio == CSA_LAYER else None,
@@ -267,15 +365,44 @@ class WeightStore:
             experts_per_token=k,
             scaling=s.routed_scaling,
         )
-        w13 = torch.empty(e, 2 * i, d, dtype=self._dtype)
-        w2 = torch.empty(e, d, i, dtype=self._dtype)
-        for x in range(e):
-            self._targets[at + f"experts.{x}.w1.weight"] = w13[x, :i]
-            self._targets[at + f"experts.{x}.w3.weight"] = w13[x, i:]
-            self._targets[at + f"experts.{x}.w2.weight"] = w2[x]
-        shared = self._stack(d, [(at + "shared_experts.w1.weight", i), (at + "shared_experts.w3.weight", i)])
-        shared_w2 = self._new(at + "shared_experts.w2.weight", d, i)
+        name = at + "experts.{}.w{}.weight"
+        w13 = self._experts([[name.format(x, 1), name.format(x, 3)] for x in range(e)], i, d)
+        w2 = self._experts([[name.format(x, 2)] for x in range(e)], d, i)
+        shared = self._linear(d, [(at + "shared_experts.w1.weight", i), (at + "shared_experts.w3.weight", i)])
+        shared_w2 = self._linear(i, [(at + "shared_experts.w2.weight", d)])
         return MoeWeights(router, Experts(w13, w2, s.swiglu_limit), shared, shared_w2)
+
+
+def _fp8(*size: int) -> Fp8Matrix:
+    *outer, rows, columns = size
+    scales = torch.empty(*outer, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32)
+    return Fp8Matrix(torch.empty(*size, dtype=torch.float8_e4m3fn), scales)
+
+
+def _dense(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 values of a tensor as stored; one without scale is its values."""
+    if scale is None:
+        return tensor.float()
+    if tensor.dtype == torch.float8_e4m3fn:
+        return dequantize_fp8(tensor, scale)
+    return Mxfp4Matrix(tensor, scale).dequantize()
+
+
+def _check_blocks(s: ModelShape) -> None:
+    """ConfigError where matrices that share one in memory would share a scale block too."""
+    rank = s.o_lora_rank
+    for name, rows, fits in (
+        ("q_lora_rank", s.q_lora_rank, s.q_lora_rank % FP8_BLOCK == 0),
+        ("num_heads * head_dim", s.num_heads * s.head_dim, s.num_heads * s.head_dim % FP8_BLOCK == 0),
+        ("o_lora_rank", rank, rank % FP8_BLOCK == 0 or FP8_BLOCK % rank == 0),
+        ("hidden_size", s.hidden_size, s.hidden_size % FP8_BLOCK == 0),
+        ("moe_intermediate_size", s.moe_intermediate_size, s.moe_intermediate_size % FP8_BLOCK == 0),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"Released weight formats come in blocks of {FP8_BLOCK}, which {name} {rows} does not fit.",
+                "Use --weight-dtype bfloat16 or float32.",
+            )
 
 
 def _front_layout(s: ModelShape, ratio: int) -> FrontLayout:

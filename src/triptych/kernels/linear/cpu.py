@@ -18,14 +18,17 @@ from torch import Tensor
 from triptych.kernels.jit import kernel
 from triptych.kernels.linear import ref
 from triptych.kernels.parallel import over
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, Matrix, quantize_rows
 
 _FEW = 16  # rows up to which dot products win, measured on cold weights
 _ROWS = 64  # least rows of a product worth a thread
 _WEIGHTS = 1 << 17  # least weights of dot products worth a thread
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
     """See ref.linear."""
+    if isinstance(weight, Fp8Matrix) or isinstance(x, Fp8Rows):
+        return ref.linear(x, weight)
     if weight.dtype != torch.float32:
         return ref.linear(x, weight)
     out = torch.empty(x.shape[0], weight.shape[0])
@@ -37,22 +40,26 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def linear_deterministic(x: Tensor, weight: Tensor) -> Tensor:
+def linear_deterministic(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
     """See ref.linear; rows are independent of each other."""
+    if isinstance(weight, Fp8Matrix):
+        x, weight = (x if isinstance(x, Fp8Rows) else quantize_rows(x)).dequantize(), weight.dequantize()
+    assert isinstance(x, Tensor)
     out = torch.empty(x.shape[0], weight.shape[0])
     _few(_dots, x, weight.float(), out)
     return out
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     """See ref.grouped_linear."""
-    if x.shape[0] > _FEW or weight.dtype != torch.float32:
+    if isinstance(weight, Fp8Matrix) or x.shape[0] > _FEW or weight.dtype != torch.float32:
         return ref.grouped_linear(x, weight)
     return grouped_linear_deterministic(x, weight)
 
 
-def grouped_linear_deterministic(x: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear_deterministic(x: Tensor, weight: Matrix) -> Tensor:
     """See ref.grouped_linear; rows are independent of each other."""
+    weight = weight.dequantize() if isinstance(weight, Fp8Matrix) else weight
     groups, width, _ = weight.shape
     out = torch.empty(x.shape[0], groups * width)
     rows, matrices, result = x.contiguous().numpy(), weight.float().numpy(), out.numpy()

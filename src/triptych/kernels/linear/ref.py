@@ -6,18 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, quantize_rows
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [R, in], weight [out, in] -> [R, out] in x's dtype; weights of another dtype multiply in theirs."""
+
+def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+    """x [R, in], weight [out, in] -> [R, out] in x's dtype; weights of another dtype multiply in theirs.
+
+    An Fp8Matrix multiplies rows quantised in groups of 128 (reference section 2.9); Fp8Rows give bf16.
+    """
+    if isinstance(weight, Fp8Matrix):
+        rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+        y = F.linear(rows.dequantize(), weight.dequantize())
+        return y.to(x.dtype if isinstance(x, Tensor) else torch.bfloat16)
+    assert isinstance(x, Tensor)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
     return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+    """x [R, d] times all front projections -> float32 [R, columns], the latent columns rounded to bf16.
+
+    Only the latent's input is quantised; the compressors keep float32 (reference sections 2.5 and 2.9).
+    """
+    latent = linear(x.float(), front.latent).to(torch.bfloat16).float()
+    return torch.cat([latent, F.linear(x.float(), front.rest.float())], dim=1)
+
+
+def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     """Each group of inputs by its own matrix: x [R, G, in], weight [G, out, in] -> [R, G * out].
 
-    Source: reference section 2.3, grouped output projection.
+    No input is quantised here, whatever the weights are. Source: reference sections 2.3 and 2.9.
     """
-    y = torch.bmm(x.transpose(0, 1).to(weight.dtype), weight.transpose(1, 2))  # [G, R, out]
+    dense = weight.dequantize() if isinstance(weight, Fp8Matrix) else weight
+    y = torch.bmm(x.transpose(0, 1).to(dense.dtype), dense.transpose(1, 2))  # [G, R, out]
     return y.transpose(0, 1).flatten(1).to(x.dtype)

@@ -17,6 +17,7 @@ from triptych.kernels.linear.cpu import linear, linear_deterministic
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.parallel import over
+from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 
 _THREAD_PICKS = 8  # picks from which on their weights are worth a second thread
 _PRODUCT_PICKS = 512  # rows times experts per row from which on matrix products win
@@ -34,7 +35,7 @@ def route_deterministic(x: Tensor, token_ids: Tensor, router: Router) -> tuple[T
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
     """See ref.experts."""
-    if rounding is not None or moe.w13.dtype != torch.float32:
+    if rounding is not None or isinstance(moe.w13, Mxfp4Matrix) or moe.w13.dtype != torch.float32:
         return ref.experts(x, ids, weights, moe, rounding)
     if ids.numel() < _PRODUCT_PICKS:
         return experts_deterministic(x, ids, weights, moe)
@@ -59,15 +60,15 @@ def experts_deterministic(
     return out
 
 
-def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None) -> Tensor:
+def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
     """See ref.shared_expert."""
-    if rounding is not None or w13.dtype != torch.float32:
+    if rounding is not None or isinstance(w13, Fp8Matrix) or w13.dtype != torch.float32:
         return ref.shared_expert(x, w13, w2, limit, rounding)
     return linear(_activated(linear(x, w13), limit), w2)
 
 
 def shared_expert_deterministic(
-    x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None
+    x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None
 ) -> Tensor:
     """See ref.shared_expert; rows are independent of each other."""
     hidden = _activated(linear_deterministic(x, w13), limit)
@@ -97,6 +98,8 @@ def _grouped(ids: Tensor, moe: Experts) -> tuple[np.ndarray, np.ndarray]:  # typ
 
 
 def _by_products(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tensor:
+    assert isinstance(moe.w13, Tensor) and isinstance(moe.w2, Tensor)
+    w13, w2 = moe.w13, moe.w2
     order, starts = _grouped(ids, moe)
     k = ids.shape[1]
     picks = torch.from_numpy(order)
@@ -108,8 +111,8 @@ def _by_products(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tenso
     def run(first: int, last: int) -> None:
         for e in used[first:last]:
             part = slice(int(starts[e]), int(starts[e + 1]))
-            hidden = _activated(torch.mm(gathered[part], moe.w13[e].T), moe.limit)
-            torch.mm(hidden.mul_(scales[part]), moe.w2[e].T, out=parts[part])
+            hidden = _activated(torch.mm(gathered[part], w13[e].T), moe.limit)
+            torch.mm(hidden.mul_(scales[part]), w2[e].T, out=parts[part])
 
     over(len(used), 1, run)
     back = torch.empty_like(parts)
@@ -123,8 +126,8 @@ def _activated(gate_up: Tensor, limit: float) -> Tensor:
     return out
 
 
-def _f32(weight: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    return weight.float().numpy()
+def _f32(weight: Tensor | Mxfp4Matrix) -> np.ndarray:  # type: ignore[type-arg]
+    return (weight.dequantize() if isinstance(weight, Mxfp4Matrix) else weight.float()).numpy()
 
 
 @inline

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.kernels.linear.ref import linear
+from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import fake_quant_fp8
+
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -28,8 +32,8 @@ class Router(NamedTuple):
 class Experts(NamedTuple):
     """Routed experts of a layer: w13 [E, 2I, d] (gate rows, then up rows), w2 [E, d, I]; clamp of SwiGLU."""
 
-    w13: Tensor
-    w2: Tensor
+    w13: Tensor | Mxfp4Matrix
+    w2: Tensor | Mxfp4Matrix
     limit: float
 
 
@@ -62,15 +66,33 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rou
     out = torch.zeros_like(x)
     for e in torch.unique(ids).tolist():
         row, slot = torch.nonzero(ids == e, as_tuple=True)
-        hidden = swiglu(F.linear(x[row], moe.w13[e].to(x.dtype)), moe.limit) * weights[row, slot].unsqueeze(1).to(
-            x.dtype
-        )
+        gates = weights[row, slot].unsqueeze(1).to(x.dtype)
+        hidden = swiglu(F.linear(x[row], _dense(moe.w13, e, x.dtype)), moe.limit) * gates
         hidden = hidden if rounding is None else rounding(hidden)
-        out.index_add_(0, row, F.linear(hidden, moe.w2[e].to(x.dtype)))
+        out.index_add_(0, row, F.linear(hidden, _dense(moe.w2, e, x.dtype)))
     return out
 
 
-def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None) -> Tensor:
+def _dense(stack: Tensor | Mxfp4Matrix, expert: int, dtype: torch.dtype) -> Tensor:
+    return (stack.one(expert).dequantize() if isinstance(stack, Mxfp4Matrix) else stack[expert]).to(dtype)
+
+
+def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
     """The expert that every row uses, with weight 1. x [R, d], w13 [2I, d], w2 [d, I] -> [R, d]."""
-    hidden = swiglu(F.linear(x, w13.to(x.dtype)), limit)
-    return F.linear(hidden if rounding is None else rounding(hidden), w2.to(x.dtype))
+    hidden = swiglu(_product(x, w13), limit)
+    return _product(hidden if rounding is None else rounding(hidden), w2)
+
+
+def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
+    """A whole mixture of experts in native numerics, for few rows: x [R, d], token_ids [R] -> [R, d] in x's dtype.
+
+    `shared` are w13 [2I, d] and w2 [d, I] of the shared expert. Source: reference sections 2.7 and 2.9.
+    """
+    ids, weights = route(x.float(), token_ids, router)
+    rounded = fake_quant_fp8(x.float())
+    routed = experts(rounded, ids, weights, moe, fake_quant_fp8)
+    return (routed + shared_expert(rounded, *shared, moe.limit, fake_quant_fp8)).to(x.dtype)
+
+
+def _product(x: Tensor, weight: Matrix) -> Tensor:
+    return linear(x, weight.to(x.dtype) if isinstance(weight, Tensor) else weight)

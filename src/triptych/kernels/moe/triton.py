@@ -18,8 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.linear.ref import linear
+from triptych.kernels.linear.triton import linear
+from triptych.kernels.moe import ref
+from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Experts, Rounding, Router
+from triptych.kernels.moe.rows import moe_rows_on_gpu
+from triptych.kernels.moe.sorted import experts_on_gpu
+from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
 
 
 class _Pairs(NamedTuple):
@@ -33,7 +38,7 @@ class _Pairs(NamedTuple):
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See ref.route."""
-    logits = linear(x.float(), router.gate.float())
+    logits = _logits(x, router.gate)
     rows, count = logits.shape
     k = router.experts_per_token
     ids = torch.empty(rows, k, dtype=torch.int64, device=x.device)
@@ -50,8 +55,26 @@ def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]
     return ids, weights
 
 
+def _logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x gate^T in float32. Three bf16 numbers are a float32, and their products with bf16 rows are exact."""
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return linear(x.float(), gate.float())
+    high = gate.to(torch.bfloat16)
+    rest = gate.float() - high
+    middle = rest.to(torch.bfloat16)
+    low = (rest - middle).to(torch.bfloat16)
+    total = torch.mm(x, low.T, out_dtype=torch.float32)
+    total += torch.mm(x, middle.T, out_dtype=torch.float32)
+    return total.add_(torch.mm(x, high.T, out_dtype=torch.float32))
+
+
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
     """See ref.experts."""
+    if isinstance(moe.w13, Mxfp4Matrix):
+        # the reference waits for the GPU; released models have no such size
+        if x.is_cuda and rounding is not None and not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
+            return experts_on_gpu(x, ids, weights, moe)
+        return ref.experts(x, ids, weights, moe, rounding)
     rows, k = ids.shape
     count, dim, inner = moe.w2.shape
     tile = 16 if rows * k <= 16 * count else 64
@@ -75,7 +98,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rou
     return each.view(rows, k, dim).sum(1).to(x.dtype)
 
 
-def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, limit: float, rounding: Rounding | None = None) -> Tensor:
+def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
+    """See ref.moe_rows. Weights as released on an NVIDIA GPU take three launches."""
+    if x.is_cuda and isinstance(moe.w13, Mxfp4Matrix):
+        return moe_rows_on_gpu(x, token_ids, router, moe, shared)
+    return ref.moe_rows(x, token_ids, router, moe, shared)
+
+
+def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
     """See ref.shared_expert."""
     gate_up = linear(x, w13)
     rows, inner = len(x), w2.shape[1]
@@ -90,15 +120,6 @@ def _sorted_pairs(ids: Tensor, count: int, tile: int) -> _Pairs:
     sizes = torch.diff(ends, prepend=ends.new_zeros(1))
     tile_ends = torch.cumsum((sizes + tile - 1) // tile, 0)
     return _Pairs(order, ends, tile_ends, min(len(flat), len(flat) // tile + count))
-
-
-@triton.jit
-def _affinity(x):
-    """sqrt(softplus(x)). log(1 + e) loses all of a small e, which the root would show: u / (u - 1) corrects it."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + e
-    soft = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.sqrt(tl.where(x > 20.0, x, soft))
 
 
 @triton.jit
@@ -120,14 +141,14 @@ def _route(
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
     x = tl.load(logits_ptr + r * count + e, mask=e < count, other=0.0)
-    score = _affinity(x)
+    score = affinity(x)
     chosen = tl.zeros([K], tl.float32)
     ids = tl.zeros([K], tl.int64)
     if HASHED:
         line = table_ptr + tl.load(token_ptr + r) * k
         ids = tl.load(line + slot, mask=slot < k, other=0)
         picked = tl.load(logits_ptr + r * count + ids, mask=slot < k, other=0.0)
-        chosen = tl.where(slot < k, _affinity(picked), 0.0)
+        chosen = tl.where(slot < k, affinity(picked), 0.0)
     else:
         left = score + tl.load(bias_ptr + e, mask=e < count, other=0.0)
         left = tl.where(e < count, left, float("-inf"))
@@ -241,8 +262,8 @@ def _down(
 def _swiglu(gate_up_ptr, out_ptr, inner, limit, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner)
-    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner)
+    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner).to(tl.float32)
+    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner).to(tl.float32)
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     tl.store(out_ptr + r * inner + n, gate * tl.sigmoid(gate) * up, mask=n < inner)

@@ -1,0 +1,175 @@
+"""Linear maps of few rows (decode) in one launch: each weight read once, inputs rounded where native numerics round.
+
+Programs hold 64 outputs and a part of the columns, as many as fill the GPU. The last of those that share outputs adds
+up the parts, in their order; counters are back at zero afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from triptych.kernels.quant.fragments import (
+    from_bf16,
+    from_fp8,
+    from_rows,
+    mma_layout,
+    row_layout,
+    scale_of,
+    weight_layout,
+    wide_layout,
+)
+
+STAGES: Any = gl.constexpr(4)
+"""Blocks of FP8 weights, 8 KB each, on their way or in use."""
+
+
+@gluon.jit
+def _inputs(xp, ROUND: gl.constexpr, N: gl.constexpr, MMA: gl.constexpr):
+    """128 columns of x as the right operand f16 [128, N], and their scales [N]: 1 where nothing is rounded."""
+    x = gl.load(xp).to(gl.float32)
+    if ROUND:
+        scale, inverse = scale_of(gl.max(gl.max(gl.abs(x), axis=2), axis=1))
+        x = (x * gl.expand_dims(gl.expand_dims(inverse, 1), 2)).to(gl.float8e4nv).to(gl.float16)
+        return from_rows(x, N, MMA), gl.convert_layout(scale, gl.SliceLayout(0, MMA))
+    else:
+        x = gl.minimum(gl.maximum(x, -65504.0), 65504.0).to(gl.float16)  # bf16 of any likely size is exact in f16
+        return from_rows(x, N, MMA), gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
+
+
+@gluon.jit
+def _fp8_part(
+    w_ptr,
+    ws_ptr,
+    xp,
+    row,
+    first,
+    K: gl.constexpr,
+    PART: gl.constexpr,
+    TALL: gl.constexpr,
+    ROUND: gl.constexpr,
+    N: gl.constexpr,
+):
+    """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
+    MMA: gl.constexpr = mma_layout(4)
+    W: gl.constexpr = weight_layout(8, 4)
+    C: gl.constexpr = gl.BlockedLayout([1, 1, 4], [4, 4, 2], [4, 1, 1], [2, 1, 0])
+    # weights wait in shared memory: loads into registers would have to be waited for in the order of few scoreboards
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, 64, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    wp = w_ptr + gl.expand_dims(r[:, None] * (K // 4) + c[None, :] * 8, 2) + gl.expand_dims(b[None, :], 1) + first * 32
+    for early in gl.static_range(STAGES - 1):
+        _fetch(ws, wp, early, PART)
+    fp = ws_ptr + (row // TALL) * (K // 128) + first
+    xp += first * 128
+    acc = gl.zeros([64, N], gl.float32, MMA)
+    zero = gl.zeros([64, N], gl.float32, MMA)
+    # the compiler fails over a loop that it knows to run once: there the start, zero, is not told
+    start = gl.program_id(2) // 65536 if PART <= 1 else 0
+    for at in range(start, PART):
+        async_copy.wait_group(STAGES - 2)
+        gl.thread_barrier()
+        _fetch(ws, wp, at + STAGES - 1, PART)
+        x, s = _inputs(xp + at * 128, ROUND, N, MMA)
+        f = gl.load(fp + at)
+        w = ws.index(at % STAGES).load(W)
+        acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
+    return acc
+
+
+@gluon.jit
+def _fetch(ws, wp, k, PART: gl.constexpr):
+    if k < PART:
+        async_copy.async_copy_global_to_shared(ws.index(k % STAGES), wp + k * 32, cache_modifier=".cg")
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _bf16_part(w_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, N: gl.constexpr):
+    """As _fp8_part, of a bf16 matrix and inputs as they are."""
+    MMA: gl.constexpr = mma_layout(4)
+    W: gl.constexpr = wide_layout(4)
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
+    b = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, W)))
+    wp = w_ptr + gl.expand_dims(r[:, None] * K + c[None, :] * 32, 2) + gl.expand_dims(b[None, :], 1) + first * 128
+    xp += first * 128
+    acc = gl.zeros([64, N], gl.float32, MMA)
+    for at in range(0, PART):
+        w = gl.load(wp + at * 128, cache_modifier=".cg")
+        acc = mma_v2(from_bf16(w, 64, MMA), from_rows(gl.load(xp + at * 128), N, MMA), acc)
+    return acc
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def products(
+    x_ptr,
+    w_ptr,
+    ws_ptr,
+    rest_ptr,
+    out_ptr,
+    part_ptr,
+    count_ptr,
+    rows,
+    x_stride,
+    K: gl.constexpr,
+    OUT: gl.constexpr,
+    LATENT: gl.constexpr,
+    GROUP: gl.constexpr,
+    SPLIT: gl.constexpr,
+    TALL: gl.constexpr,
+    ROUND: gl.constexpr,
+    N: gl.constexpr,
+):
+    """out [rows, OUT] of x [rows, ..] bf16: outputs below LATENT by the FP8 matrix, the others by `rest` in bf16.
+
+    Every GROUP outputs have their own K columns of x. TALL rows of the FP8 matrix share a scale.
+    part [SPLIT, rows, OUT] float32 is scratch.
+    """
+    MMA: gl.constexpr = mma_layout(4)
+    X: gl.constexpr = row_layout(N, 4)
+    r0 = gl.program_id(0) * N  # programs that share weights run side by side
+    n0 = gl.program_id(1) * 64
+    split = gl.program_id(2)
+    PART: gl.constexpr = K // 128 // SPLIT
+    n = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    row = gl.minimum(n, OUT - 1)
+    xrow = gl.minimum(r0 + gl.arange(0, N, gl.SliceLayout(1, gl.SliceLayout(2, X))), rows - 1)
+    xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
+    xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    xp = x_ptr + n0 // GROUP * K
+    xp = xp + gl.expand_dims(xrow[:, None] * x_stride + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
+    if LATENT == OUT:
+        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
+    else:
+        if n0 < LATENT:
+            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
+        else:
+            acc = _bf16_part(rest_ptr, xp, row - LATENT, split * PART, K, PART, N)
+    j = r0 + gl.arange(0, N, gl.SliceLayout(0, MMA))
+    keep = (j < rows)[None, :] & (n < OUT)[:, None]
+    at = j[None, :] * OUT + n[:, None]
+    if SPLIT == 1:
+        _store(out_ptr, at, acc, keep, n0, LATENT, OUT)
+    else:
+        gl.store(part_ptr + split * rows * OUT + at, acc, mask=keep)
+        gl.thread_barrier()
+        mine = count_ptr + gl.program_id(0) * ((OUT + 63) // 64) + gl.program_id(1)
+        if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
+            total = gl.zeros([64, N], gl.float32, MMA)
+            for s in range(0, SPLIT):
+                total += gl.load(part_ptr + s * rows * OUT + at, mask=keep, other=0.0, cache_modifier=".cg")
+            _store(out_ptr, at, total, keep, n0, LATENT, OUT)
+            gl.store(mine, 0)
+
+
+@gluon.jit
+def _store(out_ptr, at, acc, keep, n0, LATENT: gl.constexpr, OUT: gl.constexpr):
+    if LATENT != OUT and n0 < LATENT:
+        acc = acc.to(gl.bfloat16).to(gl.float32)  # the latent columns are activations, the others states
+    gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)

@@ -1,0 +1,173 @@
+"""Linear maps for NVIDIA GPUs, of weights as released.
+
+    up to _FEW rows   one launch that streams the weights (few.py), rounding the inputs itself
+    more              rows rounded to e4m3 first, then products on the FP8 tensor cores; each 128 columns are summed
+                      apart and scaled in float32, since the tensor cores keep few bits of an e4m3 sum
+Dense weights go to the library.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.linear import ref
+from triptych.kernels.linear.many import grouped, product, round_rows
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
+
+_FEW = 8
+_FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
+_MANY = 512  # rows from which on dequantising a matrix for the library's product pays
+_COUNTERS = 1 << 16
+
+
+def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+    """See ref.linear. float32 inputs of a bf16 matrix give float32 sums."""
+    if isinstance(weight, Tensor):
+        assert isinstance(x, Tensor)
+        if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
+            return torch.mm(x.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
+        return ref.linear(x, weight)
+    if not _fits(weight):
+        return ref.linear(x, weight)
+    if isinstance(x, Tensor) and len(x) <= _FEW:
+        out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
+        return _stream(x, weight, None, out, weight.shape[0], rounded=True)
+    rows = x if isinstance(x, Fp8Rows) else quantize(x)
+    dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
+    return _many(rows, weight, torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device))
+
+
+def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+    """See ref.front_linear."""
+    if not _fits(front.latent):
+        return ref.front_linear(x, front)
+    cut, columns = front.latent.shape[0], front.shape[0]
+    out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
+    if len(x) <= _FEW:
+        return _stream(x, front.latent, front.rest, out, columns, rounded=True)
+    out[:, :cut] = linear(x.to(torch.bfloat16), front.latent)
+    if cut < columns:
+        out[:, cut:] = torch.mm(x.to(torch.bfloat16), front.rest.T, out_dtype=torch.float32)
+    return out
+
+
+def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
+    """See ref.grouped_linear."""
+    if isinstance(weight, Tensor) or not _fits(weight):
+        return ref.grouped_linear(x, weight)
+    groups, rank, _ = weight.shape
+    out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
+    if len(x) <= _FEW_WHOLE:
+        return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
+    if len(x) <= _MANY and rank % 128 == 0:
+        return _grouped(x.flatten(1), weight, out)
+    blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, min(rank, 128)))
+    dense = (blocks * weight.scales.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
+    y = torch.bmm(x.transpose(0, 1).to(torch.bfloat16), dense.transpose(1, 2))
+    return y.transpose(0, 1).flatten(1).to(x.dtype)
+
+
+def _fits(weight: Fp8Matrix) -> bool:
+    """Whether the kernels can multiply it: on a GPU, in whole blocks of columns and tiles of outputs."""
+    return weight.values.is_cuda and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
+
+
+def quantize(x: Tensor) -> Fp8Rows:
+    """See matrices.quantize_rows, to the bit. Scales lie column by column, as the products read them."""
+    rows, width = x.shape
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T
+    x = x.contiguous()
+    round_rows[(rows, triton.cdiv(width, 1024))](x, values, scales, width, *scales.stride(), GROUPS=8, num_warps=4)
+    return Fp8Rows(values, scales)
+
+
+def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, group: int, *, rounded: bool) -> Tensor:
+    """One launch of few.products. `group` outputs share their columns of x [rows, groups * K]."""
+    from triptych.kernels.linear.few import products
+
+    x = x.to(torch.bfloat16)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, columns, depth = len(x), out.shape[1], weight.shape[-1]
+    n = 8 if rows <= 8 else 16
+    chunks, tiles, blocks = triton.cdiv(rows, n), triton.cdiv(columns, 64), depth // 128
+    want = 4 * multiprocessors(x.device)
+    split = 1
+    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
+        split *= 2
+    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=x.device)
+    latent = columns if rest is None else weight.shape[-2]
+    products[(chunks, tiles, split)](
+        *(x, weight.values.view(torch.int32), weight.scales, rest if rest is not None else x, out),
+        *(part, _counters(x.device), rows, x.stride(0)),
+        K=depth,
+        OUT=columns,
+        LATENT=latent,
+        GROUP=group,
+        SPLIT=split,
+        TALL=min(128, group),
+        ROUND=rounded,
+        N=n,
+        num_warps=4,
+    )
+    return out
+
+
+def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
+    rows, columns = out.shape
+    rank, depth = weight.shape[1:]
+    tall = min(64, triton.next_power_of_2(rows))
+    chunks, blocks = triton.cdiv(rows, tall), columns // 64
+    split = 1
+    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
+        split *= 2
+    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
+    grouped[(chunks, blocks, split)](
+        *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
+        SPLIT=split,
+        TALL=tall,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out
+
+
+def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
+    rows, columns = out.shape
+    depth = weight.shape[1]
+    tall, wide, warps, stages = _tiles(rows, columns)
+    blocks = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
+    split = 1
+    if rows <= 256:
+        while blocks * split < multiprocessors(out.device) and depth // 128 % (2 * split) == 0 and depth // split > 512:
+            split *= 2
+    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
+    product[(blocks, split)](
+        *(x.values, x.scales, weight.values, weight.scales, out, part, _counters(out.device)),
+        *(rows, columns, depth, *x.scales.stride()),
+        SPLIT=split,
+        TALL=tall,
+        WIDE=wide,
+        SHARE=16,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def _tiles(rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, warps and stages; measured on an H200."""
+    if rows <= 64:
+        return 64, 64, 4, 4
+    return 64, 128, 4, 3  # two programs on a multiprocessor: one multiplies while the other scales
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros that every launch leaves zero. Made by the first call, which must not be one that is captured."""
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
