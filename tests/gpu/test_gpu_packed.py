@@ -58,7 +58,7 @@ def test_deterministic_rows_do_not_depend_on_their_mates(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
-@pytest.mark.parametrize("count", [1, 70, 300])
+@pytest.mark.parametrize("count", [1, 200])
 def test_prefill_attention(kind: str, count: int) -> None:
     case = cases.step_case(kind, count, 1100, 64, ENTRY, 512, "cuda")
     poison()
@@ -66,15 +66,15 @@ def test_prefill_attention(kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-@pytest.mark.parametrize("visible", [[2048, 600, 512, 3, 0], [30000, 16385, 5000, 2049, 700]])
-@pytest.mark.parametrize("topk", [512, 1024])
-def test_selection_of_decode_rows(kind: str, visible: list[int], topk: int) -> None:
+@pytest.mark.parametrize("visible", [[2048, 600, 512, 3, 0], [17000, 9000, 2049, 700]])
+def test_selection_of_decode_rows(kind: str, visible: list[int]) -> None:
     queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
     ordered, _ = select.ordered_scores(queries, keys)
     far, own = cases.index_errors(queries, keys, ordered)
     assert far < 1e-3
-    poison()
-    assert torch.equal(select.select_rows(queries, keys, topk), cases.best(own, keys.visible, topk))
+    for topk in (512, 1024):
+        poison()
+        assert torch.equal(select.select_rows(queries, keys, topk), cases.best(own, keys.visible, topk))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
@@ -90,7 +90,7 @@ def test_selection_of_prefill_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "tiny"])
-@pytest.mark.parametrize("total", [2048, 16384, 262144])
+@pytest.mark.parametrize("total", [2048, 262144])
 @pytest.mark.parametrize("k", [512, 1024])
 def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
     visible = torch.tensor([total, total - 5, total // 2 + 1, k + 1], device="cuda")
