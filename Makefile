@@ -67,9 +67,9 @@ $(VENV)/.torch: $(VENV)/.created Makefile
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.torch $(FRAME)
-	$(INSTALL) -c constraints-dev.txt -e ".[server,cpu]"
+	$(INSTALL) -c constraints-dev.txt -e ".[server,cpu,grammar]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(FRAME)
-	$(INSTALL) -c constraints-dev.txt -e ".[server,cpu,bench,dev]"
+	$(INSTALL) -c constraints-dev.txt -e ".[server,cpu,grammar,bench,dev]"
 	@touch $@ $(VENV)/.serve

@@ -14,8 +14,7 @@ from typing import Any
 
 from triptych import Engine, SamplingParams
 from triptych.engine.api import Output
-from triptych.text.chat import render
-from triptych.text.messages import Message, Role
+from triptych.text.chat import Message, Role, render
 from triptych.words import TokenIds
 from triptych.workload.retrieval import InProcess, draw_case, standard_filler
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -405,23 +405,26 @@ SHAPES = {"flash": _FLASH, "pro": _PRO}
 """The released models, as their config.json describes them (reference section 1.1)."""
 
 KvFormat = Literal["float32", "bfloat16", "fp8"]
+IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
 Numerics = Literal["exact", "native"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """How much memory the caches get and how it is used. Sizes in bytes.
+    """How much memory the caches get and how it is used. Sizes in bytes. `index_format` None means as `kv_format`.
 
     `kv_memory` None means a quarter of the free RAM, or most of what a GPU has left beside the weights. `policy` says
     which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
     `host_memory` and `disk` (a directory of at most `disk_memory`) hold what the device gave up; `remote` is a
-    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room.
+    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room;
+    `tenant_shares` say otherwise for tenants by their salt.
     `canary`: the share of resumed requests that are computed again in idle time and compared.
     """
 
     kv_memory: int | None = None
     kv_format: KvFormat = "float32"
+    index_format: IndexFormat | None = None
     prefix_cache: bool = True
     policy: str = "adaptive"
     retention: Literal["value", "lru"] = "value"
@@ -430,6 +433,7 @@ class CacheConfig:
     disk_memory: int = 64 << 30
     remote: str | None = None
     tenant_quota: float = 1.0
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
     canary: float = 0.0
 
     def __post_init__(self) -> None:
@@ -451,7 +455,8 @@ class CacheConfig:
 class EngineConfig:
     """How the engine runs. Unknown options are errors; see `EngineConfig.from_options`.
 
-    `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step;
+    `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step
+    (None: 512 on a processor, 8,192 on a GPU);
     `max_context` tokens at most belong to one request (None: what the model allows);
     `deterministic` makes logits bitwise independent of batch mates, chunking and cache path.
     `device` "auto" is the first NVIDIA GPU if there is one that can, else the processor.
@@ -459,7 +464,7 @@ class EngineConfig:
 
     max_running: int = 16
     max_waiting: int = 1024
-    step_tokens: int = 512
+    step_tokens: int | None = None
     max_context: int | None = None
     numerics: Numerics = "exact"
     weight_dtype: Literal["float32", "bfloat16", "released"] = "float32"
@@ -471,11 +476,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}.")
         if self.device not in get_args(Device):
             raise ConfigError(f"device must be auto, cpu or cuda, not {self.device!r}.")
-        if self.step_tokens < self.max_running:
+        if self.step_tokens is not None and self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens {self.step_tokens} is below max_running {self.max_running}.",
                 "Each running request decodes one token a step: raise step_tokens or lower max_running.",

@@ -8,9 +8,14 @@
     │   ├── UnknownField       the request has a field that nothing here reads           HTTP 400
     │   ├── Unsupported        a known field asks for something that is not built yet    HTTP 400
     │   ├── ModelNotFound      the request names a model that is not served              HTTP 404
+    │   ├── NotFound           the request names an object that is not (or no longer) there  HTTP 404
+    │   ├── AccessDenied       no API key, or one that nobody was given                  HTTP 401
+    │   ├── Forbidden          the key is good, but not for this                         HTTP 403
+    │   ├── TooSlow            the body did not arrive in time                           HTTP 408
     │   └── BodyTooLarge       the HTTP body is over the limit                           HTTP 413
     └── Unavailable            right request, wrong moment                               HTTP 503
         └── QueueFull          too many requests wait                                    HTTP 429
+            └── RateLimited    a key has used up what it may ask for now                 HTTP 429
 
 A message is one sentence that names the thing; `remedy` says what to do about it.
 """
@@ -18,6 +23,7 @@ A message is one sentence that names the thing; `remedy` says what to do about i
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -80,6 +86,34 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class NotFound(RequestError):
+    """The request names an object that this server does not hold, or no longer."""
+
+    status = 404
+    code = "not_found"
+
+
+class AccessDenied(RequestError):
+    """The request carries no API key, or one that nobody was given."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The API key is good, but not for what was asked."""
+
+    status = 403
+    code = "forbidden"
+
+
+class TooSlow(RequestError):
+    """The client took longer to send its request than the server waits."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     """The HTTP body is larger than the server accepts."""
 
@@ -99,6 +133,17 @@ class QueueFull(Unavailable):
 
     status = 429
     code = "queue_full"
+
+
+class RateLimited(QueueFull):
+    """A key has used up what it may ask for now; `retry_after` seconds later it may ask again."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        seconds = max(1, math.ceil(retry_after))
+        super().__init__(message, f"Retry after {seconds} s.")
+        self.retry_after = seconds
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -56,11 +56,26 @@ def token_ids(ids: object, *, vocab_size: int | None = None, param: str = "promp
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match: a grammar in llguidance's dialect of Lark, over text and control tokens.
+
+    `after`: the token from which on it holds (the end of thinking, say); None holds from the first token on. With
+    `optional` an answer may also end before that token came.
+    """
+
+    lark: str
+    after: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Temperature 0 is greedy. Invalid values raise RequestError naming the field.
 
     `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
-    `seed` makes one request's draws reproducible whatever shares its batch.
+    `seed` makes one request's draws reproducible whatever shares its batch. `grammar`: what the answer must match.
+    Stop strings count from the text `stop_after` on (where one is named) and up to the text `stop_until`: in what is
+    said, say, and neither in thoughts nor in the arguments of calls.
     """
 
     max_tokens: int | None = None
@@ -78,6 +93,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
+    stop_after: str = ""
+    stop_until: str = ""
 
     def __post_init__(self) -> None:
         _int_in("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
@@ -318,7 +336,8 @@ class StepResult:
 class Delta:
     """What one sample of a request gained: text that is safe to show, the tokens behind it, and the end.
 
-    `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta.
+    `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta; so does
+    `stop`, the stop string that ended the sample, if one did.
     """
 
     index: int
@@ -328,6 +347,80 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    stop: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Bytes of what the caches keep, which never change: one page of 128 tokens by kind of entry (and what pads
+    it), one snapshot, one window slot, and the room of each tier, fastest first (0 where nobody knows it).
+    """
+
+    page: Mapping[str, int] = field(default_factory=dict)
+    snapshot: int = 0
+    slot: int = 0
+    room: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """One live request, without a word of its text. Tokens, and seconds since it came (None if nobody knows).
+
+    `state`: waiting, fetching (its pages come up from a lower tier), prefill or decode. `processed` of the known tokens
+    have run or need not. `tenant` and `session` are labels of this process, not the names that the caller gave.
+    """
+
+    request_id: str
+    state: str
+    prompt_tokens: int
+    processed: int
+    generated: int
+    limit: int
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    resume: str = ""
+    preempted: int = 0
+    tenant: str = ""
+    session: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What is left of one conversation that has ended, in tokens and seconds.
+
+    Its `tokens` are whole pages; `by_tier` says where the unbroken beginning of them lies, the rest is gone.
+    `resumes_at`: the deepest boundary whose windows are stored, in the tier `resumes_from`; 0 if they would be rebuilt,
+    which costs `rebuild` tokens. `ttl` and `pin`: what is left of them, None without. `expired`: it goes first.
+    """
+
+    session: str
+    tenant: str
+    turns: int
+    tokens: int
+    by_tier: Mapping[str, int]
+    resumes_at: int
+    resumes_from: str
+    rebuild: int
+    idle: float
+    ttl: float | None = None
+    pin: float | None = None
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One look at what runs and at what could be resumed; `seconds` is what gathering it took between two steps.
+
+    Lists are bounded: `running`, `waiting` and `remembered` count also what is not listed.
+    """
+
+    requests: tuple[RequestFacts, ...] = ()
+    sessions: tuple[SessionFacts, ...] = ()
+    running: int = 0
+    waiting: int = 0
+    remembered: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +428,7 @@ class EngineStats:
     """One look at a running engine: requests now, steps and tokens since start, gauges of the cache by name.
 
     Token totals count prompts as they finish their prefill; `cache` holds what `CacheStats` says, as plain numbers.
+    `prefill_rows`: rows of prompts that ran, those that were run again among them.
     """
 
     running: int = 0
@@ -344,4 +438,5 @@ class EngineStats:
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
+    prefill_rows: int = 0
     cache: Mapping[str, float] = field(default_factory=dict)

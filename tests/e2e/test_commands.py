@@ -55,8 +55,9 @@ def test_a_missing_model_and_too_little_memory_are_sentences(triptych: Triptych)
 def test_chat_answers_what_is_piped_in(triptych: Triptych) -> None:
     done = triptych("chat", *GREEDY, stdin="Hello.\n/stats\nAnd now?\n/stats\n/quit\nnever\n")
     assert done.returncode == 0, done.stderr
-    costs = [line for line in done.stdout.splitlines() if line.startswith("prompt ")]
+    costs = [line for line in done.stdout.splitlines() if re.match(r"\d: prompt ", line)]
     assert len(costs) == 3, done.stdout
+    assert "\x1b" not in done.stdout
     assert costs[0] == costs[1], "the first answer's cost is shown twice"
 
 
@@ -65,7 +66,7 @@ def test_chat_finds_a_long_first_turn_cached(triptych: Triptych, tmp_path: Path)
     notes.write_text(" ".join(f"Line {i} of the notes." for i in range(200)))
     done = triptych("chat", *GREEDY, stdin=f"/file {notes}\nWhat is it?\nAnd then?\n/stats\n")
     assert done.returncode == 0, done.stderr
-    cached = [int(n.replace(",", "")) for n in re.findall(r"^prompt .*cached ([\d,]+)", done.stdout, re.MULTILINE)]
+    cached = [int(n.replace(",", "")) for n in re.findall(r"^\d: prompt .*cached ([\d,]+)", done.stdout, re.MULTILINE)]
     assert len(cached) == 2 and cached[0] == 0 and cached[1] >= 512
 
 

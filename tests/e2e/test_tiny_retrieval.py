@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from triptych import Engine, SamplingParams
-from triptych.text.chat import render
-from triptych.text.messages import Message, Role
+from triptych.text.chat import Message, Role, render
 from triptych.tiny import is_trained
 from triptych.workload.retrieval import InProcess, draw_case, evaluate, standard_filler
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
-from triptych.config import CacheConfig, EngineConfig
+from triptych.config import EngineConfig
 from triptych.engine import device
 from triptych.engine.batching import build_batch
 from triptych.engine.pools import Pools
@@ -17,8 +17,6 @@ from triptych.errors import ConfigError
 from triptych.model.weights import WeightStore
 from triptych.tiny.shape import TINY_SHAPE
 from triptych.words import Chunk, SnapshotWrite
-
-CUDA = torch.device("cuda", 0)
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, cuda: str | None = "13.0") -> None:
@@ -67,13 +65,6 @@ def test_a_gpu_that_is_asked_for_and_cannot_be_had_is_one_sentence(
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
         EngineConfig.from_options(device="tpu")
-
-
-@pytest.mark.parametrize("below", [{"host_memory": 1}, {"disk": "d"}, {"remote": "redis://h:1"}])
-def test_tiers_below_a_gpu_are_refused(below: dict) -> None:
-    with pytest.raises(ConfigError, match="Tiers below the GPU come later"):
-        device.refuse_tiers(CacheConfig(**below), CUDA)
-    device.refuse_tiers(CacheConfig(**below), torch.device("cpu"))
 
 
 def test_a_batch_is_rebuilt_from_all_of_its_vectors() -> None:

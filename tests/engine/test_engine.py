@@ -169,7 +169,6 @@ def test_nan_logits_fail_their_request_with_a_sentence(engine: Engine, monkeypat
         ({"max_running": 0}, "max_running"),
         ({"kv_memory": 1 << 60}, "Lower --kv-memory"),
         ({"kv_memory": 1000}, "Raise --kv-memory"),
-        ({"kv_format": "fp8"}, "float32 or bfloat16"),
         ({"deterministic": True, "kernel_backend": "ref"}, "Deterministic"),
     ],
 )

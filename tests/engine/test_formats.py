@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,15 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=shard.name):
         Engine.load(tmp_path / "bad", kv_memory=16 << 20, max_running=4)
+
+
+@pytest.mark.parametrize("index_format", ["mxfp4", "float32"])
+def test_native_numerics_lose_nothing_in_fp8_caches(tmp_path: Path, index_format: str) -> None:
+    """Native values lie on the grids of FP8 entries and MXFP4 keys already, so the bits of every answer agree."""
+    shape = replace(SHAPE, index_head_dim=32)
+    synthesize(tmp_path / "model", shape, weights="bf16", seed=3)
+    options = {"kv_memory": 16 << 20, "max_running": 4, "numerics": "native"}
+    wide = Engine.load(tmp_path / "model", **options).generate(PROMPTS, PARAMS)
+    narrow = Engine.load(tmp_path / "model", **options, kv_format="fp8", index_format=index_format)
+    for one, other in zip(wide, narrow.generate(PROMPTS, PARAMS), strict=True):
+        assert one.token_ids == other.token_ids and one.logprobs == other.logprobs

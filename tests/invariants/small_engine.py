@@ -25,7 +25,7 @@ from triptych.engine.canary import Canary
 from triptych.engine.loop import EngineLoop, TokenEvent
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
-from triptych.engine.runner import Runner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import Chunk, FinishReason, Request, SamplingParams, StepPlan, Usage
@@ -90,7 +90,10 @@ class Answer:
 
 
 class SmallEngine:
-    """An EngineLoop with capacities of one's choice. All requests are greedy and end after `max_tokens`."""
+    """An EngineLoop with capacities of one's choice. All requests are greedy and end after `max_tokens`.
+
+    `overlap`: with the runner of a GPU, without graphs; then nobody sees logits.
+    """
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class SmallEngine:
         host_pages: int = 0,
         stores: Sequence[Store] = (),
         canary: Canary | None = None,
+        overlap: bool = False,
     ) -> None:
         config = EngineConfig(
             max_running=slots,
@@ -117,14 +121,16 @@ class SmallEngine:
         policies = Policies(snapshot_policy_named(policy), prefix_cache=prefix_cache)
         below = Below(host_pages, tuple(stores))
         self.cache = CacheManager(geometry, capacity, SHAPE.num_layers, policies=policies, below=below)
-        pools = Pools(SHAPE, geometry, capacity)
+        pools = Pools(SHAPE, geometry, capacity, spare=int(overlap))
         for value in vars(pools).values():
             if isinstance(value, Tensor):
                 value.fill_(float("nan"))
+        self._overlap = overlap
         self._runner = _Watched(config, pools)
+        runner: Runner = DeviceRunner(weights(), config, pools, capture=False) if overlap else self._runner
         mover = Mover(pools, geometry, host_pages, tuple(stores))
-        scheduler = Scheduler(self.cache, config, SHAPE.max_position)
-        self.loop = EngineLoop(SHAPE, self.cache, scheduler, self._runner, mover, canary)
+        scheduler = Scheduler(self.cache, config, SHAPE.max_position, runner.depth)
+        self.loop = EngineLoop(SHAPE, self.cache, scheduler, runner, mover, canary)
         self.live: dict[str, Answer] = {}
         self._count = 0
 
@@ -181,7 +187,8 @@ class SmallEngine:
         if event.token_id is not None:
             answer.tokens.append(event.token_id)
             position = len(answer.prompt) + len(answer.tokens) - 2
-            answer.logits.append(self._runner.seen[event.request_id].pop(position))
+            if not self._overlap:
+                answer.logits.append(self._runner.seen[event.request_id].pop(position))
         if event.reason is None:
             return []
         answer.reason, answer.usage = event.reason, event.usage

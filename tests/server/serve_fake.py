@@ -1,4 +1,4 @@
-"""Runs the fake engine behind `run_server` in a process of its own: python serve_fake.py TOKEN_DELAY DRAIN_TIMEOUT"""
+"""Runs the fake engine behind `run_server` in its own process: serve_fake.py TOKEN_DELAY DRAIN_TIMEOUT [CERT KEY]"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from triptych.text.tokenizer import Tokenizer
 if __name__ == "__main__":
     engine = FakeEngine(Tokenizer.deepseek(), max_context=100_000)
     engine.token_delay = float(sys.argv[1])
-    options = ServerOptions(port=0, drain_timeout=float(sys.argv[2]), keep_alive=0.2)
+    cert, key = sys.argv[3:5] or (None, None)
+    options = ServerOptions(port=0, drain_timeout=float(sys.argv[2]), keep_alive=0.2, tls_cert=cert, tls_key=key)
     run_server(engine, options, ready=lambda url: print(url, flush=True))
     print("ended in order", "engine stopped" if engine.stopped else "engine runs", flush=True)

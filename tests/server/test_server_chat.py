@@ -6,15 +6,16 @@ import openai
 import pytest
 from fake_engine import FakeEngine, expected_tokens
 
-from triptych.text.chat import render
-from triptych.text.messages import parse_messages
+from triptych.text.render import render_turns
+from triptych.text.spell import Style
+from triptych.text.turns import parse_turns
 from triptych.words import SamplingParams, TokenIds
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat? 猫"}]
 
 
 def prompt_of(engine: FakeEngine, messages: list[dict[str, str]] = MESSAGES) -> TokenIds:
-    return render(parse_messages(messages), engine.tokenizer).ids
+    return render_turns(parse_turns(messages), engine.tokenizer, Style(), limit=10**6).ids
 
 
 def expected_text(engine: FakeEngine, max_tokens: int, index: int = 0, seed: int | None = None) -> str:

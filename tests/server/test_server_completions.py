@@ -76,7 +76,19 @@ def test_include_usage(client: openai.OpenAI) -> None:
     assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 4
 
 
-def test_echo_is_refused_with_a_sentence(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="echo is not supported yet"):
-        client.completions.create(model="fake", prompt="x", echo=True)
+def test_fields_that_ask_for_nothing_special_are_fine(client: openai.OpenAI) -> None:
     client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)
+
+
+def test_echo_puts_the_prompt_first(client: openai.OpenAI, engine: FakeEngine) -> None:
+    ask = {"model": "fake", "prompt": ["Hello 猫", "Bye"], "max_tokens": 5, "n": 2}
+    plain = client.completions.create(**ask)
+    echoed = client.completions.create(**ask, echo=True)
+    prompts = ["Hello 猫", "Hello 猫", "Bye", "Bye"]
+    assert [c.text for c in echoed.choices] == [p + c.text for p, c in zip(prompts, plain.choices, strict=True)]
+    texts = ["", "", "", ""]
+    for chunk in client.completions.create(**ask, echo=True, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [c.text for c in echoed.choices]
+    with pytest.raises(openai.BadRequestError, match="logprobs of the prompt"):
+        client.completions.create(**ask, echo=True, logprobs=1)

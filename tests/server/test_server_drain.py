@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import httpx
 import pytest
 from conftest import wait_for
 
+from triptych.cli.serve import check_tls
 from triptych.errors import ConfigError
 from triptych.server.options import ServerOptions
 from triptych.server.run import run_server
@@ -24,9 +27,11 @@ LONG = {"model": "fake", "prompt": [1, 2], "stream": True, "max_tokens": 90_000}
 
 
 @contextmanager
-def serving(token_delay: float, drain_timeout: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def serving(
+    token_delay: float, drain_timeout: float, *tls: str
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A server process and a client for it. The process is killed if the test leaves it running."""
-    command = [sys.executable, str(HERE / "serve_fake.py"), str(token_delay), str(drain_timeout)]
+    command = [sys.executable, str(HERE / "serve_fake.py"), str(token_delay), str(drain_timeout), *tls]
     path = [str(HERE), str(HERE.parents[1] / "src")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": ":".join(path)}
@@ -34,7 +39,8 @@ def serving(token_delay: float, drain_timeout: float) -> Iterator[tuple[subproce
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        with httpx.Client(base_url=url, timeout=30) as client:
+        trust = ssl.create_default_context(cafile=tls[0]) if tls else False
+        with httpx.Client(base_url=url, timeout=30, verify=trust) as client:
             yield process, client
     finally:
         process.kill()
@@ -106,3 +112,21 @@ def test_an_address_in_use_is_a_clear_error(tokenizer: object) -> None:
             run_server(None, ServerOptions(port=port))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"Cannot listen on no\.such\.host\.invalid"):
         run_server(None, ServerOptions(host="no.such.host.invalid", port=0))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_tls(tmp_path: Path) -> None:
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2"]
+    subprocess.run([*make, *subject], check=True, capture_output=True)
+    with serving(0.0, 1.0, cert, key) as (process, client):
+        assert str(client.base_url).startswith("https://")
+        answer = client.post("/v1/completions", json=LONG | {"max_tokens": 3, "stream": False})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    check_tls(cert, key)
+    for pair in ((cert, cert), (str(tmp_path / "none.pem"), key)):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            check_tls(*pair)

@@ -17,8 +17,9 @@ from conftest import Server, wait_for
 from triptych.engine.api import AsyncEngine, Engine
 from triptych.server.app import build_app
 from triptych.server.options import ServerOptions
-from triptych.text.chat import render
-from triptych.text.messages import parse_messages
+from triptych.text.render import render_turns
+from triptych.text.spell import Style
+from triptych.text.turns import parse_turns
 from triptych.tiny.bundle import ensure_checkpoint
 from triptych.words import SamplingParams
 
@@ -60,7 +61,9 @@ def nothing_left_behind(real: AsyncEngine, server: Server) -> Iterator[None]:
 
 
 def chat_prompt(engine: Engine, text: str) -> list[int]:
-    return render(parse_messages([{"role": "user", "content": text}]), engine.tokenizer).ids.tolist()  # type: ignore[arg-type]
+    assert engine.tokenizer is not None
+    turns = parse_turns([{"role": "user", "content": text}])
+    return render_turns(turns, engine.tokenizer, Style(), limit=10**6).ids.tolist()
 
 
 def ask(client: openai.OpenAI, text: str, **options: object) -> str:

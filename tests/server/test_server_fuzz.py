@@ -13,18 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from triptych.server import chat, completions
+from triptych.server import chat, completions, messages_read, responses_read
 from triptych.server.app import build_app
 from triptych.server.options import ServerOptions
 from triptych.text.tokenizer import Tokenizer
 
-PATHS = ["/v1/chat/completions", "/v1/completions"]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 VALID: dict[str, dict[str, Any]] = {
     PATHS[0]: {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
     PATHS[1]: {"model": "fake", "prompt": "hi", "max_tokens": 3},
+    PATHS[2]: {"model": "fake", "input": "hi", "max_output_tokens": 3},
+    PATHS[3]: {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
 }
 NAMES = sorted(
-    {name for table in (chat.FIELDS, completions.FIELDS) for name in table.read | table.harmless | set(table.refused)}
+    {
+        name
+        for table in (chat.FIELDS, completions.FIELDS, responses_read.FIELDS, messages_read.FIELDS)
+        for name in table.read | table.harmless | set(table.refused)
+    }
 )
 numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 2**64, -1, 0, 10**30, 1e308, 129280])
 scalars = st.none() | st.booleans() | numbers | st.text(max_size=8)
@@ -41,8 +47,63 @@ messages = st.lists(
     ),
     max_size=4,
 )
+calls = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from(["a", "b"]),
+        "function": st.fixed_dictionaries({"name": st.sampled_from(["f", "g"]), "arguments": st.text(max_size=9)}),
+    }
+)
+blocks = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "image"])},
+    optional={
+        "text": st.text(max_size=5) | values,
+        "id": st.sampled_from(["a", "b"]),
+        "tool_use_id": st.sampled_from(["a", "b"]),
+        "name": st.text(max_size=5),
+        "input": st.dictionaries(st.text(max_size=3), values, max_size=2) | values,
+        "content": st.text(max_size=5) | values,
+        "thinking": st.text(max_size=5),
+        "cache_control": st.just({"type": "ephemeral"}) | values,
+    },
+)
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": roles, "content": st.text(max_size=5) | st.lists(blocks, max_size=3) | values},
+        optional={"tool_calls": st.lists(calls, max_size=2), "tool_call_id": st.sampled_from(["a", "b"])},
+    ),
+    max_size=5,
+)
+items = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning", "x"])},
+        optional={
+            "role": roles,
+            "content": st.text(max_size=5) | st.lists(parts, max_size=2) | values,
+            "call_id": st.sampled_from(["a", "b"]),
+            "name": st.text(max_size=5),
+            "arguments": st.text(max_size=5) | values,
+            "output": st.text(max_size=5) | values,
+        },
+    ),
+    max_size=4,
+)
+functions = st.fixed_dictionaries({"name": st.sampled_from(["f", "g", "a b"]), "parameters": st.just({}) | values})
 plausible = {
-    "messages": messages,
+    "input": st.text(max_size=5) | items,
+    "tools": st.lists(
+        st.builds(lambda f: {"type": "function", "function": f}, functions)
+        | st.builds(lambda f: {"type": "function"} | f, functions)
+        | st.builds(lambda f: {"name": f["name"], "input_schema": f["parameters"]}, functions),
+        max_size=2,
+    ),
+    "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "tool", "name": "f"}, {"type": "any"}])
+    | values,
+    "thinking": st.sampled_from([{"type": "enabled"}, {"type": "disabled"}]) | values,
+    "reasoning_effort": st.sampled_from(["none", "low", "high", "max", "x"]),
+    "response_format": st.sampled_from([{"type": "json_object"}, {"type": "text"}]) | values,
+    "previous_response_id": st.text(max_size=5),
+    "max_output_tokens": st.integers(-1, 300),
+    "messages": messages | turns,
     "prompt": st.text(max_size=9) | st.lists(st.integers(-2, 129281), max_size=5) | values,
     "model": st.sampled_from(["fake", "fak", ""]),
     "stream": st.booleans(),
@@ -56,6 +117,11 @@ plausible = {
     "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=5),
     "logit_bias": st.dictionaries(st.integers(-3, 129285).map(str) | st.text(max_size=3), numbers, max_size=3),
 }
+
+
+def filled(names: dict[str, None]) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of the plausible fields: all at once would always be refused."""
+    return st.fixed_dictionaries({name: plausible[name] for name in names})
 
 
 class App:
@@ -118,21 +184,23 @@ def check(app: App, path: str, *chunks: bytes) -> None:
     else:
         assert 400 <= status < 500, (status, body)
         error = json.loads(body)["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error" and 10 < len(error["message"]) < 500
+        assert set(error) == {"message", "type"} if path == PATHS[3] else {"message", "type", "param", "code"}
+        kinds = {400: "invalid_request_error", 404: "not_found_error"} if path == PATHS[3] else {}
+        assert error["type"] == kinds.get(status, "invalid_request_error") and 10 < len(error["message"]) < 500
     assert not app.engine.live
     again, _ = app.post(path, json.dumps(VALID[path]).encode())
     assert again == 200
 
 
 def _check_answer(body: bytes) -> None:
-    if not body.startswith(b"data: "):
-        assert json.loads(body)["usage"]["total_tokens"] > 0
+    if not body.startswith((b"data: ", b"event: ")):
+        assert json.loads(body)["usage"]
         return
     events = [line for line in body.split(b"\n\n") if line]
-    assert events[-1] == b"data: [DONE]"
-    for event in events[:-1]:
-        assert "error" not in json.loads(event.removeprefix(b"data: "))
+    if body.startswith(b"data: "):
+        assert events.pop() == b"data: [DONE]"
+    for event in events:
+        assert not json.loads(event.split(b"data: ", 1)[1]).get("error")
 
 
 def encoded(value: object) -> bytes:
@@ -163,7 +231,7 @@ def test_valid_requests_with_fields_of_any_type(app: App, path: str, change: dic
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=150, deadline=None)
-@given(change=st.fixed_dictionaries({}, optional=plausible))
+@given(change=st.dictionaries(st.sampled_from(sorted(plausible)), st.none()).flatmap(filled))
 def test_valid_requests_with_plausible_fields(app: App, path: str, change: dict[str, object]) -> None:
     check(app, path, encoded(VALID[path] | change))
 

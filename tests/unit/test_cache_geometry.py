@@ -43,10 +43,10 @@ def test_entry_sizes() -> None:
 
 def test_page_sizes() -> None:
     assert flash().page_bytes == 492_832
-    assert pro().page_bytes == 705_464
+    assert pro().page_bytes == 705_464 + 8, "8 bytes make it a multiple of 16"
     assert flash().token_bytes == 3850.25
     assert flash(index="mxfp4").token_bytes == 3514.25
-    assert pro().token_bytes == 5511.4375
+    assert pro().token_bytes == 5511.5
     assert flash("bfloat16", "bfloat16").token_bytes == 6880
     assert pro("bfloat16", "bfloat16").token_bytes == 9848
 
@@ -64,11 +64,12 @@ def test_segments_tile_the_page() -> None:
         for segment in geometry.segments:
             assert segment.offset == at
             at += segment.bytes
-        assert at == geometry.page_bytes
+        assert at <= geometry.page_bytes < at + 16 and geometry.page_bytes % 16 == 0
+        assert all(segment.offset % 16 == 0 for segment in geometry.segments)
         kinds = [segment.kind for segment in geometry.segments]
         assert kinds.count("csa_main") == kinds.count("csa_index") == len(geometry.csa_layers)
-        assert kinds.count("hca") == len(geometry.hca_layers)
-        assert [s.layer for s in geometry.segments] == sorted(s.layer for s in geometry.segments)
+        assert kinds[-1] == "hca" and kinds.count("hca") == 1
+        assert geometry.segments[-1].entries == len(geometry.segments[-1].layers) == len(geometry.hca_layers)
 
 
 @pytest.mark.parametrize("memory", [512 * MIB, 2048 * MIB, 49_000 * MIB])

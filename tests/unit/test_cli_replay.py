@@ -268,10 +268,11 @@ def test_too_little_memory_says_how_much_is_enough_in_flags_of_this_command(
     assert rows(capsys, trace, "--memory", enough)["requests"] == 60
 
 
-@pytest.mark.parametrize("name", ["nosuch.jsonl", "agent"])
-def test_a_trace_that_is_not_there_is_named_with_a_remedy(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    expected = "cannot be read: No such file or directory. Name a JSON Lines file, or agents for generated traffic."
-    assert refused(capsys, name) == f"Trace {name} {expected}"
+def test_a_trace_that_is_not_there_is_named_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    remedy = "Name a JSON Lines file, or a workload such as chat or coding-agent."
+    expected = f"Trace nosuch.jsonl cannot be read: No such file or directory. {remedy}"
+    assert refused(capsys, "nosuch.jsonl") == expected
+    assert refused(capsys, "agent") == "'agent' is neither a file nor a workload. Did you mean 'agents'?"
 
 
 def test_a_broken_trace_names_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -318,3 +319,24 @@ def test_neither_help_nor_a_replay_loads_torch(argv: list[str]) -> None:
     loaded = set(done.stderr.split("\n"))
     assert "triptych.cli.replay" in loaded and done.stdout
     assert not {"torch", "numba", "starlette", "matplotlib"} & loaded
+
+
+@pytest.mark.parametrize("name", ["chat", "coding-agent", "research-agent", "rl-rollout", "mixed"])
+def test_every_workload_is_replayed_by_name_and_from_what_was_saved(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.jsonl"
+    common = ("--memory", "4GiB", "--json")
+    assert main(["replay", name, "--limit", "12", "--arrivals", "closed:3", "--save", str(saved), *common]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert main(["replay", str(saved), *common]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert made["requests"] == 12 and made["prompt_tokens"] == read["prompt_tokens"]
+    assert made["cached_tokens"] == read["cached_tokens"]
+
+
+def test_workloads_are_not_taken_for_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "reserch-agent"]) == 2
+    assert "Did you mean 'research-agent'?" in capsys.readouterr().err
+    assert main(["replay", "docs/examples/session-trace.jsonl", "--save", "x.jsonl"]) == 2
+    assert "for generated traffic" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from triptych.errors import ConfigError
-from triptych.text.messages import Message, Role
+from triptych.text.chat import Message, Role
 from triptych.text.tokenizer import Tokenizer
 from triptych.tiny import TOKENIZER_FILE
 from triptych.tiny.facts import draw_facts

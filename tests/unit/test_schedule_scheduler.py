@@ -65,7 +65,7 @@ class Engine:
 
 def in_flight_of(engine: Engine) -> StepPlan:
     """The plan in flight."""
-    plan = engine.scheduler._flight
+    plan = engine.scheduler._flights[-1].plan
     assert plan is not None
     return plan
 

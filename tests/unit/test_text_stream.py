@@ -94,3 +94,19 @@ def test_the_earliest_end_wins_then_the_longest(first: str, second: str) -> None
     finder = StopStrings([first, second])
     shown = "".join(finder.push(char) for char in text)
     assert (shown, finder.matched) == slow_cut(text, [first, second])
+
+
+@settings(max_examples=400)
+@given(small_text, stops, st.text(alphabet="ab", max_size=2), st.text(alphabet="ab", max_size=2), st.data())
+def test_stop_strings_count_only_between_two_texts(
+    text: str, stop_strings: list[str], after: str, until: str, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    finder = StopStrings(stop_strings, after=after, until=until)
+    shown = "".join(finder.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    shown += finder.flush()
+    start = text.find(after) + len(after) if after in text else len(text)
+    end = text.find(until, start) + len(until) if until and until in text[start:] else len(text)
+    cut, matched = slow_cut(text[start:end], stop_strings)
+    assert finder.matched == matched
+    assert shown == (text if matched is None else text[:start] + cut)

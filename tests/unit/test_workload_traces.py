@@ -249,5 +249,5 @@ def test_what_is_no_trace_is_one_sentence(tmp_path: Path, content: bytes, senten
 
 def test_a_file_that_is_not_there_and_a_directory_are_named_with_a_remedy(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "nosuch.jsonl", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(ConfigError, match=f"{path} cannot be read: {reason}.*JSON Lines file, or agents"):
+        with pytest.raises(ConfigError, match=f"{path} cannot be read: {reason}.*JSON Lines file, or a workload"):
             read_trace(path)

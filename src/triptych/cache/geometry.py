@@ -1,9 +1,10 @@
 """Bytes of every cached object. No other file knows them.
 
-A page is one contiguous span; its segments follow each other layer by layer without padding:
+A page is one contiguous span; its segments follow each other without padding, those of CSA layer by layer, and last
+one with the entries of all HCA layers. So each begins at a multiple of 16 bytes, and in FP8 so do all their values:
 
-    | layer 2: 32 main entries | 32 index keys | layer 3: 1 entry | layer 4: 32 main entries | ...
-      csa_main                   csa_index       hca                csa_main
+    | layer 2: 32 main entries | 32 index keys | layer 4: 32 main entries | ... | layers 3, 5, ...: 1 entry each |
+      csa_main                   csa_index       csa_main                         hca
 
 Sizes of entries: DeepSeek-V4 reference sections 4.1 (584-byte FP8 entry) and 4.2 (index keys).
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, WINDOW, KvFormat, ModelShape
+from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, WINDOW, IndexFormat, KvFormat, ModelShape
 from triptych.errors import ConfigError
 
 SLOT_ROWS = 260
@@ -32,15 +33,20 @@ HCA_RING = HCA_RATIO
 RESTORED = WINDOW + LOOKBACK
 """A snapshot at boundary c holds the window rows [c - RESTORED, c - LOOKBACK), clipped at 0."""
 
+PAGE_ALIGN = 16
+"""Pages are padded to a multiple of this many bytes, so that wide loads are aligned in all of them."""
+
 SegmentKind = Literal["csa_main", "csa_index", "hca"]
-IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one layer's entries of one kind lie inside a page: `entries` of `entry_bytes` from `offset` on."""
+    """Where entries of one kind lie inside a page: `entries` of `entry_bytes` from `offset` on.
 
-    layer: int
+    They belong to one CSA layer, or entry i to the i-th of all HCA `layers`.
+    """
+
+    layers: tuple[int, ...]
     kind: SegmentKind
     offset: int
     entries: int
@@ -108,24 +114,23 @@ class CacheGeometry:
         out: list[Segment] = []
         offset = 0
 
-        def add(layer: int, kind: SegmentKind, entries: int, size: int) -> None:
+        def add(layers: tuple[int, ...], kind: SegmentKind, entries: int, size: int) -> None:
             nonlocal offset
-            out.append(Segment(layer, kind, offset, entries, size))
+            out.append(Segment(layers, kind, offset, entries, size))
             offset += entries * size
 
-        csa, hca = set(self.csa_layers), set(self.hca_layers)
-        for layer in range(self.layers):
-            if layer in csa:
-                add(layer, "csa_main", PAGE // CSA_RATIO, self.main_entry_bytes)
-                add(layer, "csa_index", PAGE // CSA_RATIO, self.index_key_bytes)
-            elif layer in hca:
-                add(layer, "hca", PAGE // HCA_RATIO, self.main_entry_bytes)
+        for layer in self.csa_layers:
+            add((layer,), "csa_main", PAGE // CSA_RATIO, self.main_entry_bytes)
+            add((layer,), "csa_index", PAGE // CSA_RATIO, self.index_key_bytes)
+        if self.hca_layers:
+            add(self.hca_layers, "hca", len(self.hca_layers) * (PAGE // HCA_RATIO), self.main_entry_bytes)
         return tuple(out)
 
     @cached_property
     def page_bytes(self) -> int:
         """128 tokens of one sequence, all layers."""
-        return sum(segment.bytes for segment in self.segments)
+        used = sum(segment.bytes for segment in self.segments)
+        return -(-used // PAGE_ALIGN) * PAGE_ALIGN
 
     @property
     def token_bytes(self) -> float:

@@ -27,6 +27,7 @@ class HostTier:
         self.objects: dict[ObjectKey, HostObject] = {}
         self.evicted = 0
         self.refused = 0
+        self.snapshots = 0
         self._queue: EvictionQueue[HostObject] = EvictionQueue()
 
     def put(self, key: ObjectKey, count: int, rank: float) -> tuple[int, ...] | None:
@@ -48,6 +49,7 @@ class HostTier:
         del self.free[-count:]
         item = self.objects[key] = HostObject(key, frames, rank)
         self._queue.put(item, rank)
+        self.snapshots += key.kind == "snapshot"
         return frames
 
     def use(self, key: ObjectKey) -> tuple[int, ...]:
@@ -79,6 +81,7 @@ class HostTier:
     def _drop(self, item: HostObject) -> None:
         self._queue.discard(item)
         del self.objects[item.key]
+        self.snapshots -= item.key.kind == "snapshot"
         self.free.extend(item.frames)
 
     def _rank(self, item: HostObject, rank: float) -> None:
@@ -88,6 +91,8 @@ class HostTier:
 
     def check(self) -> None:
         """AssertionError if a frame is in no place or in two."""
+        if self.snapshots != sum(key.kind == "snapshot" for key in self.objects):
+            raise AssertionError("The host miscounts its snapshots.")
         used = [frame for item in self.objects.values() for frame in item.frames]
         if sorted(used + self.free) != list(range(self.frames)):
             raise AssertionError("A host frame is lost or in two places.")

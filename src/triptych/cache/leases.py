@@ -29,6 +29,11 @@ class Leases:
         """The tips that are pinned now."""
         return [tip for _, _, tip in self._pins]
 
+    @property
+    def pinned_until(self) -> dict[bytes, float]:
+        """The latest deadline by the key of the pinned tip."""
+        return {tip.key: until for until, _, tip in sorted(self._pins, key=lambda pin: pin[:2])}
+
     def grant(self, holding: Holding, now: float) -> None:
         """A request ends: pin its chain or start its time to live, as its hints say."""
         tip, hints = holding.chain[-1], holding.hints

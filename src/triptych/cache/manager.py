@@ -32,6 +32,7 @@ from triptych.cache.policies import Below, Policies
 from triptych.cache.prefetch import Prefetcher
 from triptych.cache.prefix import Branch, Node, Snapshot, Tenant, page_keys, root_key
 from triptych.cache.resume import Planner, ResumePlan, snapshot_is_exact
+from triptych.cache.sessions import Sessions
 from triptych.cache.stats import CacheStats, Counters, collect
 from triptych.cache.tiers import Tiers
 from triptych.config import PAGE
@@ -73,7 +74,9 @@ class CacheManager:
         self.retention = policies.retention
         self.rates = policies.rates
         self.clock = clock
-        self.memory = Memory(capacity.frames, geometry.snapshot_frames, self.retention, clock, policies.quota)
+        self.memory = Memory(
+            capacity.frames, geometry.snapshot_frames, self.retention, clock, policies.quota, policies.shares
+        )
         self.planner = Planner(layers, self.rates, self.places.replay)
         self.leases = Leases(self.memory)
         self.tiers = Tiers(self.memory, geometry, self.rates, below)
@@ -84,6 +87,7 @@ class CacheManager:
         self.counters = Counters()
         self.visits = Visits()
         self.forks = Forks()
+        self.sessions = Sessions()
         self._namespace = namespace
         self._tenants: dict[str, Tenant] = {}
         self.epoch = 0
@@ -189,6 +193,7 @@ class CacheManager:
             if node.origin is not None:
                 tiers[node.origin] = tiers.get(node.origin, 0) + min(PAGE, plan.start - node.end + PAGE)
                 node.origin = None
+        self.tiers.moved.tokens.update(tiers)
         if plan.kind != "snapshot" or source is None:
             return plan.after(None, tiers), None
         return plan.after(source.frames, tiers), source
@@ -324,7 +329,8 @@ class CacheManager:
         if processed // PAGE > len(holding.chain) and self.prefix_cache and holding.epoch == self.epoch:
             self._seal(holding, tokens, processed // PAGE)
         for write in tuple(holding.reserved):
-            self._publish(holding, write)
+            if write.position <= processed:  # others are of a step that is still under way
+                self._publish(holding, write)
 
     def _seal(self, holding: Holding, tokens: TokenIds, upto: int) -> None:
         chain, sealed = holding.chain, len(holding.chain)
@@ -415,6 +421,7 @@ class CacheManager:
             if not forget and not stale:
                 self.leases.grant(holding, now)
                 self._remember(holding, now)
+                self.sessions.ended(holding)
                 self.tiers.save(holding.chain, holding.plan.write_from // PAGE)
             self.memory.tree.unpin(holding.chain[-1], now)
             for node in holding.chain:  # a snapshot may have waited in the queue while its page was in use
@@ -442,6 +449,7 @@ class CacheManager:
         self.epoch += 1
         self._changes += 1
         self.leases.drop_all()
+        self.sessions.clear()
         self.tiers.reset()
         self.memory.clear()
 

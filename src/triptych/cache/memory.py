@@ -10,7 +10,7 @@ the lowest goes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from triptych.cache.eviction import EvictionQueue
 from triptych.cache.prefix import Node, PrefixTree, Snapshot, Tenant
@@ -30,6 +30,7 @@ class Memory:
         policy: RetentionPolicy,
         clock: Callable[[], float],
         quota: float = 1.0,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         self.frames = frames
         self.snapshot_frames = snapshot_frames
@@ -43,7 +44,9 @@ class Memory:
         self.on_evict: Callable[[Item], None] = lambda item: None
         self._policy = policy
         self._clock = clock
-        self._quota = quota * frames if quota < 1.0 else None
+        self._quota = quota * frames
+        self._shares = {salt: share * frames for salt, share in (shares or {}).items()}
+        self._bounded = quota < 1.0 or bool(self._shares)
         self._queue: EvictionQueue[Item] = EvictionQueue()
         self._own: dict[Tenant, EvictionQueue[Item]] = {}
 
@@ -59,9 +62,10 @@ class Memory:
 
         A tenant beyond its quota gives up its own first.
         """
-        if self._quota is not None:
+        if self._bounded:
+            most = self._shares.get(tenant.salt, self._quota)
             # asked anew each time: a queue that runs empty is dropped, and a parent may follow its child
-            while len(self.free) < count and tenant.frames + count > self._quota and tenant in self._own:
+            while len(self.free) < count and tenant.frames + count > most and tenant in self._own:
                 self.evict(self._own[tenant].peek()[1])
         while len(self.free) < count:
             self.evict(self._queue.peek()[1])
@@ -178,13 +182,13 @@ class Memory:
     def _offer(self, item: Item) -> None:
         rank = self.rank(item)
         self._queue.put(item, rank)
-        if self._quota is not None:
+        if self._bounded:
             branch = item.branch if isinstance(item, Node) else item.node.branch
             self._own.setdefault(branch.tenant, EvictionQueue()).put(item, rank)
 
     def _withdraw(self, item: Item) -> None:
         self._queue.discard(item)
-        if self._quota is not None:
+        if self._bounded:
             branch = item.branch if isinstance(item, Node) else item.node.branch
             own = self._own.get(branch.tenant)
             if own is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from triptych.cache.places import SnapshotPolicy, adaptive, snapshot_policy_named
@@ -21,14 +21,15 @@ def _value() -> RetentionPolicy:
 class Policies:
     """Where snapshots are put, what is given up first, what things cost.
 
-    `quota`: the share of all frames that one tenant's cached objects may take while others want room. `prefix_cache`
-    False: nothing is kept for others.
+    `quota`: the share of all frames that one tenant's cached objects may take while others want room; `shares` say
+    otherwise for tenants by their salt. `prefix_cache` False: nothing is kept for others.
     """
 
     places: SnapshotPolicy = ADAPTIVE
     retention: RetentionPolicy = field(default_factory=_value)
     rates: Rates = field(default_factory=Rates)
     quota: float = 1.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     prefix_cache: bool = True
 
 

@@ -45,6 +45,10 @@ class Prefetcher:
         yield from (tip for tip in self._tips.values() if tip is not None)
         yield from self._begun.values()
 
+    def fetching(self, request_id: str) -> bool:
+        """Whether copies are under way for a waiting request."""
+        return request_id in self._jobs
+
     def ready(self, request_id: str, tokens: TokenIds, salt: str, changes: int) -> bool:
         """Start a fetch for a waiting request if that pays. True when nothing is under way for it."""
         if request_id in self._jobs:

@@ -60,8 +60,9 @@ class Saving:
 
 @dataclass(slots=True)
 class Moved:
-    """Bytes and objects that were moved, by tier."""
+    """Bytes and objects that were moved, by tier; `tokens` of prompts that were found there and fetched."""
 
+    tokens: Counter[str] = field(default_factory=Counter)
     bytes_in: Counter[str] = field(default_factory=Counter)
     bytes_out: Counter[str] = field(default_factory=Counter)
     missed_saves: int = 0

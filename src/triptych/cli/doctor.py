@@ -63,7 +63,7 @@ class Package:
 class Report:
     """All that `doctor` says. `kernels` rows have op, backend and reason; `advice` are sentences.
 
-    `device` is where the model would run, "cpu" or "cuda".
+    `device` is where the model would run, "cpu" or "cuda"; `steps` says how, (what, how) each.
     """
 
     machine: Machine
@@ -71,6 +71,7 @@ class Report:
     kernels: tuple[dict[str, str], ...]
     advice: tuple[str, ...]
     device: str = "cpu"
+    steps: tuple[tuple[str, str], ...] = ()
 
 
 @app.command()
@@ -100,7 +101,27 @@ def examine(
     kernels = tuple(asdict(row) for row in table(kernel_backend, device=chosen))
     packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
     machine = _machine()
-    return Report(machine, packages, kernels, advise(machine, packages), chosen)
+    return Report(machine, packages, kernels, advise(machine, packages), chosen, _steps(chosen))
+
+
+def _steps(device: Literal["cpu", "cuda"]) -> tuple[tuple[str, str], ...]:
+    """How steps run on this kind of device."""
+    from triptych.engine.device import STEP_TOKENS
+
+    rows = ("rows", f"at most {STEP_TOKENS[device]:,} a step, unless --step-tokens says otherwise")
+    if device == "cpu":
+        return (rows, ("order", "each step ends before the next is planned"), ("tiers", "copied by threads"))
+    return (
+        rows,
+        (
+            "order",
+            "the next step is planned while one runs; not with a canary, nor for answers that a grammar constrains",
+        ),
+        ("decode", "CUDA graphs, recorded at start-up; prompts run beside them"),
+        ("sampling", "on the GPU"),
+        ("tiers", "pinned host memory, copied by streams of their own"),
+        ("memory", "caches get what a dry run of the largest step leaves"),
+    )
 
 
 def render(report: Report) -> str:
@@ -126,6 +147,9 @@ def render(report: Report) -> str:
         f"Kernels on {'the GPU' if report.device == 'cuda' else 'the processor'}",
         *_columns([(row["op"], row["backend"], row["reason"]) for row in report.kernels]),
         "",
+        "Steps",
+        *_columns(list(report.steps)),
+        "",
         "Advice",
         *(f"  {sentence}" for sentence in report.advice or ("Nothing to improve.",)),
     ]
@@ -133,6 +157,8 @@ def render(report: Report) -> str:
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     return ["  " + "  ".join(cells).rstrip() for cells in padded]

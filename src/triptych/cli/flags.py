@@ -28,6 +28,14 @@ class EngineFlags:
             metavar="SIZE", help="Memory for all caches, like 2GiB. Default: a quarter of the free RAM; most of a GPU."
         ),
     ] = None
+    kv_format: Annotated[
+        Literal["float32", "bfloat16", "fp8"] | None,
+        typer.Option(help="How cached entries and window rows are kept; fp8 is the released models' own rounding."),
+    ] = None
+    index_format: Annotated[
+        Literal["float32", "bfloat16", "fp8", "mxfp4"] | None,
+        typer.Option(help="How index keys are kept. Default: as --kv-format."),
+    ] = None
     policy: Annotated[
         str | None,
         typer.Option(
@@ -46,6 +54,14 @@ class EngineFlags:
     ] = None
     remote: Annotated[
         str | None, typer.Option(metavar="URL", help="A Valkey or Redis server below the disk, redis://host:port.")
+    ] = None
+    retention: Annotated[
+        Literal["value", "lru"] | None,
+        typer.Option(help="What the cache gives up first: what is worth least per byte, or what was used longest ago."),
+    ] = None
+    tenant_quota: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the cache that one tenant may take while others want room."),
     ] = None
     canary: Annotated[
         float | None,

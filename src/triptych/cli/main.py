@@ -19,10 +19,12 @@ from triptych.errors import ConfigError, RequestError, TriptychError, nearest
 
 # subcommand -> what `triptych --help` says of it; each lives in the module of its name in this room
 COMMANDS = {
-    "serve": "Serve a model over an OpenAI-compatible HTTP API.",
+    "serve": "Serve a model to the clients of OpenAI and Anthropic.",
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue prompts from arguments, files or standard input.",
+    "plan": "Work out what fits on which hardware, how fast, at what cost.",
     "replay": "Replay a trace through the cache: hit rate, work left, bytes.",
+    "bench": "Load a server or an engine: latencies, hit rate, cost per task.",
     "demo": "Ask about a long document twice and see what the cache saves.",
     "eval": "Measure whether a model finds facts in a long context.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",

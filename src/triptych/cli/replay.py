@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from triptych.cli.flags import spread
 from triptych.cli.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
@@ -20,13 +22,39 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_AGENT_REQUESTS = 2000
+_GENERATED = 2000  # requests, unless --limit says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficFlags:
+    """Which requests of a trace, when they arrive, and where to keep them."""
+
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N requests. Generated: 2000 unless given.")
+    ] = None
+    tokens: Annotated[
+        Literal["literal", "session"],
+        typer.Option(help="How tokens follow from Mooncake ids: as they are, or next turns carry on the output."),
+    ] = "literal"
+    seed: Annotated[int, typer.Option(metavar="N", help="For generated traffic.")] = 0
+    arrivals: Annotated[
+        str, typer.Option(metavar="HOW", help="For generated traffic: trace, poisson:RATE or closed:USERS.")
+    ] = "trace"
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write generated traffic as a session trace.")] = (
+        None
+    )
 
 
 @app.command()
+@spread
 def replay(
     trace: Annotated[
-        str, typer.Argument(metavar="TRACE", help="A Mooncake or session trace (JSON Lines), or agents: generated.")
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="A Mooncake or session trace (JSON Lines), or generated: chat, coding-agent, research-agent, "
+            "rl-rollout, mixed.",
+        ),
     ],
     *,
     model: Annotated[str, typer.Option(metavar="MODEL", help="flash, pro or a checkpoint directory.")] = "flash",
@@ -43,13 +71,8 @@ def replay(
     ] = "adaptive",
     in_flight: Annotated[int, typer.Option(metavar="N", help="Requests held at once.")] = 16,
     chunk: Annotated[int, typer.Option(metavar="N", help="Prompt tokens that one step runs.")] = 8192,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N requests.")] = None,
-    tokens: Annotated[
-        Literal["literal", "session"],
-        typer.Option(help="How tokens follow from Mooncake ids: as they are, or next turns carry on the output."),
-    ] = "literal",
     kv_format: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(help="Format of entries.")] = "fp8",
-    seed: Annotated[int, typer.Option(metavar="N", help="For generated traffic.")] = 0,
+    traffic: TrafficFlags,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Hit rate over memory as PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several runs.")] = False,
 ) -> None:
@@ -58,7 +81,7 @@ def replay(
     It is the cache manager that serves, without a model. TRACE is in the format of Mooncake (timestamp,
     input_length, output_length, hash_ids) or in our session format.
     """
-    _check(in_flight, chunk, limit, plot)
+    _check(in_flight, chunk, traffic.limit, plot)
     from triptych.workload.replay import POLICIES, ReplaySettings
     from triptych.workload.replay import replay as run
 
@@ -67,19 +90,19 @@ def replay(
     below = [parse_size(size, flag) if size else 0 for size, flag in ((host_memory, "--host-memory"), (disk, "--disk"))]
     geometry = _geometry(model, kv_format)
     memories = [_memory(size, geometry, in_flight) for size in memory.split(",")]
-    requests = _trace(trace, tokens, limit, seed)
+    requests = _trace(trace, traffic)
     results = []
     for size in memories:
         for name in names:
             one = ReplaySettings(geometry, size, name, below[0], below[1], in_flight, chunk)
             results.append((one, _with_progress(run, requests, one)))
     if as_json:
-        rows = [_row(one, result, model, requests.name, tokens) for one, result in results]
+        rows = [_row(one, result, model, requests.name, traffic.tokens) for one, result in results]
         typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
     else:
         typer.echo(_table(results))
     if plot is not None:  # last, so that a plot that fails takes no numbers with it
-        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {tokens}", results)
+        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {traffic.tokens}", results)
 
 
 def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> None:
@@ -141,14 +164,21 @@ def _geometry(model: str, kv_format: Literal["fp8", "bfloat16", "float32"]) -> C
     return CacheGeometry.of(ModelShape.from_file(directory / "config.json"), kv_format)
 
 
-def _trace(name: str, tokens: Literal["literal", "session"], limit: int | None, seed: int) -> Trace:
-    if name == "agents":
-        from triptych.workload.agents import agent_trace
-
-        return agent_trace(limit or _AGENT_REQUESTS, seed)
+def _trace(name: str, traffic: TrafficFlags) -> Trace:
+    from triptych.workload.named import WORKLOADS, workload
     from triptych.workload.traces import read_trace
 
-    return read_trace(Path(os.path.expanduser(name)), tokens, limit)
+    path = Path(os.path.expanduser(name))
+    if name in WORKLOADS:
+        made = workload(name, traffic.limit or _GENERATED, traffic.seed, traffic.arrivals)
+        if traffic.save is not None:
+            made.write(traffic.save)
+        return made
+    if traffic.save is not None or traffic.arrivals != "trace":
+        raise ConfigError("--save and --arrivals are for generated traffic.", f"Known: {', '.join(WORKLOADS)}.")
+    if not path.exists() and path.name == name and not path.suffix:
+        raise ConfigError(f"{name!r} is neither a file nor a workload.", nearest(name, WORKLOADS))
+    return read_trace(path, traffic.tokens, traffic.limit)
 
 
 def _with_progress(run: object, trace: Trace, settings: ReplaySettings) -> ReplayResult:

@@ -17,7 +17,9 @@ def usage_line(usage: Usage, to_first: float | None = None, after_first: float |
         f"generated {usage.completion_tokens:,}",
     ]
     if usage.cached_by_tier:
-        parts[1] += f" ({', '.join(f'{tokens:,} from {tier}' for tier, tokens in usage.cached_by_tier.items())})"
+        here = usage.cached_tokens - sum(usage.cached_by_tier.values())
+        below = [f"{tokens:,} from {tier}" for tier, tokens in usage.cached_by_tier.items()]
+        parts[1] += f" ({', '.join([f'{here:,} on the device', *below])})"
     if usage.approximate:
         parts.append("approximate")
     if to_first is not None:

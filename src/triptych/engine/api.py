@@ -20,6 +20,7 @@ from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
+from triptych.text.grammar import GrammarCache
 from triptych.words import (
     NO_HINTS,
     CacheHints,
@@ -74,6 +75,11 @@ class Engine:
     def load(cls, model: str | Path = "tiny", **options: Any) -> Engine:
         """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
         return cls(load(model, EngineConfig.from_options(**options)))
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """The compiled grammars; None without a tokenizer."""
+        return self._loop.masks.grammars if self._loop.masks is not None else None
 
     def describe(self) -> str:
         """A few lines: the model, the cache and what it holds."""

@@ -15,17 +15,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from triptych.config import EngineConfig
+from triptych.engine.facts import Watch, panels
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, FinishReason, SamplingParams, TokenIds
+from triptych.text.grammar import GrammarCache
+from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, FinishReason, SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class _Route:
 
     output: OutputText
     queue: asyncio.Queue[Delta]
+    born: float = field(default_factory=time.monotonic)
 
 
 class AsyncEngine:
@@ -64,11 +67,19 @@ class AsyncEngine:
         self._accepting = False
         self._stopping = False
         self._stats = EngineStats()
+        self.panels = panels(loaded.loop.cache, loaded.config.cache)
+        self._watch = Watch(loaded.loop, self._born)
+        self._facts: asyncio.Future[Facts] | None = None
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
         """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
         return cls(load(model, EngineConfig.from_options(**options)))
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """The compiled grammars; None without a tokenizer."""
+        return self._loop.masks.grammars if self._loop.masks is not None else None
 
     def describe(self) -> str:
         """A few lines: the model, the cache and what it holds."""
@@ -78,6 +89,7 @@ class AsyncEngine:
         """Start the engine thread; deltas will arrive on the running event loop."""
         self._events = asyncio.get_running_loop()
         self._accepting, self._stopping = True, False
+        self._facts = None  # what an earlier event loop waited for nobody will tell
         self._thread = threading.Thread(target=self._run, name="triptych-engine", daemon=True)
         self._thread.start()
 
@@ -112,6 +124,15 @@ class AsyncEngine:
         """Figures as of the last step."""
         return self._stats
 
+    async def facts(self) -> Facts:
+        """Who runs and what could be resumed, gathered between two steps; those who ask at the same time share it."""
+        if self._events is None or self._thread is None:
+            return Facts()
+        if self._facts is None:
+            told = self._facts = self._events.create_future()
+            self._command(lambda: self._on_events(self._tell, told, self._watch.gather()))
+        return await asyncio.shield(self._facts)
+
     async def stream(
         self,
         prompt_ids: TokenIds,
@@ -128,6 +149,8 @@ class AsyncEngine:
         """
         if not self._accepting:
             raise Unavailable("The server is shutting down.", "Retry elsewhere or later.")
+        if params.grammar is not None and self.grammars is not None:
+            await asyncio.to_thread(self.grammars.check, params.grammar)  # so that no step has to wait for it
         samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
         queue: asyncio.Queue[Delta] = asyncio.Queue()
         for sample in samples:
@@ -195,6 +218,15 @@ class AsyncEngine:
                 if delta.finish_reason is not None:
                     del self._routes[event.request_id]
                 route.queue.put_nowait(delta)
+
+    def _tell(self, told: asyncio.Future[Facts], facts: Facts) -> None:
+        self._facts = None
+        if not told.done():
+            told.set_result(facts)
+
+    def _born(self, request_id: str) -> float | None:
+        route = self._routes.get(request_id)
+        return None if route is None else route.born
 
     def _finish_later(self, request_id: str, reason: FinishReason) -> None:
         """End a request in the engine thread; its usage comes back as an event."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -197,3 +199,92 @@ def _ragged(starts: Ints, counts: Ints) -> Ints:
     """[s0, s0+1, ... s0+n0-1, s1, ...]: one run of consecutive integers per pair."""
     run: Ints = np.repeat(starts - _exclusive_sum(counts), counts) + np.arange(int(counts.sum()))
     return run
+
+
+# ---- decode rows in fixed shapes
+
+
+def is_decode(chunk: Chunk) -> bool:
+    """True for one sampled row with nothing else about it: what a DecodeBatch can hold."""
+    return (
+        chunk.rows == 1
+        and chunk.samples
+        and chunk.restore is None
+        and not chunk.snapshots
+        and chunk.replay_to <= chunk.start
+        and chunk.write_from <= chunk.start
+    )
+
+
+def decode_vectors(out: Ints, chunks: Sequence[Chunk], spare_slot: int) -> Ints:
+    """Fill out [4, B] with tokens, positions, slots and lowest positions of the chunks, then padding; returns it.
+
+    A token of -1 is one that only the device knows (model/batch.py says what the others mean).
+    """
+    n = len(chunks)
+    out[0, :n] = [chunk.tokens[0] for chunk in chunks]
+    out[1, :n] = [chunk.start for chunk in chunks]
+    out[2, :n] = [chunk.slot for chunk in chunks]
+    out[3, :n] = [chunk.read_from for chunk in chunks]
+    np.maximum(out[3, :n], out[1, :n] - (WINDOW - 1), out=out[3, :n])
+    out[:, n:] = 0
+    out[2, n:] = spare_slot
+    return out
+
+
+class Staging:
+    """Two host buffers of `size` int64 that take turns, so that one is filled while the other is being copied."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._buffers = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(2)]
+        self._copied = [torch.cuda.Event() if self._cuda else None for _ in range(2)]
+        self._turn = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[Ints]:
+        """The next buffer, to be filled; waits for its last copy, which is two steps old."""
+        self._turn ^= 1
+        event = self._copied[self._turn]
+        if event is not None:
+            event.synchronize()
+        yield self._buffers[self._turn].numpy()
+
+    def send(self, size: int, target: Tensor) -> None:
+        """Copy the first `size` numbers of the buffer whose turn it is into target."""
+        target[:size].copy_(self._buffers[self._turn][:size], non_blocking=True)
+        event = self._copied[self._turn]
+        if event is not None:
+            event.record()
+
+
+class PageTables:
+    """Each slot's pages on the device [slots, pages] int32; only what changed is sent.
+
+    A request's table grows at its end and is replaced by another array when anything else of it changes.
+    """
+
+    def __init__(self, slots: int, pages: int, device: torch.device) -> None:
+        self.device = torch.zeros(slots, pages, dtype=torch.int32, device=device)
+        self._sent: list[tuple[object, int]] = [(None, 0)] * slots
+
+    def update(self, chunks: Sequence[Chunk]) -> None:
+        """Bring the lines of these chunks' slots up to date, as far as their rows read."""
+        places, pages = [], []
+        for chunk in chunks:
+            source = chunk.pages if chunk.pages.base is None else chunk.pages.base
+            need = -(-chunk.end // PAGE)
+            known = self._sent[chunk.slot][1] if self._sent[chunk.slot][0] is source else 0
+            if need > known:
+                places.append(np.arange(known, need) + chunk.slot * self.device.shape[1])
+                pages.append(chunk.pages[known:need])
+                self._sent[chunk.slot] = source, need
+        if places:
+            at, new = (to_device(np.concatenate(part), self.device.device) for part in (places, pages))
+            self.device.view(-1).index_copy_(0, at, new)
+
+
+def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A vector on `device`, which the host does not wait for."""
+    there = torch.from_numpy(np.ascontiguousarray(values))
+    return there if device.type == "cpu" else there.pin_memory().to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from triptych.config import CacheConfig, EngineConfig
+from triptych.config import EngineConfig
 from triptych.engine.memory import free_memory
 from triptych.errors import ConfigError
 from triptych.model.batch import Batch
@@ -18,6 +18,8 @@ from triptych.model.batch import Batch
 logger = logging.getLogger(__name__)
 
 _CAPABILITY = (8, 0)  # Ampere: bfloat16 in the tensor cores and asynchronous copies, which the kernels build on
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Rows of a step by kind of device: on a GPU so many that every expert is kept busy."""
 _ALIGN = 2  # int64 of 16 bytes: where each vector of a step begins in the one copy
 
 
@@ -66,6 +68,13 @@ def device_for(config: EngineConfig) -> torch.device:
     raise ConfigError("torch finds no NVIDIA GPU.", "Check nvidia-smi and the driver, or use --device cpu.")
 
 
+def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """`config` with what it leaves to the device filled in: the rows of a step."""
+    if config.step_tokens is not None:
+        return config
+    return replace(config, step_tokens=max(STEP_TOKENS[kind_of(device)], config.max_running))
+
+
 def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
     """The kind of device, as the kernel registry names it."""
     return "cuda" if device.type == "cuda" else "cpu"
@@ -74,14 +83,6 @@ def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
 def free_device_memory(device: torch.device) -> int:
     """Bytes that new allocations on `device` can have; of a GPU those that no process holds."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
-
-
-def refuse_tiers(cache: CacheConfig, device: torch.device) -> None:
-    """ConfigError for tiers below a GPU."""
-    if device.type == "cuda" and (cache.host_memory or cache.disk is not None or cache.remote is not None):
-        raise ConfigError(
-            "Tiers below the GPU come later.", "Drop --host-memory, --disk and --remote, or use --device cpu."
-        )
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -20,18 +20,24 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of, refuse_tiers
+from triptych.engine.device import device_for, free_device_memory, kind_of, with_defaults
+from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
+from triptych.engine.masks import Masks
+from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
-from triptych.engine.runner import Runner
+from triptych.engine.rates import starting_rates
+from triptych.engine.room import room_for_caches
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import warm_up
+from triptych.engine.warmup import prepare, warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,18 +67,18 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     name, directory = _find(model)
     reader = CheckpointReader(directory)
     shape = reader.shape
-    geometry = CacheGeometry.of(shape, config.cache.kv_format)
+    geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     device = device_for(config)
-    refuse_tiers(config.cache, device)
-    memory = _cache_memory(reader, config, device)
-    capacity = plan_capacity(geometry, memory, config.max_running)
-    _refuse_too_much(capacity.bytes(geometry) + config.cache.host_memory, reader, config, device)
+    config = with_defaults(config, device)
+    _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released" and config.numerics != "native":
         raise ConfigError(
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
         )
     weights = _weights(reader, _DTYPES[config.weight_dtype], device)
+    memory = _cache_memory(weights, config, geometry)
+    capacity = plan_capacity(geometry, memory, config.max_running)
     _set_threads(config, device)
     if kind_of(device) == "cpu":  # Triton compiles for the sizes of the model itself, so a miniature would not help
         with Console(stderr=True).status("Preparing kernels (the first start compiles them, half a minute)"):
@@ -81,6 +87,8 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     limit = config.max_context or shape.max_position
     max_context = min(limit, shape.max_position, capacity.tokens)
     tokenizer = _tokenizer(directory, shape)
+    if tokenizer is not None:
+        loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
     banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
     return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner)
 
@@ -90,7 +98,6 @@ def build_loop(
 ) -> EngineLoop:
     """The engine's parts around given weights, on their device. `identity` names the weights on disk."""
     shape, wanted = weights.shape, config.cache
-    refuse_tiers(wanted, weights.embed.device)
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
@@ -99,7 +106,12 @@ def build_loop(
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
     policies = Policies(
-        places, retention_named(wanted.retention), quota=wanted.tenant_quota, prefix_cache=wanted.prefix_cache
+        places,
+        retention_named(wanted.retention),
+        starting_rates(shape, config, weights.embed.device),
+        quota=wanted.tenant_quota,
+        shares=wanted.tenant_shares,
+        prefix_cache=wanted.prefix_cache,
     )
     cache = CacheManager(
         geometry,
@@ -109,11 +121,22 @@ def build_loop(
         below=below,
         namespace=space,
     )
-    pools = Pools(shape, geometry, capacity, weights.embed.device)
-    runner = Runner(weights, config, pools)
-    mover = Mover(pools, geometry, host_frames, stores)
+    runner = _runner(weights, config, geometry, capacity)
+    pools = runner.pools
+    mover = (Mover if kind_of(pools.device) == "cpu" else GpuMover)(pools, geometry, host_frames, stores)
     canary = Canary(wanted.canary, _TOLERANCE[wanted.kv_format]) if wanted.canary else None
-    return EngineLoop(shape, cache, Scheduler(cache, config, shape.max_position), runner, mover, canary)
+    scheduler = Scheduler(cache, config, shape.max_position, runner.depth)
+    return EngineLoop(shape, cache, scheduler, runner, mover, canary)
+
+
+def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
+    device = weights.embed.device
+    if kind_of(device) == "cpu":
+        return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
+    runner = DeviceRunner(weights, config, Pools(weights.shape, geometry, capacity, device, spare=1), capture=True)
+    prepare(runner, config)
+    return runner
 
 
 def _find(model: str | Path) -> tuple[str, Path]:
@@ -134,30 +157,32 @@ def _find(model: str | Path) -> tuple[str, Path]:
     raise ConfigError(f"There is no checkpoint directory {str(model)!r}.", hint)
 
 
-def _cache_memory(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
-    """Bytes for the caches: what was asked for, or a quarter of the RAM, or most of what weights leave of a GPU."""
-    if config.cache.kv_memory:
-        return config.cache.kv_memory
-    left = _left_for_caches(reader, config, device)
-    return left // 4 if kind_of(device) == "cpu" else max(left * 3 // 4, 1)
-
-
-def _left_for_caches(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> int:
-    """Free bytes; of a GPU those that are left when the weights are there."""
-    free = free_device_memory(device)
+def _cache_memory(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry) -> int:
+    """Bytes for the caches: what was asked for, or a quarter of the RAM, or all that a GPU's steps leave of it."""
+    device, wanted = weights.embed.device, config.cache.kv_memory
     if kind_of(device) == "cpu":
-        return free
-    weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
-    if weights > free:
+        return wanted or free_device_memory(device) // 4
+    room = room_for_caches(weights, config, geometry)
+    if wanted and wanted > room:
         raise ConfigError(
-            f"The weights need {weights / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of the GPU are free.",
-            "Use --device cpu, or a GPU with more memory.",
+            f"The cache needs {wanted / 2**30:.1f} GiB, but beside weights and steps {room / 2**30:.1f} GiB are free.",
+            "Lower --kv-memory, --step-tokens or --max-running.",
         )
-    return free - weights
+    return wanted or room
 
 
-def _refuse_too_much(needed: int, reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
-    free = _left_for_caches(reader, config, device)
+def _refuse_too_much(reader: CheckpointReader, config: EngineConfig, device: torch.device) -> None:
+    """ConfigError before anything is loaded: weights that a GPU cannot hold, caches that the RAM cannot."""
+    free = free_device_memory(device)
+    needed = config.cache.host_memory + (config.cache.kv_memory or free // 4)
+    if kind_of(device) == "cuda":
+        weights = WeightStore(reader.shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device="meta").nbytes
+        if weights > free:
+            raise ConfigError(
+                f"The weights need {weights / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of the GPU are free.",
+                "Use --device cpu, or a GPU with more memory.",
+            )
+        needed, free = config.cache.host_memory, free_memory()
     if needed > free:
         raise ConfigError(
             f"The cache needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free.",

@@ -6,6 +6,7 @@ Single-threaded and free of any clock or queue: `Engine` drives it in the caller
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -14,9 +15,12 @@ from torch import Tensor
 from triptych.cache.manager import CacheManager
 from triptych.config import ModelShape
 from triptych.engine.canary import PREFIX, Canary
+from triptych.engine.device_sampler import Draw
+from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
-from triptych.engine.runner import Runner
-from triptych.engine.sampler import SamplerState, sample
+from triptych.engine.runner import Flight, Runner
+from triptych.engine.sampler import SamplerState
+from triptych.errors import Unsupported
 from triptych.model.transformer import Transformer
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
@@ -69,6 +73,9 @@ class EngineLoop:
         self._shape = shape
         self._runner = runner
         self._samplers: dict[str, SamplerState] = {}
+        self._flights: deque[Flight] = deque()
+        self._owners: dict[int, SamplerState] = {}  # whose tokens were last counted on the device, by slot
+        self.masks: Masks | None = None  # set where there is a tokenizer, without which no grammar means anything
 
     @property
     def model(self) -> Transformer:
@@ -77,11 +84,19 @@ class EngineLoop:
 
     @property
     def busy(self) -> bool:
-        """True while there is anything to do: requests, copies between tiers, or a check of the canary."""
-        return self.scheduler.busy or self.cache.tiers.busy or (self._canary is not None and self._canary.waiting)
+        """True while there is anything to do: requests, steps or copies under way, or a check of the canary."""
+        return (
+            bool(self._flights)
+            or self.scheduler.busy
+            or self.cache.tiers.busy
+            or (self._canary is not None and self._canary.waiting)
+        )
 
     def add(self, request: Request, sample_index: int = 0) -> None:
-        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait."""
+        """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait.
+
+        A grammar that was not compiled before (`GrammarCache.check`) is compiled now, or refused.
+        """
         state = SamplerState(
             request.request_id,
             request.params,
@@ -89,6 +104,10 @@ class EngineLoop:
             prompt_ids=request.prompt_ids,
             sample_index=sample_index,
         )
+        if request.params.grammar is not None:
+            if self.masks is None:
+                raise Unsupported("A grammar needs a tokenizer, which this checkpoint lacks.", param="grammar")
+            state.grammar = self.masks.grammars.start(request.params.grammar)
         self.scheduler.add(request)
         self._samplers[request.request_id] = state
 
@@ -103,22 +122,30 @@ class EngineLoop:
         return self.scheduler.finish(request_id, reason)
 
     def step(self) -> list[TokenEvent]:
-        """Run one step. Returns what happened, in plan order; empty if there was nothing to do."""
+        """Start one step and land those beyond the runner's depth: the same one, or on a GPU the one before it.
+
+        Returns what happened, in plan order; empty if there was nothing to do.
+        """
         self._take_in()
         self._watch_over()
+        depth = self._depth()
+        events = self._land(0) if self.scheduler.strained or not depth else []
         plan = self.scheduler.plan()
         self._mover.run(self.cache.due())  # before the step, which writes into frames that are demoted here
-        if plan is None:
-            self._runner.save(self.scheduler.take_saves())
+        if plan is not None:
+            self._flights.append(self._start(plan))
+            return events + self._land(depth)
+        self._runner.save(self.scheduler.take_saves())
+        if self._flights:
+            return events + self._land(0)
+        if not events:
             self._take_in(_IDLE_WAIT)
-            return []
-        result = self._run(plan)
-        live = self.scheduler.apply(plan, result)
-        return self._collect(live, result.failed)
+        return events
 
     def settle(self, timeout: float) -> bool:
         """Finish the copies to lower tiers while nothing else runs. False if `timeout` seconds did not suffice."""
         deadline = time.monotonic() + timeout
+        self._land(0)  # rows of requests that have ended
         self._mover.run(self.cache.due())
         self._runner.save(self.scheduler.take_saves())
         while self.cache.tiers.busy and time.monotonic() < deadline:
@@ -129,6 +156,8 @@ class EngineLoop:
     def close(self) -> None:
         """Let go of threads and stores; copies that were not finished are lost."""
         self._mover.close()
+        if self.masks is not None:
+            self.masks.close()
 
     def _take_in(self, timeout: float = 0.0) -> None:
         """Copies that have ended; waits for the first of those under way."""
@@ -150,11 +179,16 @@ class EngineLoop:
 
     def end_all(self, reason: FinishReason, sentence: str) -> list[TokenEvent]:
         """End every request. After a step that broke, with ERROR: the next plan then starts from an empty cache."""
-        events = []
+        broken = reason is FinishReason.ERROR
+        if broken:
+            self._flights.clear()
+        events = self._land(0)
         for request_id in tuple(self._samplers):
             usage = self.finish(request_id, reason)
             if not request_id.startswith(PREFIX):
                 events.append(TokenEvent(request_id, reason=reason, usage=usage, error=sentence))
+        if broken:
+            self.scheduler.abandon()
         return events
 
     def stats(self) -> EngineStats:
@@ -166,6 +200,10 @@ class EngineLoop:
         cache |= {f"{tier}_bytes_out": size for tier, size in moved.bytes_out.items()}
         cache |= {"saves_missed": moved.missed_saves, "saves_failed": moved.failed_saves}
         cache["fetches_failed"] = moved.failed_fetches
+        cache |= {f"{tier}_tokens_found": tokens for tier, tokens in moved.tokens.items()}
+        if (host := self.cache.tiers.host) is not None:
+            pages = len(host.objects) - host.snapshots
+            cache |= {"host_pages": pages, "host_snapshots": host.snapshots, "host_frames_free": len(host.free)}
         for name, store in self.cache.tiers.stores.items():
             cache |= {f"{name}_{key}": value for key, value in store.stats()._asdict().items()}
         if self._canary is not None:
@@ -181,22 +219,59 @@ class EngineLoop:
             cached_tokens=s.cached_tokens,
             recomputed_tokens=s.recomputed_tokens,
             generated_tokens=s.generated_tokens - checked,
+            prefill_rows=s.prefill_rows,
             cache=cache,
         )
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        started = time.perf_counter()
-        logits = self._runner.logits(plan)
-        self._learn(plan, time.perf_counter() - started)
-        if self._canary is not None:
-            self._show(self._canary, plan, logits)
-        sampled = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        drawn = sample(logits, [self._samplers[request_id] for request_id in sampled])
-        tokens = tuple(one for one in drawn if isinstance(one, SampledToken))
-        failed = {
-            request_id: one for request_id, one in zip(sampled, drawn, strict=True) if not isinstance(one, SampledToken)
-        }
-        return StepResult(plan.step, tokens, failed)
+    def _depth(self) -> int:
+        """Steps that may be under way when the next is planned: a grammar must know the token before."""
+        if any(state.grammar is not None for state in self._samplers.values()):
+            return 0
+        return self._runner.depth
+
+    def _start(self, plan: StepPlan) -> Flight:
+        """Start a step; masks are computed while the model runs."""
+        draws = self._draws(plan)
+        states = [draw.state for draw in draws]
+        if self.masks is None:
+            return self._runner.start(plan, draws)
+        self.masks.begin(states)
+        masks = self.masks
+        return self._runner.start(plan, draws, lambda: masks.finish(states))
+
+    def _draws(self, plan: StepPlan) -> list[Draw]:
+        """What the sampler needs to know of the chunks that sample."""
+        draws = []
+        for chunk in plan.chunks:
+            if not chunk.samples:
+                continue
+            state, sequence = self._samplers[chunk.request_id], self.scheduler.sequence(chunk.request_id)
+            new = self._owners.get(chunk.slot) is not state
+            self._owners[chunk.slot] = state
+            fresh = sequence.tokens if new else None
+            draws.append(Draw(state, chunk.slot, sequence.ahead - 1, sequence.prompt, fresh))
+        return draws
+
+    def _land(self, depth: int) -> list[TokenEvent]:
+        """Wait for the oldest steps until `depth` are under way, and take in what they produced."""
+        events: list[TokenEvent] = []
+        while len(self._flights) > depth:
+            flight = self._flights.popleft()
+            drawn, seconds = flight.finish()
+            self._learn(flight.plan, seconds)
+            if self._canary is not None and flight.logits is not None:
+                self._show(self._canary, flight.plan, flight.logits)
+            names = [draw.state.request_id for draw in flight.draws]
+            tokens = tuple(one for one in drawn if isinstance(one, SampledToken))
+            failed = {name: one for name, one in zip(names, drawn, strict=True) if not isinstance(one, SampledToken)}
+            result = StepResult(flight.plan.step, tokens, failed)
+            live = self.scheduler.apply(flight.plan, result)
+            events += self._collect(live, self._still(failed))
+        return events
+
+    def _still(self, failed: Mapping[str, str]) -> dict[str, str]:
+        """Those of the failed requests that have not ended meanwhile."""
+        return {name: one for name, one in failed.items() if name in self._samplers and self.scheduler.failed(name)}
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:
         """How fast prefill is, from steps that are one chunk long enough to say."""

@@ -49,10 +49,10 @@ class Mover:
         stores: Sequence[Store] = (),
         threads: int = min(4, os.cpu_count() or 1),
     ) -> None:
-        # there are no tiers below a GPU yet, whose frames numpy cannot see
+        # numpy does not see the frames of a GPU, which gpu_mover.py copies in its own way
         frames = pools.frames if pools.frames.device.type == "cpu" else pools.frames[:0].cpu()
         self._device = frames.view(torch.uint8).numpy()
-        self._host = _host_memory(host_frames, self._device.shape[1])
+        self._host = host_memory(host_frames, self._device.shape[1])
         # what lies in the frames that begin with this one; a fetch reads it while `HostTier.use` keeps them as they are
         self._sums: list[tuple[ObjectKey, bytes] | None] = [None] * host_frames
         self._faults = FaultLog(logger, time.monotonic)
@@ -103,7 +103,7 @@ class Mover:
 
     def _demote_all(self, demotions: Sequence[Demotion]) -> None:
         """All demotions of a step, in any order."""
-        current = _not_superseded(demotions)
+        current = not_superseded(demotions)
         if len(current) <= _FEW:
             return self._demote_some(current)
         slices = iter([current[at : at + _FEW] for at in range(0, len(current), _FEW)])
@@ -152,7 +152,7 @@ class Mover:
 
         def bring(index: int) -> None:
             started.append(time.perf_counter())
-            brought = tuple(self._bring(part) for part in slices[index])
+            brought = self._bring_slice(slices[index])
             with lock:
                 results[index] = brought
                 last = len(results) == len(slices)
@@ -164,24 +164,31 @@ class Mover:
         for index in range(len(slices)):
             self._fetchers.submit(bring, index)
 
+    def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
+        return tuple(self._bring(part) for part in parts)
+
     def _bring(self, part: FetchPart) -> bool:
         try:
             if part.tier == HOST:
                 return self._bring_from_host(part)
-            return self._stores[part.tier].get(part.key, self._views(self._device, part.key, part.frames))
+            return self._bring_from_store(part)
         except Exception:
             logger.exception("fetching a %s from tier %s failed; it is computed again", part.key.kind, part.tier)
             return False
+
+    def _bring_from_store(self, part: FetchPart) -> bool:
+        return self._stores[part.tier].get(part.key, self._views(self._device, part.key, part.frames))
 
     def _bring_from_host(self, part: FetchPart) -> bool:
         source = self._parts(self._host, part.key, part.host_frames)
         target = self._parts(self._device, part.key, part.frames)
         if self._sums[part.host_frames[0]] == (part.key, _copy(source, target)):
             return True
-        self._faults.report(
-            "damage", f"A {part.key.kind} in host memory does not match its checksum; it is computed again."
-        )
+        self._tell_damage(part.key)
         return False
+
+    def _tell_damage(self, key: ObjectKey) -> None:
+        self._faults.report("damage", f"A {key.kind} in host memory does not match its checksum; it is computed again.")
 
     def _touch(self, keys: Sequence[ObjectKey]) -> None:
         for store in self._stores.values():
@@ -199,16 +206,19 @@ class Mover:
             batch, self._saved = self._saved, []
         self._done.put(batch)
 
+    def _put(self, save: Save) -> bool:
+        memory = self._device if save.source == DEVICE else self._host
+        return self._stores[save.tier].put(save.key, self._views(memory, save.key, save.frames))
+
     def _save(self, save: Save) -> bool:
         try:
-            memory = self._device if save.source == DEVICE else self._host
-            return self._stores[save.tier].put(save.key, self._views(memory, save.key, save.frames))
+            return self._put(save)
         except Exception:
             logger.exception("saving a %s to tier %s failed; it stays where it is", save.key.kind, save.tier)
             return False
 
 
-def _not_superseded(demotions: Sequence[Demotion]) -> list[Demotion]:
+def not_superseded(demotions: Sequence[Demotion]) -> list[Demotion]:
     """Those that still lie on the host when the step begins: the host may have given some up for later ones."""
     out: list[Demotion] = []
     taken: set[int] = set()
@@ -228,7 +238,7 @@ def _copy(source: Sequence[Bytes], target: Sequence[Bytes]) -> bytes:
     return state.digest()
 
 
-def _host_memory(frames: int, size: int) -> Bytes:
+def host_memory(frames: int, size: int) -> Bytes:
     """Memory for `frames` frames of `size` bytes, pinned where a GPU copies to and from it."""
     if frames and torch.cuda.is_available():
         try:

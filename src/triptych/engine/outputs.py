@@ -21,7 +21,7 @@ class OutputText:
         self.index = index
         self.count = 0
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._stops = StopStrings(params.stop)
+        self._stops = StopStrings(params.stop, after=params.stop_after, until=params.stop_until)
         self._held = ""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -58,7 +58,7 @@ class OutputText:
         last = self._release(text)
         # a stop string is found after the fact: tokens sampled meanwhile are not part of the answer
         usage = replace(usage, completion_tokens=self.count)
-        return replace(last, finish_reason=reason, usage=usage, error=error)
+        return replace(last, finish_reason=reason, usage=usage, error=error, stop=self._stops.matched)
 
     def _release(self, text: str) -> Delta:
         delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs))

@@ -1,30 +1,64 @@
-"""Executes a StepPlan: restore snapshots, build the Batch, run the model, sample."""
+"""Executes a StepPlan: restore snapshots, build the Batch, run the model, sample.
+
+`Runner` does it at once, on any device. `DeviceRunner` only enqueues: nothing in `start` waits for the GPU, so the
+host plans step n + 1 while step n runs. Decode rows go through CUDA graphs, prefill chunks of the same step follow
+them; sampling stays on the device, and one small copy with an event brings back what the host has to know.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from triptych.cache.geometry import LOOKBACK
-from triptych.config import EngineConfig
-from triptych.engine.batching import build_batch
+from triptych.config import PAGE, EngineConfig
+from triptych.engine.batching import build_batch, is_decode
 from triptych.engine.device import kind_of, on_device
+from triptych.engine.device_sampler import DeviceSampler, Draw, Drawn
+from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
+from triptych.engine.sampler import sample
 from triptych.kernels.registry import select
 from triptych.model.transformer import Transformer
 from triptych.model.weights import ModelWeights
-from triptych.words import SlotSave, StepPlan
+from triptych.words import Chunk, SampledToken, SlotSave, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was started. `logits` [S, V] are there if the caller asked for them."""
+
+    plan: StepPlan
+    draws: Sequence[Draw]
+    finish: Callable[[], tuple[list[SampledToken | str], float]]
+    logits: Tensor | None = None
 
 
 class Runner:
     """One device's worth of model and caches. Holds no request state: plans carry all of it."""
 
+    depth = 0
+    """Steps that may be under way when the next is planned."""
+
     def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools) -> None:
         kernels = select(config.kernel_backend, deterministic=config.deterministic, device=kind_of(pools.device))
         self.model = Transformer(weights, kernels, config.numerics)
         self.pools = pools
+
+    def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
+        """Run the step and sample: draws[i] is for the i-th chunk that samples.
+
+        `ready` is called when the model runs, and completes what the draws need.
+        """
+        started = time.perf_counter()
+        logits = self.logits(plan)
+        seconds = time.perf_counter() - started
+        ready()
+        return Flight(plan, draws, lambda: (sample(logits, [draw.state for draw in draws]), seconds), logits)
 
     def logits(self, plan: StepPlan) -> Tensor:
         """Logits [S, V] float32 of the chunks that sample, in plan order."""
@@ -36,14 +70,95 @@ class Runner:
 
     def save(self, saves: Sequence[SlotSave]) -> None:
         """Copy window rows out of slots."""
-        for save in saves:
-            self.pools.save(save.slot, save.position, save.frames)
+        with torch.inference_mode():
+            for save in saves:
+                self.pools.save(save.slot, save.position, save.frames)
 
     def _forward(self, plan: StepPlan, *, all_logits: bool) -> Tensor:
         with torch.inference_mode():
-            self.save(plan.saves)
-            for chunk in plan.chunks:
-                if chunk.restore is not None:
-                    self.pools.restore(chunk.slot, chunk.start + LOOKBACK, chunk.restore)
+            self._prepare(plan)
             batch = on_device(build_batch(plan.chunks, self.pools, all_logits=all_logits), self.pools.device)
             return self.model.forward(batch, self.pools.layers)
+
+    def _prepare(self, plan: StepPlan) -> None:
+        """What comes before the rows: slots are saved, then restored."""
+        self.save(plan.saves)
+        for chunk in plan.chunks:
+            if chunk.restore is not None:
+                self.pools.restore(chunk.slot, chunk.start + LOOKBACK, chunk.restore)
+
+
+class DeviceRunner(Runner):
+    """A runner that enqueues steps. `capture`: decode by CUDA graphs; without them it runs on a processor, for tests.
+
+    `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless
+    somebody has to see every step's logits.
+    """
+
+    def __init__(
+        self, weights: ModelWeights, config: EngineConfig, pools: Pools, *, capture: bool, most_pages: int = 0
+    ) -> None:
+        super().__init__(weights, config, pools)
+        self.depth = 0 if config.cache.canary else 1
+        context = min(config.max_context or weights.shape.max_position, weights.shape.max_position)
+        pages = most_pages or min(-(-context // PAGE), pools.capacity.frames)
+        self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
+        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size)
+        self._cuda = pools.device.type == "cuda"
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
+        """Enqueue the step; `Flight.finish` waits for it."""
+        begun = self._mark()
+        self._prepare(plan)
+        self._sampler.begin(draws)
+        by_slot = {draw.slot: draw for draw in draws}
+        decodes = [chunk for chunk in plan.chunks if is_decode(chunk)]
+        rest = [chunk for chunk in plan.chunks if not is_decode(chunk)]
+        arriving: list[tuple[list[Draw], Drawn]] = []
+        rows: dict[int, Tensor] = {}
+
+        def take(logits: Tensor, chosen: Tensor | None, chunks: Sequence[Chunk]) -> None:
+            some = [by_slot[chunk.slot] for chunk in chunks if chunk.samples]
+            if some:
+                arriving.append((some, self._sampler.draw(logits, chosen, some).to_host()))
+            if not self.depth:  # somebody looks at logits, whose buffer the next step overwrites
+                rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
+
+        decoded = self.steps.run(decodes) if decodes else None
+        prefilled = self._chunks(rest) if rest else None
+        ready()
+        if decoded is not None:
+            take(*decoded, decodes)
+        if prefilled is not None:
+            take(prefilled, None, rest)
+        ended = self._mark()
+
+        def finish() -> tuple[list[SampledToken | str], float]:
+            seconds = _seconds(begun, ended)
+            found = {d.slot: r for some, one in arriving for d, r in zip(some, one.results(some), strict=True)}
+            return [found[draw.slot] for draw in draws], seconds
+
+        logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
+        return Flight(plan, draws, finish, logits)
+
+    def _chunks(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits of chunks that do not fit a graph."""
+        batch = on_device(build_batch(chunks, self.pools), self.pools.device)
+        return self.model.forward(batch, self.pools.layers)
+
+    def _mark(self) -> torch.cuda.Event | float:
+        """A point in time on the device."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(begun: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
+    """Wait for `ended`; seconds between the two."""
+    if isinstance(begun, float) or isinstance(ended, float):
+        return float(ended) - float(begun)  # type: ignore[arg-type]
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1e3

@@ -5,6 +5,7 @@ Order (that of vLLM 0.22's V1 sampler, so that one request means the same in bot
     logits ── logprobs are taken here, from the raw logits
        │ + logit_bias
        │ repetition, then frequency, then presence penalty
+       │ grammar: what may not come next is -inf
        │ temperature 0: the highest, lowest id among equals. Otherwise divide by it
        │ min_p, then top_k, then top_p (of the mass that is left)
        ▼ one draw
@@ -18,12 +19,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from triptych.errors import RequestError
+from triptych.text.grammar import GrammarState, MaskBits
 from triptych.words import SampledToken, SamplingParams, TokenLogprob
 
 _Floats = npt.NDArray[np.float64]
@@ -32,7 +35,8 @@ _Ids = npt.NDArray[np.int64]
 # Relative weights down to which candidates are looked at before all are: the likely ones are few, so that a sort of the
 # whole vocabulary is rare. Any cut is a complete prefix of the ranking, so the result does not depend on these numbers.
 _CUTS = (0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-5, 1e-8, 0.0)
-_LARGEST = float(np.finfo(np.float64).max)
+_BLOCK = 32  # random numbers made at once: a generator for each token would cost more than the rest of a row
+LARGEST = float(np.finfo(np.float64).max)
 _NO_ROW = np.empty(0, np.float32)
 
 
@@ -93,11 +97,16 @@ class SamplerState:
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.sample_index = sample_index
         self.generated = len(output_ids)
+        self._numbers, self._numbers_from = np.empty(0), -1
         self._bias = _bias_vectors(params, vocab_size)
         # Only what the parameters need is counted: a long prompt costs nothing unless repetition is penalised.
         self._seen = _seen(prompt_ids, output_ids) if params.repetition_penalty != 1.0 else None
         penalised = params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
         self._output = TokenCounts(output_ids) if penalised else None
+        # the grammar, where one holds; what it allows next is computed beside the model (engine.masks)
+        self.grammar: GrammarState | None = None
+        self.mask: MaskBits | None = None
+        self.broken: str | None = None
 
     def accept(self, token: int) -> None:
         """Take `token` as the next one of the output."""
@@ -105,11 +114,14 @@ class SamplerState:
         for counts in (self._seen, self._output):
             if counts is not None:
                 counts.add(token)
+        if self.grammar is not None:
+            self.mask = None
+            self.grammar.accept(token)
 
     @property
     def plain(self) -> bool:
-        """True if the model's logits are used as they are: no bias, no penalty."""
-        return self._bias is None and self._seen is None and self._output is None
+        """True if the model's logits are used as they are: no bias, no penalty, no mask."""
+        return self._bias is None and self._seen is None and self._output is None and self.mask is None
 
     @property
     def takes_the_best(self) -> bool:
@@ -132,13 +144,45 @@ class SamplerState:
             if self._output is not None:
                 row[self._output.ids] -= params.frequency_penalty * self._output.counts + params.presence_penalty
         # A penalty near zero may overflow; the order against everything smaller is kept.
-        return np.minimum(row, _LARGEST, out=row)
+        np.minimum(row, LARGEST, out=row)
+        if self.mask is not None:
+            apply_mask(row, self.mask)
+        return row
 
-    def uniform(self) -> float:
-        """The number in [0, 1) for the next token: a function of seed, sample index and tokens generated."""
-        key = np.array([self.seed % 2**64, self.sample_index], dtype=np.uint64)
-        bits = np.random.Philox(key=key, counter=self.generated).random_raw()
-        return float(int(bits) >> 11) * 2.0**-53
+    @property
+    def bias(self) -> tuple[_Ids, _Floats] | None:
+        """Token ids and what is added to their logits."""
+        return self._bias
+
+    @property
+    def counts_repetition(self) -> bool:
+        """True if all tokens so far are penalised."""
+        return self._seen is not None
+
+    @property
+    def counts_output(self) -> bool:
+        """True if tokens are penalised by how often they came out."""
+        return self._output is not None
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) for the next token: a function of seed, sample index and tokens generated.
+
+        `ahead` tokens more were generated that `accept` has not seen yet.
+        """
+        at = self.generated + ahead
+        first = at // _BLOCK * _BLOCK
+        if self._numbers_from != first:
+            key = np.array([self.seed % 2**64, self.sample_index], dtype=np.uint64)
+            # a counter gives four numbers, of which the first is used
+            bits = np.random.Philox(key=key, counter=first).random_raw(4 * _BLOCK)[::4]
+            self._numbers, self._numbers_from = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53, first
+        return float(self._numbers[at - first])
+
+
+def apply_mask(logits: npt.NDArray[Any], mask: MaskBits) -> None:
+    """Set to -inf, in place, the logits [V] of tokens whose bit in `mask` int32 [V / 32] is 0 (lowest bit first)."""
+    allowed = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
+    logits[allowed == 0] = -np.inf
 
 
 def _bias_vectors(params: SamplingParams, vocab_size: int) -> tuple[_Ids, _Floats] | None:
@@ -176,13 +220,18 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
 def _sample_row(logits: npt.NDArray[np.float32], peak: float, best: int, state: SamplerState) -> SampledToken | str:
     if not np.isfinite(peak):
         return f"The model gave no usable logits (maximum {peak}) for output token {state.generated}."
+    if state.broken is not None:
+        return state.broken
     params = state.params
     if params.greedy and state.plain:
         token = best
-    elif params.greedy:
-        token = int(state.adjusted(logits).argmax())
     else:
-        token = _draw(state.adjusted(logits), params, state.uniform())
+        row = state.adjusted(logits)
+        token = int(row.argmax())
+        if row[token] == -np.inf:
+            return f"The grammar and the model agree on no token for output token {state.generated}."
+        if not params.greedy:
+            token = _draw(row, params, state.uniform())
     logprob = token_logprob(logits, token, params.logprobs) if params.logprobs is not None else None
     return SampledToken(state.request_id, token, logprob)
 

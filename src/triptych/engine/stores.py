@@ -11,7 +11,7 @@ from triptych.cache.store import RemoteStore, SegmentStore
 from triptych.cache.store.protocol import Store
 from triptych.config import CacheConfig, EngineConfig
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of what the bytes of pages and snapshots mean; raise it when geometry or order of segments change."""
 
 

@@ -1,4 +1,4 @@
-"""Compile the kernels before the first request waits for them.
+"""Compile the kernels, and on a GPU record the decode steps, before the first request waits for them.
 
 A miniature model with the same kinds of layers runs a chunk and a decode step: numba compiles for argument types and
 memory layouts, which do not depend on sizes. Compiled code is kept on disk, so only the first start is slow.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
-from triptych.config import EngineConfig, ModelShape
+from triptych.config import PAGE, EngineConfig, ModelShape
 from triptych.engine.pools import Pools
-from triptych.engine.runner import Runner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.model.weights import WeightStore
 from triptych.words import Chunk, SnapshotWrite, StepPlan
 
@@ -27,7 +29,7 @@ _MINIATURE = ModelShape(
     o_groups=2,
     o_lora_rank=2,
     index_heads=2,
-    index_head_dim=4,
+    index_head_dim=32,
     index_topk=4,
     num_experts=2,
     experts_per_token=1,
@@ -37,13 +39,15 @@ _MINIATURE = ModelShape(
     num_mtp_layers=0,
 )
 
+_RECORDING_SECONDS = 60.0  # steps that are not recorded by then are when they first come
+
 
 def warm_up(config: EngineConfig) -> None:
     """Run every kernel that `config` selects once, on a model of a few kilobytes."""
     store = WeightStore(_MINIATURE)
     for name, (size, dtype) in store.sizes().items():
         store.place(name, torch.zeros(size, dtype=dtype))
-    geometry = CacheGeometry.of(_MINIATURE, config.cache.kv_format)
+    geometry = CacheGeometry.of(_MINIATURE, config.cache.kv_format, config.cache.index_format)
     capacity = CacheCapacity(frames=16 + geometry.snapshot_frames, slots=3)
     runner = Runner(store.weights, config, Pools(_MINIATURE, geometry, capacity))
     pages = np.arange(16, dtype=np.int32)
@@ -56,3 +60,28 @@ def warm_up(config: EngineConfig) -> None:
     # many rows take other kernels than few rows: a long chunk, then decode rows beside a short one
     runner.logits(StepPlan(1, (chunk(0, 0, 600, (SnapshotWrite(256, tuple(range(16, capacity.frames))),)),)))
     runner.logits(StepPlan(2, (chunk(0, 600, 601), chunk(1, 0, 3))))
+
+
+def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
+    """Compile for a GPU by running chunks of several sizes, and record decode steps of every size."""
+    rows = config.step_tokens or PAGE
+    for count in sorted({1, min(rows, PAGE + 2), rows}):
+        prefill(runner, count, 0)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Recording decode steps", total=None)
+        runner.steps.record_all(
+            _RECORDING_SECONDS, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    torch.cuda.synchronize()
+
+
+def prefill(runner: Runner, rows: int, position: int) -> None:
+    """Run a chunk of `rows` tokens at `position` in the spare slot; every page of it is page 0: results mean nothing.
+
+    Whatever it writes lies where nothing is kept yet.
+    """
+    end = position + rows
+    pages = np.zeros(-(-end // PAGE), np.int32)
+    tokens = np.arange(rows, dtype=np.int32) % runner.model.shape.vocab_size
+    chunk = Chunk("warm-up", runner.pools.spare_slot, position, end, tokens, pages, position, position, samples=True)
+    runner.logits(StepPlan(0, (chunk,)))

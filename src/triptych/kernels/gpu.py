@@ -11,3 +11,9 @@ import torch
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; on a processor, where Triton interprets, the number of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the GPU has the instructions of compute capability 9.0, which later ones lack."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

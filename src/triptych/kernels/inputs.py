@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from triptych.config import WINDOW
+from triptych.config import PAGE, WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan
+from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix
+from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.window.ref import WindowPlan
 
 D, HEADS, DIM, ROPE, LORA = 48, 3, 40, 8, 24  # sizes that are no power of two
@@ -28,7 +31,7 @@ SEQUENCES, PAGES = 3, 11
 SNAPSHOT_FRAMES = 6  # two layers of 128 rows, 50 in each frame
 
 
-WRITES = {"keep_window": (1, 2), "compress": (2,)}
+WRITES = {"keep_window": (1, 2), "compress": (2,), "front_rows": (2,)}
 """Positions of the arguments that an operation is there to change."""
 
 
@@ -54,7 +57,27 @@ def _mhc_post(rows: int, g: Generator) -> tuple[Any, ...]:
 
 
 def _mhc_head(rows: int, g: Generator) -> tuple[Any, ...]:
-    return _randn(g, rows, 4, D), MhcHead(_randn(g, 4, 4 * D), _randn(g, 4), _randn(g, 1), 1e-6, 1e-6)
+    return _randn(g, rows, 4, D), _mhc_head_weights(g)
+
+
+def _mhc_head_weights(g: Generator) -> MhcHead:
+    return MhcHead(_randn(g, 4, 4 * D), _randn(g, 4), _randn(g, 1), 1e-6, 1e-6)
+
+
+def _residual(rows: int, g: Generator) -> Residual:
+    return Residual(_randn(g, rows, 4, D), _randn(g, rows, 4), _randn(g, rows, 4, 4))
+
+
+def _mhc_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _residual(rows, g), _site(g), _randn(g, D)
+
+
+def _mhc_first(rows: int, g: Generator) -> tuple[Any, ...]:
+    return torch.randint(0, VOCAB, (rows,), generator=g), _randn(g, VOCAB, D), _site(g), _randn(g, D)
+
+
+def _mhc_last(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _residual(rows, g), _mhc_head_weights(g), _randn(g, D)
 
 
 def _rms_norm(rows: int, g: Generator) -> tuple[Any, ...]:
@@ -71,6 +94,10 @@ def _query_rows(rows: int, g: Generator) -> tuple[Any, ...]:
 
 def _index_query_rows(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, HEADS * DIM + 5), HEADS, DIM, _angles(rows, g)
+
+
+def _index_round(rows: int, g: Generator) -> tuple[Any, ...]:
+    return (_randn(g, rows, HEADS, 64).to(torch.bfloat16).float(),)
 
 
 def _derotate(rows: int, g: Generator) -> tuple[Any, ...]:
@@ -123,6 +150,48 @@ def _compress(rows: int, g: Generator) -> tuple[Any, ...]:
     return front, 7, _randn(g, ring, 4 * DIM), plan._replace(src=src, phase=phase), weights, _angles(groups, g)
 
 
+def _step_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return (
+        torch.randint(0, 1 << 20, (rows,), generator=g),
+        torch.rand(12, generator=g),
+        torch.rand(12, generator=g),
+        (4, 128),
+    )
+
+
+def _front_rows(rows: int, g: Generator, native: bool = False) -> tuple[Any, ...]:
+    """A CSA layer, an HCA layer or one with neither, by the number of rows; every third row completes a group."""
+    ratio = (4, 128, 0)[rows % 3]
+    at, key = LORA + DIM, 32
+    main = (
+        None
+        if not ratio
+        else Compressor(_randn(g, ratio, DIM * (2 if ratio == 4 else 1)), _randn(g, DIM), ratio == 4, 1e-6)
+    )
+    index = Compressor(_randn(g, 4, 2 * key), _randn(g, key), True, 1e-6) if ratio == 4 else None
+    wide = {4: 4 * DIM, 128: 2 * DIM, 0: 0}[ratio]
+    front = _randn(g, rows, at + wide + 4 * key + HEADS)
+    weights = FrontWeights(
+        *(_randn(g, LORA), _randn(g, DIM), main, index, at, at + wide),
+        *((at + wide + 4 * key, at + wide + 4 * key + HEADS), 0.3, 1e-6, native),
+    )
+    slots, reach = rows + 2, {4: 8, 128: 128, 0: 0}[ratio]
+    state = _randn(g, 3 * slots * reach, wide)[reach:] if ratio else None
+    caches = FrontCaches(
+        *(_randn(g, 2 * slots * 130, DIM)[130:], 2 * 130, 130),
+        _randn(g, 6 * rows, PAGE // ratio, DIM) if ratio else None,
+        _randn(g, 6 * rows, PAGE // 4, key) if index else None,
+        state,
+        _randn(g, 3 * slots * reach, 4 * key)[reach:] if index else None,
+        3 * reach,
+    )
+    positions = torch.randint(0, 5 * PAGE, (rows,), generator=g)
+    positions[::3] = positions[::3] // max(ratio, 1) * ratio + max(ratio, 1) - 1
+    table = torch.randperm(6 * rows, generator=g).view(rows, 6)
+    where = DecodeRows(positions, torch.randperm(slots - 1, generator=g)[:rows], table)
+    return front, weights, caches, where, (_angles(rows, g), _angles(rows, g) if ratio else None)
+
+
 def _row_of_phase(phase: Tensor, src: Tensor, g: Generator) -> Tensor:
     """For each place k of each entry some step row whose phase is k mod 4, or a ring row if there is none."""
     out = torch.empty_like(src)
@@ -166,6 +235,40 @@ def _attend(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, HEADS, DIM), window, entries, selected, Attention(_randn(g, HEADS), DIM**-0.5)
 
 
+def _attend_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Rows of CSA, HCA or SWA kind, by the number of rows; one of them is new and sees its own window row only."""
+    size, slots, heads = 130, rows + 1, HEADS
+    positions = torch.randint(0, PAGES * 16, (rows,), generator=g)
+    positions[0] = 0
+    lowest = (positions - torch.randint(0, 140, (rows,), generator=g)).clamp(min=0)
+    ring = _randn(g, 2 * slots * size, DIM)[size:]
+    window = RingRows(ring, 2 * size, size, positions, torch.randperm(slots, generator=g)[:rows], lowest)
+    queries = Queries(_randn(g, rows, heads * DIM + 7), heads, DIM, _angles(rows, g), 1e-6)
+    core = Attention(_randn(g, heads), DIM**-0.5)
+    if rows % 3 == 0:
+        return queries, window, None, None, core
+    entries = _row_entries(positions, g, DIM, per_page=4)
+    ids = torch.where(torch.arange(6) < entries.visible.unsqueeze(1), torch.arange(6), -1).to(torch.int32)
+    return queries, window, entries, ids if rows % 3 == 1 else None, core
+
+
+def _row_entries(positions: Tensor, g: Generator, dim: int, per_page: int) -> PagedEntries:
+    """Entries of decode rows: each row is its own sequence and sees one entry for each four positions."""
+    rows = len(positions)
+    pool, table = _randn(g, rows * PAGES, per_page, dim), torch.randperm(rows * PAGES, generator=g).view(rows, PAGES)
+    visible = ((positions + 1) // 4).clamp(max=PAGES * per_page)
+    return PagedEntries(pool, table.to(torch.int32), torch.arange(rows), visible, PAGES * per_page)
+
+
+def _select_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    heads, dim = 4, 32
+    queries = IndexQueries(
+        *(_randn(g, rows, heads * dim + 5), heads, dim, _angles(rows, g), _randn(g, rows, heads), False)
+    )
+    positions = torch.randint(0, PAGES * PAGE, (rows,), generator=g)
+    return queries, _row_entries(positions, g, dim, per_page=32), 24
+
+
 def _window_of(seq: Tensor, g: Generator) -> tuple[Tensor, Tensor, int]:
     """first, count and the number of window rows for rows of sequences that start at random positions."""
     first, count, base = torch.zeros_like(seq), torch.zeros_like(seq), 0
@@ -196,6 +299,13 @@ def _experts(rows: int, g: Generator) -> tuple[Any, ...]:
 
 def _shared_expert(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, D) * 2, _randn(g, 2 * HIDDEN, D), _randn(g, D, HIDDEN), 10.0
+
+
+def _moe_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Dense weights, which the reference serves on every device."""
+    x, w13, w2, limit = _shared_expert(rows, g)
+    moe = Experts(_randn(g, EXPERTS, 2 * HIDDEN, D), _randn(g, EXPERTS, D, HIDDEN), limit)
+    return x, torch.randint(0, VOCAB, (rows,), generator=g), _router(g, hashed=rows % 2 == 0), moe, (w13, w2)
 
 
 def _linear(rows: int, g: Generator) -> tuple[Any, ...]:
@@ -232,19 +342,28 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "mhc_pre": _mhc_pre,
     "mhc_post": _mhc_post,
     "mhc_head": _mhc_head,
+    "mhc_rows": _mhc_rows,
+    "mhc_first": _mhc_first,
+    "mhc_last": _mhc_last,
     "rms_norm": _rms_norm,
     "latent_rows": _latent_rows,
     "query_rows": _query_rows,
     "index_query_rows": _index_query_rows,
+    "index_round": _index_round,
     "derotate": _derotate,
     "window_rows": _window_rows,
     "keep_window": _keep_window,
     "compress": _compress,
+    "step_rows": _step_rows,
+    "front_rows": _front_rows,
     "select_entries": _select_entries,
     "attend": _attend,
+    "attend_rows": _attend_rows,
+    "select_rows": _select_rows,
     "route": _route,
     "experts": _experts,
     "shared_expert": _shared_expert,
+    "moe_rows": _moe_rows,
     "linear": _linear,
     "front_linear": _front_linear,
     "grouped_linear": _grouped_linear,

@@ -23,19 +23,28 @@ class KernelSet:
     mhc_pre: Any
     mhc_post: Any
     mhc_head: Any
+    mhc_rows: Any
+    mhc_first: Any
+    mhc_last: Any
     rms_norm: Any
     latent_rows: Any
     query_rows: Any
     index_query_rows: Any
+    index_round: Any
     derotate: Any
     window_rows: Any
     keep_window: Any
     compress: Any
+    step_rows: Any
+    front_rows: Any
     select_entries: Any
+    select_rows: Any
     attend: Any
+    attend_rows: Any
     route: Any
     experts: Any
     shared_expert: Any
+    moe_rows: Any
     linear: Any
     front_linear: Any
     grouped_linear: Any
@@ -45,19 +54,28 @@ FOLDER = {
     "mhc_pre": "mhc",
     "mhc_post": "mhc",
     "mhc_head": "mhc",
+    "mhc_rows": "mhc",
+    "mhc_first": "mhc",
+    "mhc_last": "mhc",
     "rms_norm": "norm",
     "latent_rows": "norm",
     "query_rows": "norm",
     "index_query_rows": "norm",
+    "index_round": "norm",
     "derotate": "norm",
     "window_rows": "window",
     "keep_window": "window",
     "compress": "compress",
+    "step_rows": "front",
+    "front_rows": "front",
     "select_entries": "index",
+    "select_rows": "select_rows",
     "attend": "attend",
+    "attend_rows": "attend_rows",
     "route": "moe",
     "experts": "moe",
     "shared_expert": "moe",
+    "moe_rows": "moe",
     "linear": "linear",
     "front_linear": "linear",
     "grouped_linear": "linear",
@@ -146,14 +164,17 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "moe": ("route", "experts", "shared_expert"),
     },
     "triton": {
-        "mhc": ("mhc_pre", "mhc_post", "mhc_head"),
-        "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "derotate"),
+        "mhc": ("mhc_pre", "mhc_post", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
+        "norm": ("rms_norm", "latent_rows", "query_rows", "index_query_rows", "index_round", "derotate"),
         "window": ("window_rows", "keep_window"),
         "compress": ("compress",),
+        "front": ("step_rows", "front_rows"),
         "linear": ("linear", "front_linear", "grouped_linear"),
-        "moe": ("route", "experts", "shared_expert"),
+        "moe": ("route", "experts", "shared_expert", "moe_rows"),
         "index": ("select_entries",),
+        "select_rows": ("select_rows",),
         "attend": ("attend",),
+        "attend_rows": ("attend_rows",),
     },
 }
 # operations whose reference is fast enough, but whose rows then depend on their batch mates

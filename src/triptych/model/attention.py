@@ -12,7 +12,8 @@ from torch import Tensor
 from triptych.config import CSA_LAYER, SWA_LAYER, ModelShape
 from triptych.kernels.attend.ref import WindowRows
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.quant.matrices import FrontMatrix
+from triptych.kernels.quant.formats import PackedRows, Rows, write_rows
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.model.batch import Batch, EntryPlan, LayerCache
 from triptych.model.numerics import NumericsRules
@@ -42,9 +43,10 @@ class AttentionBlock:
         k = self._k
         front = self._front(x, weights)
         norms = (weights.q_norm, weights.kv_norm)
-        qr, kv = k.latent_rows(front, weights.layout.q_lora, norms, angles[0], shape.norm_eps)
-        qr, kv = n.activation(qr), n.latent(kv, shape.rope_dim)
-        heads = n.activation(k.linear(n.linear_input(qr), weights.query))
+        kind = torch.bfloat16 if n.narrow else None
+        qr, kv = k.latent_rows(front, weights.layout.q_lora, norms, angles[0], shape.norm_eps, kind)
+        qr, kv = n.activation(qr), self._latent(kv, cache.window)
+        heads = self._linear(qr, weights.query)
         entries, selected = None, None
         if ratio != SWA_LAYER:
             plan = batch.csa if ratio == CSA_LAYER else batch.hca
@@ -59,7 +61,19 @@ class AttentionBlock:
         k.keep_window(rows, cache.window, cache.frames, cache.layer, batch.window)
         out = n.activation(k.derotate(out, angles[0]))
         grouped = n.activation(k.grouped_linear(out.view(out.shape[0], shape.o_groups, -1), weights.o_a))
-        return n.activation(k.linear(n.linear_input(grouped), weights.o_b))
+        return self._linear(grouped, weights.o_b)
+
+    def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        """A linear whose input the released model quantises; on a GPU the product does that itself."""
+        n = self._n
+        given = x if n.narrow and isinstance(weight, Fp8Matrix) else n.linear_input(x)
+        return n.activation(self._k.linear(given, weight))
+
+    def _latent(self, rows: Tensor, pool: Rows) -> Tensor:
+        """Window rows or entries, rounded; where a packed pool rounds bf16 rows as it writes them, only to bf16."""
+        if self._n.narrow and isinstance(pool, PackedRows):
+            return self._n.activation(rows)
+        return self._n.latent(rows, self._shape.rope_dim)
 
     def _front(self, x: Tensor, weights: AttentionWeights) -> Tensor:
         """All projections of x in one product, or in two where only the latent's input is quantised."""
@@ -79,13 +93,12 @@ class AttentionBlock:
         assert cache.entries is not None and cache.state is not None
         new = self._k.compress(front, layout.compress[0], cache.state, steps, weights.compressor, angles)
         if len(new):
-            latent = self._n.latent(new, self._shape.rope_dim)
-            cache.entries[steps.page, steps.offset] = latent.to(cache.entries.dtype)
+            write_rows(cache.entries, (steps.page, steps.offset), self._latent(new, cache.entries))
         if cache.index_keys is not None:
             column = layout.index_compress[0]
             keys = self._k.compress(front, column, cache.index_state, steps, weights.index_compressor, angles)
             if len(keys):
-                cache.index_keys[steps.page, steps.offset] = self._n.index(keys).to(cache.index_keys.dtype)
+                write_rows(cache.index_keys, (steps.page, steps.offset), self._n.index(keys))
         return PagedEntries(cache.entries, batch.page_table, batch.seq, plan.visible, plan.max_visible)
 
     def _select(
@@ -104,7 +117,7 @@ class AttentionBlock:
             return None
         assert cache.index_keys is not None
         scale = shape.index_head_dim**-0.5 * shape.index_heads**-0.5
-        head_weights = self._n.activation(front[:, slice(*layout.index_weights)]) * scale
+        head_weights = self._n.activation(front[:, slice(*layout.index_weights)]).to(front.dtype) * scale
         q = self._k.index_query_rows(heads, shape.index_heads, shape.index_head_dim, angles)
         keys = entries._replace(pool=cache.index_keys)
         return self._k.select_entries(self._n.index(q), head_weights, keys, shape.index_topk)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from triptych.kernels.quant.matrices import Mxfp4Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.model.numerics import NumericsRules
 from triptych.model.weights import MoeWeights
@@ -11,9 +12,27 @@ from triptych.model.weights import MoeWeights
 
 def moe(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, numerics: NumericsRules) -> Tensor:
     """x [R, d], the normed layer input, and its token ids [R] (hash layers route by them) -> [R, d]."""
+    if numerics.narrow and isinstance(weights.experts.w13, Mxfp4Matrix):
+        return _released(x, token_ids, weights, kernels, numerics)
+    if numerics.narrow:
+        x = x.float()
     ids, gates = kernels.route(x, token_ids, weights.router)
     x = numerics.linear_input(x)
     rounding = numerics.expert_rounding
     routed = kernels.experts(x, ids, gates, weights.experts, rounding)
     shared = kernels.shared_expert(x, weights.shared_w13, weights.shared_w2, weights.experts.limit, rounding)
     return numerics.activation(routed + shared)
+
+
+_FEW = 256
+"""Rows up to which a launch that streams every expert it needs is the quicker way."""
+
+
+def _released(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, numerics: NumericsRules) -> Tensor:
+    """`moe` in bf16 tensors with weights as released, whose products quantise their own inputs."""
+    shared = (weights.shared_w13, weights.shared_w2)
+    if len(x) <= _FEW:
+        return kernels.moe_rows(x, token_ids, weights.router, weights.experts, shared)  # type: ignore[no-any-return]
+    ids, gates = kernels.route(x, token_ids, weights.router)
+    routed = kernels.experts(x, ids, gates, weights.experts, numerics.expert_rounding)
+    return routed + kernels.shared_expert(x, *shared, weights.experts.limit)  # type: ignore[no-any-return]

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, Numerics
+from triptych.kernels.mhc.ref import Residual
 from triptych.kernels.registry import KernelSet
 from triptych.model.attention import AttentionBlock
-from triptych.model.batch import Batch, LayerCache
+from triptych.model.batch import Batch, DecodeBatch, LayerCache
+from triptych.model.decode import Decoder
 from triptych.model.moe import moe
-from triptych.model.numerics import Exact, Native, NumericsRules
+from triptych.model.numerics import Exact, NarrowNative, Native, NumericsRules
 from triptych.model.rope import Angles, RopeTables
 from triptych.model.weights import LayerWeights, ModelWeights
 
@@ -26,7 +28,7 @@ class Transformer:
     def __init__(self, weights: ModelWeights, kernels: KernelSet, numerics: Numerics = "exact") -> None:
         self.shape = weights.shape
         self._weights = weights
-        self._n: NumericsRules = Exact() if numerics == "exact" else Native()
+        self._numerics = numerics
         self._rope = RopeTables(weights.shape, weights.embed.device)
         self.layer_rows = 0
         self.use_kernels(kernels)
@@ -34,7 +36,16 @@ class Transformer:
     def use_kernels(self, kernels: KernelSet) -> None:
         """Run with these kernels from the next step on."""
         self.kernels = kernels
+        self._n = _rules(self._numerics, kernels, on_gpu=self._weights.embed.is_cuda)
         self._attention = AttentionBlock(self.shape, kernels, self._n)
+        self._decoder = Decoder(self._weights, kernels, self._n, self._rope)
+
+    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32.
+
+        Nothing in it depends on values that the host would have to wait for, so a CUDA graph may record it.
+        """
+        return self._decoder(batch, caches)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
@@ -42,6 +53,8 @@ class Transformer:
 
         Where the batch narrows, rows that only deeper windows would have needed do not go on.
         """
+        if self._n.narrow:
+            return self._forward_narrow(batch, caches)
         streams = self._embed(batch.token_ids)
         angles = self._angles(batch)
         narrow = batch.narrow
@@ -54,6 +67,31 @@ class Transformer:
             self.layer_rows += batch.rows
             streams = self._layer(streams, layer, batch, cache, angles[layer.ratio])
         return self._head(streams[batch.sampled])
+
+    def _forward_narrow(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """`forward` in bf16 tensors: a site between two blocks is one operation, as in decode steps."""
+        k, w, table, narrow = self.kernels, self._weights, self._decoder.embed, batch.narrow
+        angles = self._angles(batch)
+        y: Tensor | None = None
+        for layer, cache in zip(w.layers, caches, strict=True):
+            if y is None:
+                x, *rest = k.mhc_first(batch.token_ids, table, layer.attn_site, layer.attn_norm)
+            else:
+                if cache.layer in narrow:
+                    keep, batch = narrow[cache.layer].keep, narrow[cache.layer].batch
+                    y, rest, angles = y[keep], [part[keep] for part in rest], self._angles(batch)
+                if not batch.rows:
+                    break
+                x, *rest = k.mhc_rows(y, Residual(*rest), layer.attn_site, layer.attn_norm)
+            self.layer_rows += batch.rows
+            y = self._attention.forward(x, layer.attention, layer.ratio, batch, cache, angles[layer.ratio])
+            x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
+            y = moe(x, batch.token_ids, layer.moe, k, self._n)
+        assert y is not None
+        if not len(batch.sampled):
+            return torch.empty(0, self.shape.vocab_size, device=y.device)
+        last = Residual(*(part[batch.sampled] for part in rest))
+        return self._decoder.logits(k.mhc_last(y[batch.sampled], last, w.hc_head, w.norm))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Residual streams [R, n, d]: n identical copies of the embedding."""
@@ -92,3 +130,9 @@ class Transformer:
         hidden = self._n.activation(self.kernels.mhc_head(streams, w.hc_head))
         hidden = self._n.activation(self.kernels.rms_norm(hidden, w.norm, self.shape.norm_eps))
         return self.kernels.linear(hidden, w.head).float()  # type: ignore[no-any-return]
+
+
+def _rules(numerics: Numerics, kernels: KernelSet, *, on_gpu: bool) -> NumericsRules:
+    if numerics == "exact":
+        return Exact()
+    return NarrowNative(kernels) if on_gpu else Native()

@@ -3,6 +3,13 @@
 One step: `plan` (grow what decodes, admit, share the rest among prefills) -> the engine runs it -> `apply`
 -> stop rules -> `finish`. Between `plan` and `apply` nothing that the plan names is given to anyone else.
 
+Depth. With a `depth` of 1 the next step may be planned while the last one is under way: what that one samples counts
+as there (`Sequence.ahead`), and a row whose token is not known yet has the token -1, which the device fills in. Stop
+rules then come a step late: the row beyond a request's end runs, writes into a slot and a page that nobody has got
+yet, and is dropped by `apply`. That is safe because whoever gets them writes in a later step, and because a slot's ring
+has room for one row more than its last boundary needs. Nothing is preempted while a step is under way: who
+finds no room waits, `strained` tells the engine to apply first, and the plan after that preempts.
+
 Progress. A request is refused at `add` unless the whole pool holds all tokens it may ever have. The oldest
 running request is never preempted, and preempting all others makes every page that it does not hold itself
 evictable; so it can always grow, and each step runs at least one of its rows. Nothing can wait for ever:
@@ -12,6 +19,11 @@ admission is first come, first served, and a preempted request returns to the fr
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
 
 from triptych.cache.manager import CacheManager
 from triptych.config import EngineConfig
@@ -21,19 +33,39 @@ from triptych.schedule.shares import fair_shares
 from triptych.schedule.stats import Counters, ScheduleStats
 from triptych.words import Chunk, FinishReason, Request, SampledToken, SlotSave, StepPlan, StepResult, Usage
 
+STEP_TOKENS = 512
+"""Rows of a step where the configuration does not say."""
+
+UNKNOWN = np.full(1, -1, np.int32)
+"""The tokens of a row that continues what is still being sampled."""
+UNKNOWN.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan under way, and whose its chunks are: sequences, and how often each had been admitted."""
+
+    plan: StepPlan
+    owners: dict[str, tuple[Sequence, int]]
+
 
 class Scheduler:
-    """Waiting and running requests of one engine. `max_position` is the model's longest context in tokens."""
+    """Waiting and running requests of one engine. `max_position` is the model's longest context in tokens.
 
-    def __init__(self, cache: CacheManager, config: EngineConfig, max_position: int) -> None:
+    `depth`: how many steps may be under way when `plan` is called.
+    """
+
+    def __init__(self, cache: CacheManager, config: EngineConfig, max_position: int, depth: int = 0) -> None:
         self._cache = cache
+        self._depth = depth
+        self.strained = False
         self._config = config
         self._context = min(max_position, config.max_context or max_position)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
         self._saves: list[SlotSave] = []
-        self._flight: StepPlan | None = None
+        self._flights: deque[_Flight] = deque()
         self._counters = Counters()
 
     # ---- what the engine asks
@@ -53,6 +85,10 @@ class Scheduler:
         sequence = self._live[request_id]
         return sequence.limit - sequence.prompt
 
+    def failed(self, request_id: str) -> bool:
+        """True if the rows of a live request could not be sampled."""
+        return self._live[request_id].failed
+
     def usage(self, request_id: str) -> Usage:
         """What a live request has cost so far."""
         return self._live[request_id].usage()
@@ -60,6 +96,10 @@ class Scheduler:
     def sequence(self, request_id: str) -> Sequence:
         """A live request as it stands."""
         return self._live[request_id]
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All live requests: those that run, then those that wait, in their order."""
+        return chain(self._running, self._waiting)
 
     def stats(self) -> ScheduleStats:
         """Requests now and totals since start."""
@@ -118,9 +158,10 @@ class Scheduler:
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Give a running request's memory back. Its last boundary is saved first, out of the slot's ring."""
         request_id = sequence.request_id
-        in_flight = self._flight is not None and any(c.request_id == request_id for c in self._flight.chunks)
-        # while its rows are being run, or after they failed, the ring is not what `processed` says
-        write = None if in_flight or forget else self._cache.boundary_snapshot(request_id)
+        own = (f.plan.chunks for f in self._flights if f.owners.get(request_id, (None,))[0] is sequence)
+        ahead = sum(chunk.rows for chunks in own for chunk in chunks if chunk.request_id == request_id)
+        # while more rows than a step's sample are being run, or after they failed, the ring may lack rows
+        write = None if ahead > self._depth or forget else self._cache.boundary_snapshot(request_id)
         if write is not None:
             self._saves.append(SlotSave(self._cache.slot(request_id), write.position, write.frames))
             self._cache.publish_snapshot(request_id, write)
@@ -129,9 +170,10 @@ class Scheduler:
     # ---- one step
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to run. Every plan must be applied before the next."""
-        if self._flight is not None:
-            self._abandon()
+        """The next step, or None if there is nothing to run now. All plans but `depth` must have been applied."""
+        if len(self._flights) > self._depth:
+            self.abandon()
+        self.strained = False
         calm = self._grow_decodes()
         if calm:
             self._admit()
@@ -139,11 +181,15 @@ class Scheduler:
         chunks = [self._chunk(sequence, rows[sequence]) for sequence in self._running if rows.get(sequence)]
         if not chunks:
             return None
-        chunks.sort(key=lambda chunk: not self._live[chunk.request_id].prefilled)
+        chunks.sort(key=lambda chunk: not self._live[chunk.request_id].decoding)
         self._counters.steps += 1
         # a snapshot may have been given up again while this step was planned: its frames are others' now
-        self._flight = StepPlan(self._counters.steps, tuple(chunks), self.take_saves())
-        return self._flight
+        plan = StepPlan(self._counters.steps, tuple(chunks), self.take_saves())
+        owners = {chunk.request_id: self._live[chunk.request_id] for chunk in chunks}
+        self._flights.append(_Flight(plan, {name: (owner, owner.admissions) for name, owner in owners.items()}))
+        for chunk in chunks:
+            owners[chunk.request_id].launch(chunk.end, chunk.samples)
+        return plan
 
     def take_saves(self) -> tuple[SlotSave, ...]:
         """What to copy out of slots although no rows run: when `plan` gave None."""
@@ -151,22 +197,23 @@ class Scheduler:
         self._saves = []
         return saves
 
-    def _abandon(self) -> None:
-        """The last plan never came back: its requests must have been ended, and nothing cached is trusted."""
-        assert self._flight is not None
-        names = {chunk.request_id for chunk in self._flight.chunks}
-        left = [sequence.request_id for sequence in self._running if sequence.request_id in names]
-        if left:
-            raise RuntimeError(f"Step {self._flight.step} is still running request {left[0]!r}: apply it first.")
-        self._flight = None
+    def abandon(self) -> None:
+        """Plans never came back: their requests must have been ended, and nothing cached is trusted."""
+        if not self._flights:
+            return
+        for flight in self._flights:
+            left = [sequence.request_id for sequence in self._running if sequence.request_id in flight.owners]
+            if left:
+                raise RuntimeError(f"Step {flight.plan.step} is still running request {left[0]!r}: apply it first.")
+        self._flights.clear()
         self._cache.reset()
 
     def _grow_decodes(self) -> bool:
         """Memory for one more token of each decoding request, oldest first. False if any had to be preempted."""
         before = self._counters.preemptions
         for sequence in tuple(self._running):
-            if sequence.running and sequence.prefilled and not sequence.idle:
-                sequence.starved = not self._grow(sequence, sequence.length)
+            if sequence.running and sequence.decoding and not sequence.idle:
+                sequence.starved = not self._grow(sequence, sequence.expected)
         return before == self._counters.preemptions
 
     def _grow(self, sequence: Sequence, upto: int) -> bool:
@@ -176,6 +223,9 @@ class Scheduler:
         """
         while not self._cache.grow(sequence.request_id, upto):
             newest = self._running[-1]
+            if self._flights:
+                self.strained = True
+                return False
             if len(self._running) == 1 and self._cache.copying:
                 return False
             self._preempt(newest)
@@ -225,9 +275,9 @@ class Scheduler:
 
     def _share_rows(self) -> dict[Sequence, int]:
         """Rows of each running request in this step: one per decode, fair shares of the rest for prefills."""
-        rows = {s: s.pending for s in self._running if s.prefilled and not s.idle and not s.starved}
-        prefills = [s for s in self._running if not s.prefilled and not s.idle]
-        budget = self._config.step_tokens - sum(rows.values())
+        rows = {s: s.pending for s in self._running if s.decoding and not s.idle and not s.starved}
+        prefills = [s for s in self._running if not s.decoding and not s.idle]
+        budget = (self._config.step_tokens or STEP_TOKENS) - sum(rows.values())
         for sequence, share in zip(prefills, fair_shares(budget, [s.pending for s in prefills]), strict=True):
             if share and sequence.running and self._grow(sequence, sequence.processed + share):
                 rows[sequence] = share
@@ -242,33 +292,35 @@ class Scheduler:
             slot=self._cache.slot(sequence.request_id),
             start=start,
             end=end,
-            tokens=sequence.tokens[start:end],
+            tokens=sequence.tokens[start:end] if start < sequence.length else UNKNOWN,
             pages=self._cache.page_table(sequence.request_id),
             write_from=max(start, plan.write_from),
             read_from=plan.read_from,
             restore=sequence.restore,
-            snapshots=() if sequence.prefilled else self._cache.snapshot_writes(sequence.request_id, start, end),
-            samples=end == sequence.length,
+            snapshots=() if sequence.decoding else self._cache.snapshot_writes(sequence.request_id, start, end),
+            samples=end == sequence.expected,
             replay_to=plan.replay_to,
         )
 
     def apply(self, plan: StepPlan, result: StepResult) -> tuple[SampledToken, ...]:
-        """Take in what the step produced. Returns the tokens of requests that are still live, in plan order.
+        """Take in what the oldest step under way produced; returns the tokens of live requests, in plan order.
 
         A request in `result.failed` is left as it was before the step, for the caller to finish with ERROR.
         """
-        if plan is not self._flight or result.step != plan.step:
+        if not self._flights or plan is not self._flights[0].plan or result.step != plan.step:
             raise RuntimeError(f"Step {result.step} is not the one in flight.")
-        self._flight = None
+        owners = self._flights.popleft().owners
         sampled = {token.request_id: token for token in result.tokens}
         out = []
         for chunk in plan.chunks:
-            sequence = self._live.get(chunk.request_id)
-            if sequence is None or not sequence.running:
+            sequence, admission = owners[chunk.request_id]
+            current = self._live.get(chunk.request_id) is sequence and sequence.admissions == admission
+            if not current or not sequence.running or sequence.failed:
                 continue
             if chunk.request_id in result.failed:
                 sequence.failed = True
                 continue
+            self._counters.prefill_rows += 0 if sequence.prefilled else chunk.rows
             sequence.advance(chunk.end)
             self._cache.advance(chunk.request_id, sequence.tokens, chunk.end)
             if chunk.samples:

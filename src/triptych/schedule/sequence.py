@@ -14,7 +14,11 @@ from triptych.words import Request, TokenIds, Usage
 
 
 class Sequence:
-    """Tokens of one request, prompt then output. `processed` of them have run since the last admission."""
+    """Tokens of one request, prompt then output. `processed` of them were given to steps since the last admission.
+
+    Where a step may be planned while another is under way, `ahead` of its tokens are sampled but not known yet: they
+    count as tokens wherever a plan is made, and become known, or are dropped, when their step is applied.
+    """
 
     def __init__(self, request: Request, limit: int, parent: Sequence | None = None) -> None:
         self.request = request
@@ -29,6 +33,7 @@ class Sequence:
         self.failed = False
         self.starved = False
         self.ended = False
+        self.ahead = 0
         self._reached = 0
         self._first: ResumePlan | None = None
         self.admissions = 0
@@ -54,8 +59,18 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Known tokens that have not run."""
-        return self.length - self.processed
+        """Tokens, known or ahead, that no step has."""
+        return self.expected - self.processed
+
+    @property
+    def expected(self) -> int:
+        """Tokens that there will be when the steps under way have been applied."""
+        return self.length + self.ahead
+
+    @property
+    def decoding(self) -> bool:
+        """True when all steps to come run one row."""
+        return self.prefilled or self.ahead > 0
 
     @property
     def generated(self) -> int:
@@ -65,7 +80,7 @@ class Sequence:
     @property
     def idle(self) -> bool:
         """True when it must not run any more, at its limit or failed: whoever owns the stop rules has to end it."""
-        return self.failed or self.length >= self.limit
+        return self.failed or self.expected >= self.limit
 
     @property
     def holds_up_forks(self) -> bool:
@@ -82,11 +97,15 @@ class Sequence:
             self._first = plan
         return max(0, self._reached - plan.start)
 
+    def launch(self, processed: int, samples: bool) -> None:
+        """The next step has the tokens up to `processed`, and perhaps samples one more."""
+        self.processed = processed
+        self.restore = None
+        self.ahead += samples
+
     def advance(self, processed: int) -> None:
         """The first `processed` tokens have run."""
-        self.processed = processed
         self._reached = max(self._reached, processed)
-        self.restore = None
 
     def append(self, token: int) -> None:
         """One more token, sampled from the last row."""
@@ -94,12 +113,13 @@ class Sequence:
             self._buffer = np.concatenate([self._buffer, np.empty(self.length, np.int32)])
         self._buffer[self.length] = token
         self.length += 1
+        self.ahead -= 1
         self.prefilled = True
 
     def suspend(self) -> None:
         """Preempted: tokens stay, what has run is only what the cache will remember."""
         self.plan = None
-        self.processed = 0
+        self.processed = self.ahead = 0
         self.prefilled = False
         self.restore = None
 

@@ -14,6 +14,7 @@ class Counters:
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
+    prefill_rows: int = 0
     preemptions: int = 0
     rerun_tokens: int = 0
 
@@ -22,8 +23,8 @@ class Counters:
 class ScheduleStats:
     """Requests now, and totals since start.
 
-    Prompt totals count a request once, at its first admission. `rerun_tokens` were run again because their
-    request had been preempted.
+    Prompt totals count a request once, at its first admission. `prefill_rows` are rows that ran before
+    a request's first token; `rerun_tokens` were run again because their request had been preempted.
     """
 
     running: int
@@ -33,5 +34,6 @@ class ScheduleStats:
     cached_tokens: int
     recomputed_tokens: int
     generated_tokens: int
+    prefill_rows: int
     preemptions: int
     rerun_tokens: int

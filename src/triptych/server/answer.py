@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from triptych.errors import TriptychError, Unavailable
-from triptych.server import wire
-from triptych.server.ask import Answer, Ask, Shape
+from triptych.server.ask import Ask, Shape
+from triptych.server.http import StreamStyle
+from triptych.server.pieces import Answer
 from triptych.server.protocol import ServingEngine
 from triptych.server.record import Record
 from triptych.words import Delta, FinishReason, Usage
@@ -19,12 +21,13 @@ class _Bill:
     def __init__(self, ask: Ask, record: Record) -> None:
         self._n = ask.params.n
         self._record = record
-        record.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts))
+        record.bill(Usage(prompt_tokens=sum(len(prompt) for prompt in ask.prompts)))
         self._sum = Usage()
 
     def add(self, choice: int, usage: Usage) -> None:
         self._sum = self._sum.plus(usage, same_prompt=choice % self._n != 0)
-        self._record.usage = self._sum
+        known = self._record.usage.prompt_tokens  # of prompts that have not ended yet, too
+        self._record.bill(replace(self._sum, prompt_tokens=max(known, self._sum.prompt_tokens)))
 
     @property
     def total(self) -> Usage:
@@ -47,33 +50,42 @@ async def _good_deltas(
             yield choice, delta
 
 
-async def events(engine: ServingEngine, ask: Ask, shape: Shape, record: Record) -> AsyncGenerator[bytes, None]:
+async def events(
+    engine: ServingEngine, ask: Ask, shape: Shape, record: Record, style: StreamStyle
+) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events. What goes wrong is raised; the caller knows whether headers are out."""
     bill = _Bill(ask, record)
+    answers = [Answer() for _ in range(ask.choices)]
+    readers = [ask.reader() for _ in answers]
     opened: set[int] = set()
     async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
         async for choice, delta in deltas:
+            step = readers[choice].read(delta)
+            answers[choice].add(step)
             if choice not in opened:
                 opened.add(choice)
                 for chunk in shape.opening(choice):
-                    yield wire.event(chunk)
-            for chunk in shape.chunks(choice, delta):
-                yield wire.event(chunk)
-    if ask.include_usage:
-        yield wire.event(shape.closing(wire.WireUsage.of(bill.total)))
-    yield wire.DONE
+                    yield style.event(chunk)
+            chunks = shape.chunks(choice, step)
+            if step.finish is not None:
+                ask.ended(choice, answers[choice])
+            for chunk in chunks:
+                yield style.event(chunk)
+    for chunk in shape.closing(bill.total, answers):
+        yield style.event(chunk)
+    if style.done:
+        yield style.done
 
 
-async def collect(engine: ServingEngine, ask: Ask, record: Record) -> tuple[list[Answer], wire.WireUsage]:
+async def collect(engine: ServingEngine, ask: Ask, record: Record) -> tuple[list[Answer], Usage]:
     """All answers and their usage, once the last one has ended."""
     bill = _Bill(ask, record)
     answers = [Answer() for _ in range(ask.choices)]
+    readers = [ask.reader() for _ in answers]
     async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
         async for choice, delta in deltas:
-            answer = answers[choice]
-            answer.texts.append(delta.text)
-            if delta.logprobs:
-                answer.parts.append(delta)
-            if delta.finish_reason is not None:
-                answer.finish_reason = str(delta.finish_reason)
-    return answers, wire.WireUsage.of(bill.total)
+            step = readers[choice].read(delta)
+            answers[choice].add(step)
+            if step.finish is not None:
+                ask.ended(choice, answers[choice])
+    return answers, bill.total

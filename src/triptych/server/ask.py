@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from triptych.errors import RequestError
+from triptych.errors import RequestError, TriptychError
 from triptych.server.fields import Fields
 from triptych.server.merge import merged
+from triptych.server.pieces import Answer, PlainReader, Reader, Step
 from triptych.server.protocol import ServingEngine
-from triptych.server.wire import WireUsage
-from triptych.words import NO_HINTS, CacheHints, Delta, SamplingParams, TokenIds
+from triptych.server.store import ResponseStore
+from triptych.text.history import History
+from triptych.words import NO_HINTS, CacheHints, Delta, SamplingParams, TokenIds, Usage
 
 STREAM_FIELDS = frozenset({"model", "stream", "stream_options"})
 # fields of OpenAI's API that change nothing about the answer's text here
 HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
-        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 )
 
@@ -35,14 +36,37 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
+    def new(cls, prefix: str, model: str, joint: str = "-") -> Head:
         """A fresh id such as chatcmpl-3f2a..."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+        return cls(f"{prefix}{joint}{uuid.uuid4().hex}", int(time.time()), model)
+
+
+def _nothing(choice: int, answer: Answer) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a request is read: the engine it is for, the model's name as the client knows it, whose request it is.
+
+    `effort` is that of requests that name none.
+    """
+
+    engine: ServingEngine
+    model: str
+    salt: str
+    responses: ResponseStore
+    history: History
+    effort: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
-    """One HTTP request, ready to run. Choice c is sample c % n of prompt c // n."""
+    """One HTTP request, ready to run. Choice c is sample c % n of prompt c // n.
+
+    `reader` makes what reads one choice; `ended` is told each choice that came to its end. `plan` is what an API notes
+    for its own answer, `desk` where the request was read.
+    """
 
     head: Head
     prompts: tuple[TokenIds, ...]
@@ -50,6 +74,11 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     hints: CacheHints = NO_HINTS
+    salt: str = ""
+    reader: Callable[[], Reader] = PlainReader
+    ended: Callable[[int, Answer], None] = _nothing
+    plan: object = None
+    desk: Desk | None = None
 
     @property
     def choices(self) -> int:
@@ -61,7 +90,11 @@ class Ask:
         n = self.params.n
         streams = [
             engine.stream(
-                prompt, self.params, request_id=f"{self.head.id}-{i}" if i else self.head.id, hints=self.hints
+                prompt,
+                self.params,
+                request_id=f"{self.head.id}-{i}" if i else self.head.id,
+                salt=self.salt,
+                hints=self.hints,
             )
             for i, prompt in enumerate(self.prompts)
         ]
@@ -70,28 +103,22 @@ class Ask:
                 yield at * n + delta.index, delta
 
 
-@dataclass(slots=True)
-class Answer:
-    """One choice, collected."""
-
-    texts: list[str] = field(default_factory=list)
-    parts: list[Delta] = field(default_factory=list)
-    finish_reason: str = ""
-
-
 class Shape(Protocol):
-    """How one API spells a response. The chunks are structs for `wire.encode`."""
+    """How one API spells a response. What it returns are structs or plain values for `wire.encode`."""
 
     def opening(self, choice: int) -> list[object]:
-        """Chunks before the first delta of a choice."""
+        """Events before the first step of a choice."""
 
-    def chunks(self, choice: int, delta: Delta) -> list[object]:
-        """Chunks for one delta."""
+    def chunks(self, choice: int, step: Step) -> list[object]:
+        """Events for one step."""
 
-    def closing(self, usage: WireUsage) -> object:
-        """The chunk that carries only the usage."""
+    def closing(self, usage: Usage, answers: Sequence[Answer]) -> list[object]:
+        """Events after the last step of all choices."""
 
-    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+    def error(self, error: TriptychError) -> object:
+        """The event that ends a stream that went wrong."""
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> object:
         """The response that is not streamed."""
 
 

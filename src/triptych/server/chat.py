@@ -4,60 +4,100 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triptych.errors import RequestError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
-from triptych.server.fields import Fields, FieldTable
+from triptych.errors import RequestError, TriptychError
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
+from triptych.server.fields import Fields, FieldTable, wrong
+from triptych.server.generation import Api
+from triptych.server.hints import HINT_FIELDS, cache_hints
+from triptych.server.http import error_body
 from triptych.server.logprobs import chat_logprobs
-from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
+from triptych.server.pieces import Answer, CallBegin, Content, Piece, Reasoning, Step
+from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.talk import Talk, prepare
 from triptych.server.wire import (
+    ChatCall,
+    ChatCallDelta,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFunction,
     ChatMessage,
     WireUsage,
 )
-from triptych.text.chat import render
-from triptych.text.messages import parse_messages
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import CacheHints, Delta
+from triptych.words import Usage
 
+_READ = {
+    *("messages", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+    *("response_format", "reasoning_effort", "thinking"),
+}
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
-    harmless=HARMLESS,
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | _READ,
+    harmless=HARMLESS - _READ,
     refused={
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
-        "reasoning_effort": ("none",),
-        "thinking": ({"type": "disabled"},),
         "verbosity": ("medium",),
         "web_search_options": (),
         "moderation": (),
     },
 )
+_MOST_TOOLS = 1024
 
 
-def read_chat(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
     """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
     FIELDS.check(raw)
+    engine = desk.engine
     fields = Fields(raw)
     stream, include_usage = stream_fields(fields)
     params = sampling_params(
         fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
     )
-    messages = parse_messages(fields.value("messages"))
-    with blaming("messages"):
-        prompt = render(messages, engine.tokenizer, limit=engine.max_context - 1)
-    check_room(len(prompt.ids), params.max_tokens, engine.max_context, "messages")
-    hints = CacheHints(marks=prompt.boundaries)
-    return Ask(Head.new("chatcmpl", model), (prompt.ids,), params, stream, include_usage, hints)
+    ready = prepare(read_talk(fields), desk, params)
+    check_room(len(ready.ids), params.max_tokens, engine.max_context, "messages")
+    return Ask(
+        Head.new("chatcmpl", desk.model),
+        (ready.ids,),
+        ready.params,
+        stream,
+        include_usage,
+        hints=cache_hints(fields, desk.salt, ready.marks),
+        salt=desk.salt,
+        reader=ready.reader,
+        ended=ready.ended,
+    )
+
+
+def read_talk(fields: Fields) -> Talk:
+    """The conversation in a body's fields."""
+    thinking, effort = _thinking(fields)
+    return Talk(
+        messages=fields.value("messages"),
+        tools=fields.items("tools", _MOST_TOOLS),
+        tool_choice=fields.value("tool_choice"),
+        parallel_tool_calls=fields.flag("parallel_tool_calls", True),
+        response_format=fields.value("response_format"),
+        thinking=thinking,
+        effort=effort,
+    )
+
+
+def _thinking(fields: Fields) -> tuple[bool | None, str | None]:
+    """DeepSeek's `thinking` switch and OpenAI's `reasoning_effort`, which must not contradict each other."""
+    effort = fields.text("reasoning_effort")
+    kind = fields.inside("thinking", ("type",)).text("type")
+    if kind not in (None, "enabled", "adaptive", "disabled"):
+        raise wrong("thinking.type", "enabled or disabled", kind)
+    if kind == "disabled" and effort not in (None, "none"):
+        raise RequestError(
+            "thinking is disabled, but reasoning_effort asks for it.", "Send one of them.", param="thinking"
+        )
+    return None if kind is None else kind != "disabled", effort
 
 
 def _max_tokens(fields: Fields) -> int | None:
@@ -79,7 +119,7 @@ def _logprobs(fields: Fields) -> int | None:
 
 
 class ChatShape:
-    """Spells deltas as chat chunks, and answers as a chat completion."""
+    """Spells steps as chat chunks, and answers as a chat completion."""
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
         self._head = ask.head
@@ -91,31 +131,67 @@ class ChatShape:
         """The chunk that names the role."""
         return [self._chunk(ChatChunkChoice(choice, ChatDelta(role="assistant", content="")))]
 
-    def chunks(self, choice: int, delta: Delta) -> list[object]:
-        """A chunk with text, unless there is nothing to say, and one with the finish reason at the end."""
-        logprobs = chat_logprobs(delta.logprobs, self._tokenizer) if self._wants_logprobs else None
+    def chunks(self, choice: int, step: Step) -> list[object]:
+        """A chunk for each piece, the first with the logprobs, and one with the finish reason at the end."""
+        logprobs = chat_logprobs(step.logprobs, self._tokenizer) if self._wants_logprobs else None
+        gains = [_gain(piece) for piece in step.pieces]
+        if not gains and step.logprobs:
+            gains.append(ChatDelta(content=""))
         out: list[object] = []
-        if delta.text or delta.logprobs:
-            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(content=delta.text), logprobs)))
-        if delta.finish_reason is not None:
-            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(), None, str(delta.finish_reason))))
+        for gain in gains:
+            out.append(self._chunk(ChatChunkChoice(choice, gain, logprobs)))
+            logprobs = None
+        if step.finish is not None:
+            out.append(self._chunk(ChatChunkChoice(choice, ChatDelta(), None, step.finish)))
         return out
 
-    def closing(self, usage: WireUsage) -> object:
-        """The chunk without choices that carries the usage."""
-        return ChatChunk(self._head.id, self._head.created, self._head.model, [], usage)
+    def closing(self, usage: Usage, answers: Sequence[Answer]) -> list[object]:
+        """The chunk without choices that carries the usage, if it was asked for."""
+        if not self._include_usage:
+            return []
+        return [ChatChunk(self._head.id, self._head.created, self._head.model, [], _usage(usage, answers))]
 
-    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+    def error(self, error: TriptychError) -> object:
+        """OpenAI's error object."""
+        return error_body(error)
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> object:
         """The chat completion."""
         choices = []
         for i, answer in enumerate(answers):
-            tokens = tuple(one for part in answer.parts for one in part.logprobs)
-            logprobs = chat_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
-            choices.append(ChatChoice(i, ChatMessage("".join(answer.texts)), answer.finish_reason, logprobs))
-        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
+            logprobs = chat_logprobs(tuple(answer.logprobs), self._tokenizer) if self._wants_logprobs else None
+            choices.append(ChatChoice(i, _message(answer), answer.finish, logprobs))
+        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, _usage(usage, answers))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         chunk = ChatChunk(self._head.id, self._head.created, self._head.model, [choice])
         if self._include_usage:
             chunk.usage = None
         return chunk
+
+
+def _gain(piece: Piece) -> ChatDelta:
+    if isinstance(piece, Content):
+        return ChatDelta(content=piece.text)
+    if isinstance(piece, Reasoning):
+        return ChatDelta(reasoning_content=piece.text)
+    if isinstance(piece, CallBegin):
+        call = ChatCallDelta(piece.index, ChatFunction("", piece.name), piece.id, "function")
+        return ChatDelta(tool_calls=[call])
+    return ChatDelta(tool_calls=[ChatCallDelta(piece.index, ChatFunction(piece.text))])
+
+
+def _message(answer: Answer) -> ChatMessage:
+    message = ChatMessage(answer.text if answer.text or not answer.calls else None)
+    if answer.thoughts:
+        message.reasoning_content = answer.reasoning
+    if answer.calls:
+        message.tool_calls = [ChatCall(call.id, ChatFunction(call.arguments, call.name)) for call in answer.calls]
+    return message
+
+
+def _usage(usage: Usage, answers: Sequence[Answer]) -> WireUsage:
+    return WireUsage.of(usage, sum(answer.reasoning_tokens for answer in answers))
+
+
+CHAT = Api(read_chat, ChatShape)

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triptych.errors import RequestError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Answer, Ask, Head, stream_fields
+from triptych.errors import RequestError, TriptychError, Unsupported
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, shown, wrong
+from triptych.server.generation import Api
+from triptych.server.hints import HINT_FIELDS, cache_hints
+from triptych.server.http import error_body
 from triptych.server.logprobs import TextLogprobWriter
+from triptych.server.pieces import Answer, Content, Step
 from triptych.server.protocol import ServingEngine
 from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
 from triptych.server.wire import TextChoice, TextCompletion, WireUsage
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import Delta, TokenIds, token_ids
+from triptych.words import TokenIds, Usage, token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
 
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | {"prompt", "logprobs", "best_of"},
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of", "echo"},
     harmless=HARMLESS,
-    refused={"echo": (False,), "suffix": ("",)},
+    refused={"suffix": ("",)},
 )
 
 
-def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -> Ask:
+def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     """The Ask in a request body. Tokenises: not for the event loop. Raises RequestError."""
     FIELDS.check(raw)
+    engine = desk.engine
     fields = Fields(raw)
     stream, include_usage = stream_fields(fields)
     max_tokens = fields.integer("max_tokens")
@@ -38,6 +43,13 @@ def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -
     best_of = fields.integer("best_of")
     if best_of is not None and best_of != params.n:
         raise RequestError("best_of other than n is not supported.", "Leave it out.", param="best_of")
+    echo = fields.flag("echo")
+    if echo and params.logprobs is not None:
+        raise Unsupported(
+            "echo with logprobs would need logprobs of the prompt, which are not computed.",
+            "Leave one of them out.",
+            param="echo",
+        )
     prompts = _prompts(fields, engine)
     if len(prompts) * params.n > engine.config.max_waiting:
         raise RequestError(
@@ -48,7 +60,8 @@ def read_completion(raw: dict[str, object], engine: ServingEngine, model: str) -
         )
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
-    return Ask(Head.new("cmpl", model), prompts, params, stream, include_usage)
+    hints = cache_hints(fields, desk.salt)
+    return Ask(Head.new("cmpl", desk.model), prompts, params, stream, include_usage, hints, desk.salt, plan=echo)
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
@@ -84,39 +97,53 @@ class TextShape:
     def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
         self._head = ask.head
         self._include_usage = ask.include_usage
+        n = ask.params.n
+        # plan: the prompts' text comes first
+        self._before = [tokenizer.decode(ask.prompts[c // n]) if ask.plan else "" for c in range(ask.choices)]
         wanted = ask.params.logprobs is not None
         self._writers = [TextLogprobWriter(tokenizer) if wanted else None for _ in range(ask.choices)]
 
     def opening(self, choice: int) -> list[object]:
-        """Nothing: completions start with their text."""
-        return []
+        """The prompt, if it is to be echoed."""
+        before = self._before[choice]
+        return [self._chunk([TextChoice(choice, before)])] if before else []
 
-    def chunks(self, choice: int, delta: Delta) -> list[object]:
+    def chunks(self, choice: int, step: Step) -> list[object]:
         """A chunk with text, unless there is nothing to say; the last one has the finish reason."""
-        if not (delta.text or delta.logprobs or delta.finish_reason is not None):
+        text = "".join(piece.text for piece in step.pieces if isinstance(piece, Content))
+        if not (text or step.logprobs or step.finish is not None):
             return []
         writer = self._writers[choice]
-        logprobs = writer.write(delta.logprobs) if writer is not None and delta.logprobs else None
-        reason = str(delta.finish_reason) if delta.finish_reason is not None else None
-        chunk = TextCompletion(
-            self._head.id,
-            self._head.created,
-            self._head.model,
-            [TextChoice(choice, delta.text, logprobs, reason)],
-        )
-        if self._include_usage:
-            chunk.usage = None
+        logprobs = writer.write(step.logprobs) if writer is not None and step.logprobs else None
+        return [self._chunk([TextChoice(choice, text, logprobs, step.finish)])]
+
+    def closing(self, usage: Usage, answers: Sequence[Answer]) -> list[object]:
+        """The chunk without choices that carries the usage, if it was asked for."""
+        if not self._include_usage:
+            return []
+        chunk = self._chunk([])
+        chunk.usage = WireUsage.of(usage)
         return [chunk]
 
-    def closing(self, usage: WireUsage) -> object:
-        """The chunk without choices that carries the usage."""
-        return TextCompletion(self._head.id, self._head.created, self._head.model, [], usage)
+    def error(self, error: TriptychError) -> object:
+        """OpenAI's error object."""
+        return error_body(error)
 
-    def whole(self, answers: Sequence[Answer], usage: WireUsage) -> object:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> object:
         """The text completion."""
         choices = []
         for i, (answer, writer) in enumerate(zip(answers, self._writers, strict=True)):
-            tokens = tuple(one for part in answer.parts for one in part.logprobs)
-            logprobs = writer.write(tokens) if writer is not None else None
-            choices.append(TextChoice(i, "".join(answer.texts), logprobs, answer.finish_reason))
-        return TextCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
+            logprobs = writer.write(tuple(answer.logprobs)) if writer is not None else None
+            choices.append(TextChoice(i, self._before[i] + answer.text, logprobs, answer.finish))
+        out = self._chunk(choices)
+        out.usage = WireUsage.of(usage)
+        return out
+
+    def _chunk(self, choices: list[TextChoice]) -> TextCompletion:
+        chunk = TextCompletion(self._head.id, self._head.created, self._head.model, choices)
+        if self._include_usage:
+            chunk.usage = None
+        return chunk
+
+
+COMPLETIONS = Api(read_completion, TextShape)

@@ -5,7 +5,7 @@ Nothing that would change the answer is dropped in silence: a field is read, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -27,18 +27,23 @@ class FieldTable:
     harmless: frozenset[str]
     refused: Mapping[str, tuple[object, ...]]
 
-    def check(self, raw: Mapping[str, object]) -> None:
-        """Raise UnknownField or Unsupported for the first field that cannot be honoured."""
+    def check(self, raw: Mapping[str, object], at: str = "") -> None:
+        """Raise UnknownField or Unsupported for the first field that cannot be honoured. `at`: path of the object."""
+        prefix = f"{at}." if at else ""
         for name, value in raw.items():
             if name in self.read or name in self.harmless:
                 continue
             if name not in self.refused:
                 known = self.read | self.harmless | set(self.refused)
-                raise UnknownField(f"Unknown field {shown(name)}.", _close(name, known), param=name[:80])
+                raise UnknownField(
+                    f"Unknown field {shown(prefix + name)}.", _close(name, known), param=(prefix + name)[:80]
+                )
             neutral = self.refused[name]
             if value is not None and value not in neutral:
                 remedy = f"Leave it out or send {msgspec.json.encode(neutral[0]).decode()}." if neutral else ""
-                raise Unsupported(f"{name} is not supported yet.", remedy or "Leave it out.", param=name)
+                raise Unsupported(
+                    f"{prefix + name} is not supported.", remedy or "Leave it out.", param=(prefix + name)[:80]
+                )
 
 
 def _close(name: str, known: set[str] | frozenset[str]) -> str:
@@ -75,10 +80,15 @@ def shown(value: object) -> str:
 
 
 class Fields:
-    """Typed access to the top level of a body. null counts as absent, as in OpenAI's API."""
+    """Typed access to the top level of a body, or to an object in it whose path is `at`. null counts as absent."""
 
-    def __init__(self, raw: Mapping[str, object]) -> None:
+    def __init__(self, raw: Mapping[str, object], at: str = "") -> None:
         self._raw = raw
+        self._at = f"{at}." if at else ""
+
+    def path(self, name: str) -> str:
+        """The path of a field, as errors name it."""
+        return self._at + name
 
     def given(self, name: str) -> bool:
         """True if the field is there and not null."""
@@ -93,7 +103,7 @@ class Fields:
         value = self._raw.get(name)
         if value is None or isinstance(value, str):
             return value
-        raise wrong(name, "a string", value)
+        raise wrong(self.path(name), "a string", value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """true or false."""
@@ -102,21 +112,27 @@ class Fields:
             return default
         if isinstance(value, bool):
             return value
-        raise wrong(name, "true or false", value)
+        raise wrong(self.path(name), "true or false", value)
 
     def integer(self, name: str) -> int | None:
         """An integer of 64 bits; 3.0 is one, as in JSON Schema."""
         value = self._raw.get(name)
         if value is None:
             return None
-        return as_integer(name, value)
+        return as_integer(self.path(name), value)
 
     def number(self, name: str) -> float | None:
         """A finite number."""
         value = self._raw.get(name)
         if value is None:
             return None
-        return as_number(name, value)
+        return as_number(self.path(name), value)
+
+    def inside(self, name: str, read: Collection[str], harmless: Collection[str] = ()) -> Fields:
+        """The fields of an object that may have only these; empty if absent."""
+        value = self.entries(name, len(read) + len(harmless) + 16)
+        FieldTable(frozenset(read), frozenset(harmless), {}).check(value, self.path(name))
+        return Fields(value, self.path(name))
 
     def items(self, name: str, most: int) -> list[object]:
         """A list of at most `most` entries; empty if absent."""
@@ -124,9 +140,11 @@ class Fields:
         if value is None:
             return []
         if not isinstance(value, list):
-            raise wrong(name, "a list", value)
+            raise wrong(self.path(name), "a list", value)
         if len(value) > most:
-            raise RequestError(f"{name} has {len(value)} entries; at most {most} are allowed.", param=name)
+            raise RequestError(
+                f"{self.path(name)} has {len(value)} entries; at most {most} are allowed.", param=self.path(name)
+            )
         return value
 
     def entries(self, name: str, most: int) -> dict[str, object]:
@@ -135,9 +153,11 @@ class Fields:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise wrong(name, "an object", value)
+            raise wrong(self.path(name), "an object", value)
         if len(value) > most:
-            raise RequestError(f"{name} has {len(value)} entries; at most {most} are allowed.", param=name)
+            raise RequestError(
+                f"{self.path(name)} has {len(value)} entries; at most {most} are allowed.", param=self.path(name)
+            )
         return value
 
 
@@ -155,6 +175,11 @@ def as_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
         raise wrong(name, "a number", value)
     return float(value)
+
+
+def too_many(name: str, count: int, most: int) -> RequestError:
+    """The error for a list or object with too many entries."""
+    return RequestError(f"{name} has {count} entries; at most {most} are allowed.", param=name)
 
 
 def wrong(name: str, wanted: str, value: object) -> RequestError:

@@ -1,22 +1,28 @@
-"""The first and last to see each request: names it, counts it, refuses it while draining, logs how it ended."""
+"""The first and last to see each request: names it, asks whose it is, refuses it, counts it, logs how it ended."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
+from contextlib import ExitStack
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from triptych.errors import TriptychError, Unavailable
-from triptych.server.http import ClientLeft, error_response
+from triptych.errors import Forbidden, QueueFull, TriptychError, Unavailable
+from triptych.server.dashboard import DATA, STATIC
+from triptych.server.http import ClientLeft, refusal
 from triptych.server.record import CLIENT_LEFT, Record
 from triptych.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+# for load balancers, which have no key, and for browsers, which cannot send one with the address of a page
+_OPEN = STATIC | {"/health", "/health/live"}
+_ADMIN = ("/metrics", DATA)
 
 
 class Gate:
@@ -44,23 +50,54 @@ class Gate:
 
         with self._state.counting(record):
             try:
-                await self._pass(scope, receive, noting_send)
+                async with asyncio.timeout(self._state.options.request_timeout) as limit:
+                    await self._pass(scope, receive, noting_send)
             except ClientLeft:
                 record.status = CLIENT_LEFT
-            except Exception:
-                logger.exception("request %s failed", record.request_id)
-                record.status = 500
+            except Exception as error:
+                fault = self._fault(error, record, limit.expired())
+                record.status = fault.status
                 if not started:
-                    error = TriptychError("An internal error occurred.", "The server's log has the details.")
-                    await error_response(error, self._state.options.retry_after)(scope, receive, noting_send)
+                    await self._refuse(fault, scope, receive, noting_send)
+
+    def _fault(self, error: Exception, record: Record, late: bool) -> TriptychError:
+        """What the client is told about `error`."""
+        if isinstance(error, TimeoutError) and late:
+            logger.warning("request %s took too long and was ended", record.request_id)
+            return Unavailable("The answer took longer than this server allows.", "Ask for less.")
+        if isinstance(error, TriptychError):
+            return error
+        logger.error("request %s failed", record.request_id, exc_info=error)
+        return TriptychError("An internal error occurred.", "The server's log has the details.")
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._state.draining and scope["method"] == "POST":
-            error = Unavailable("The server is shutting down and takes no new requests.", "Retry elsewhere or later.")
-            response = error_response(error, self._state.options.retry_after)
+        state, path, record = self._state, scope["path"], scope["state"]["record"]
+        with ExitStack() as held:
+            if path not in _OPEN:
+                caller = record.caller = state.keys.caller(Request(scope).headers)
+                if not caller.admin and path.startswith(_ADMIN):
+                    raise Forbidden(f"{path} needs a key with admin rights.", "Ask the operator for one.")
+                if scope["method"] == "POST":
+                    self._check_room()
+                    held.enter_context(caller.limits.admitted())
+            await self._app(scope, receive, send)
+
+    def _check_room(self) -> None:
+        state = self._state
+        if state.draining:
+            raise Unavailable("The server is shutting down and takes no new requests.", "Retry elsewhere or later.")
+        if state.in_flight > state.most_in_flight:
+            raise QueueFull(
+                f"{state.most_in_flight} requests are being answered, the most that may be.", "Retry later."
+            )
+
+    async def _refuse(self, error: TriptychError, scope: Scope, receive: Receive, send: Send) -> None:
+        response = refusal(error, scope, self._state.options.retry_after)
+        if self._state.draining:
             response.headers["connection"] = "close"
-            return await response(scope, receive, send)
-        await self._app(scope, receive, send)
+        if error.status == 401:
+            response.headers["www-authenticate"] = "Bearer"
+        await response(scope, receive, send)
 
     def _record(self, request: Request) -> Record:
         wanted = request.headers.get("x-request-id", "")

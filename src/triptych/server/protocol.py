@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from triptych.config import EngineConfig, ModelShape
+from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, SamplingParams, TokenIds
+from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, Panels, SamplingParams, TokenIds
 
 
 class ServingEngine(Protocol):
@@ -18,12 +19,20 @@ class ServingEngine(Protocol):
     config: EngineConfig
     tokenizer: Tokenizer
     max_context: int
+    panels: Panels
+
+    @property
+    def grammars(self) -> GrammarCache | None:
+        """Where grammars are compiled; None where answers cannot be constrained."""
 
     async def start(self) -> None:
         """Become ready for `stream`."""
 
     async def stop(self) -> None:
         """Stop now; what still runs ends with finish reason abort. Harmless when stopped."""
+
+    async def facts(self) -> Facts:
+        """Who runs and what could be resumed, as soon as the step that runs now has ended."""
 
     def stats(self) -> EngineStats:
         """Figures as of the last step."""

@@ -13,6 +13,9 @@ import uvicorn
 
 from triptych.errors import ConfigError
 from triptych.server.app import build_app
+from triptych.server.connection import bounded_protocol
+from triptych.server.keys import Keys
+from triptych.server.logs import configure
 from triptych.server.options import ServerOptions
 from triptych.server.protocol import ServingEngine
 from triptych.server.state import ServerState
@@ -23,7 +26,11 @@ _FLUSH = 2  # seconds that connections get to send what is written, after the la
 
 
 def run_server(
-    engine: ServingEngine, options: ServerOptions | None = None, *, ready: Callable[[str], None] | None = None
+    engine: ServingEngine,
+    options: ServerOptions | None = None,
+    keys: Keys | None = None,
+    *,
+    ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready` is called with the base URL once requests are accepted.
 
@@ -32,9 +39,8 @@ def run_server(
     """
     options = options or ServerOptions()
     listener = _listen(options.host, options.port)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("triptych").setLevel(options.log_level.upper())
-    app = build_app(engine, options)
+    configure(options.log_level, options.log_format)
+    app = build_app(engine, options, keys)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -43,11 +49,16 @@ def run_server(
         server_header=False,
         lifespan="on",
         ws="none",
+        http=bounded_protocol(options),
+        h11_max_incomplete_event_size=options.max_header,
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_FLUSH,
     )
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if options.tls_cert else "http"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def announce() -> None:
         logger.info("serving %s on %s", ", ".join(app.state.server.names), url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from triptych.errors import ContextTooLong, RequestError
 from triptych.server.fields import Fields, as_integer, as_number, wrong
@@ -22,7 +23,7 @@ _LONGEST_STOP = 1024  # characters
 
 def sampling_params(fields: Fields, vocab_size: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """The SamplingParams of a request body. Raises RequestError naming the field."""
-    numbers = {
+    numbers: dict[str, Any] = {
         name: value
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         if (value := fields.number(name)) is not None

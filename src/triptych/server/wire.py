@@ -34,6 +34,12 @@ class PromptDetails(Struct):
     approximate: bool | UnsetType = UNSET
 
 
+class CompletionDetails(Struct):
+    """How many of the completion tokens were thought and not said."""
+
+    reasoning_tokens: int
+
+
 class WireUsage(Struct):
     """Token counts of a whole request, over all prompts and samples."""
 
@@ -41,9 +47,10 @@ class WireUsage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
     @classmethod
-    def of(cls, usage: Usage) -> WireUsage:
+    def of(cls, usage: Usage, reasoning_tokens: int = 0) -> WireUsage:
         """The wire form of the engine's count."""
         details = PromptDetails(
             usage.cached_tokens,
@@ -51,7 +58,13 @@ class WireUsage(Struct):
             dict(usage.cached_by_tier) or UNSET,
             usage.approximate or UNSET,
         )
-        return cls(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details)
+        return cls(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.total_tokens,
+            details,
+            CompletionDetails(reasoning_tokens),
+        )
 
 
 class TopLogprob(Struct):
@@ -78,11 +91,29 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class ChatFunction(Struct, omit_defaults=True):
+    """The function of a tool call: the name comes with the first piece, the arguments in all of them."""
+
+    arguments: str | None = None
+    name: str | None = None
+
+
+class ChatCallDelta(Struct, omit_defaults=True):
+    """What a tool call gains. `id` and `type` come with its first piece."""
+
+    index: int
+    function: ChatFunction
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatDelta(Struct, omit_defaults=True):
     """What a chat choice gains; the first one names the role, the last one is empty."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatCallDelta] | None = None
 
 
 class ChatChunkChoice(Struct):
@@ -105,12 +136,22 @@ class ChatChunk(Struct):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
-class ChatMessage(Struct):
-    """A whole chat answer."""
+class ChatCall(Struct):
+    """A whole tool call."""
 
-    content: str
+    id: str
+    function: ChatFunction
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(Struct):
+    """A whole chat answer. `content` is null where the model only called tools."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ChatCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -175,6 +216,46 @@ class ErrorBody(Struct):
     """The body of every response that is an error."""
 
     error: WireError
+
+
+class Tokens(Struct):
+    """The body of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class Text(Struct):
+    """The body of /detokenize."""
+
+    prompt: str
+
+
+class AnthropicFault(Struct):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(Struct):
+    """The body of every response of Anthropic's API that is an error, and of its error event."""
+
+    error: AnthropicFault
+    request_id: str | UnsetType = UNSET
+    type: Literal["error"] = "error"
+
+    @classmethod
+    def of(cls, sentence: str, status: int, request_id: str | UnsetType = UNSET) -> AnthropicError:
+        """The error for an HTTP status."""
+        kinds = {
+            **{401: "authentication_error", 403: "permission_error", 404: "not_found_error"},
+            **{413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"},
+        }
+        kind = kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return cls(AnthropicFault(kind, sentence), request_id)
 
 
 class Model(Struct):

@@ -11,6 +11,7 @@ Two decisions shape this file:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -136,6 +137,16 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """True for tokens that decoding hides: BOS, EOS, padding and placeholders."""
         return token_id in self._hidden
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what each id spells."""
+        return hashlib.blake2b(b"\0".join(self._bytes), digest_size=16).hexdigest()
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of all control tokens, which no text is ever encoded to."""
+        return frozenset(self._controls.values())
 
     def control_id(self, spelling: str) -> int:
         """The id of a control token such as `</think>`. RequestError if this tokenizer has none of that name."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from triptych.workload.sessions import Part, SessionRequest, SessionTrace
+from triptych.workload.streams import geometric
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,15 @@ class AgentTraffic:
 
 def agent_trace(requests: int, seed: int = 0, traffic: AgentTraffic | None = None) -> SessionTrace:
     """The first `requests` requests of all users' sessions, in order of time; the same for the same seed."""
-    traffic = traffic or AgentTraffic()
+    return SessionTrace(f"agents-{seed}", list(islice(agent_requests(seed, traffic), requests)))
+
+
+def agent_requests(seed: int, traffic: AgentTraffic | None = None) -> Iterator[SessionRequest]:
+    """Requests of all users' sessions in order of time, without end; the same for the same seed."""
+    given = traffic or AgentTraffic()
     rng = random.Random(seed)
-    users = [_user(traffic, number, random.Random(rng.random())) for number in range(traffic.users)]
-    merged = heapq.merge(*users, key=lambda request: request.time)
-    return SessionTrace(f"agents-{seed}", list(islice(merged, requests)))
+    users = [_user(given, number, random.Random(rng.random())) for number in range(given.users)]
+    return heapq.merge(*users, key=lambda request: request.time)
 
 
 def _user(traffic: AgentTraffic, number: int, rng: random.Random) -> Iterator[SessionRequest]:
@@ -69,11 +74,11 @@ def _session(traffic: AgentTraffic, name: str, rng: random.Random, time: float) 
     ]
     context = list(begin)
     serial = 0
-    for turn in range(_geometric(rng, traffic.requests)):
+    for turn in range(geometric(rng, traffic.requests)):
         if turn:
             time += rng.lognormvariate(0, traffic.human_sigma) * traffic.human_median
         kind = "user"
-        for _ in range(_geometric(rng, traffic.steps)):
+        for _ in range(geometric(rng, traffic.steps)):
             serial += 1
             append = round(rng.lognormvariate(0, traffic.append_sigma) * traffic.append_median)
             append = min(traffic.append_most, max(16, append))
@@ -90,11 +95,3 @@ def _session(traffic: AgentTraffic, name: str, rng: random.Random, time: float) 
             answer = Part(f"{name}r{turn}", round(traffic.output))
             yield SessionRequest(time, f"{name}a{turn}", "", (*begin, task), answer)
             time += traffic.step_pause
-
-
-def _geometric(rng: random.Random, mean: float) -> int:
-    """1, 2, ... with this mean."""
-    count = 1
-    while rng.random() > 1 / mean:
-        count += 1
-    return count

@@ -24,8 +24,7 @@ import numpy.typing as npt
 
 from triptych.config import CSA_RATIO
 from triptych.errors import ConfigError
-from triptych.text.chat import render
-from triptych.text.messages import Message, Role
+from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
 from triptych.words import SamplingParams, TokenIds

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.errors import ConfigError, nearest
-from triptych.workload.traces import MAX_TOKENS, TraceRequest, synthetic_tokens
+from triptych.workload.traces import BLOCK, MAX_TOKENS, MooncakeTrace, Trace, TraceRequest, synthetic_tokens
 
 FORMAT = "triptych-sessions"
 KINDS = ("system", "tools", "user", "tool", "output")
@@ -111,6 +111,23 @@ class SessionTrace:
     def write(self, path: Path) -> None:
         """Store it as JSON Lines."""
         write_sessions(path, self.requests)
+
+
+def as_sessions(trace: Trace) -> list[SessionRequest]:
+    """The requests of any trace as parts: of a Mooncake trace each block of its prompts is one."""
+    if isinstance(trace, SessionTrace):
+        return list(trace.requests)
+    assert isinstance(trace, MooncakeTrace)
+    found = []
+    for number, row in enumerate(trace.rows):
+        left, parts = row["input_length"], []
+        for block in row["hash_ids"][: -(-left // BLOCK)]:
+            # a block that is cut short is not the one that others share whole
+            parts.append(Part(f"b{block}" if left >= BLOCK else f"b{block}.{left}", min(left, BLOCK), "user"))
+            left -= BLOCK
+        output = Part(f"o{number}", row["output_length"])
+        found.append(SessionRequest(row["timestamp"] / 1000, f"m{number}", "", tuple(parts), output))
+    return found
 
 
 def write_sessions(path: Path, requests: Iterable[SessionRequest]) -> None:

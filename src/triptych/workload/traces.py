@@ -186,7 +186,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise ConfigError(f"{path}, line {number} holds no JSON object.")
                 yield number, row
     except OSError as error:
-        remedy = "Name a JSON Lines file, or agents for generated traffic."
+        remedy = "Name a JSON Lines file, or a workload such as chat or coding-agent."
         raise ConfigError(f"Trace {path} cannot be read: {error.strerror}.", remedy) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}, line {number} is no UTF-8 text.") from None

@@ -71,6 +71,7 @@ class _Job:
     ) -> None:
         self.out = torch.empty_like(q)
         self._q = q
+        assert isinstance(window.rows, Tensor)
         self._rows = window.rows
         self._first, self._count = window.first.numpy(), window.count.numpy()
         self._entries = entries
@@ -139,7 +140,7 @@ class _Job:
             return
         ids = np.empty((0, 0), np.int64) if self._selected is None else self._selected[part].numpy()
         _window_and_entries(
-            *shared, entries.pool.numpy(), entries.page_table.numpy(), entries.seq[part].numpy(),
+            *shared, entries.dense.numpy(), entries.page_table.numpy(), entries.seq[part].numpy(),
             self._used[part], ids, sink, self._scale, out,
         )  # fmt: skip
 
@@ -153,11 +154,11 @@ class _Job:
         if self._selected is None:
             pages = -(-most // self._entries.pool.shape[1])
             table = self._entries.page_table[int(self._entries.seq[first]), :pages]
-            return self._entries.pool[table].flatten(0, 1)[:most]
+            return self._entries.dense[table].flatten(0, 1)[:most]
         keys = torch.empty(last - first, most, self._q.shape[2])
         entries = self._entries
         _gather_entries(
-            entries.pool.numpy(),
+            entries.dense.numpy(),
             entries.page_table.numpy(),
             int(entries.seq[first]),
             self._used[first:last],

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from triptych.kernels.index.ref import PagedEntries, gather_entries
+from triptych.kernels.quant.formats import Rows
 
 
 @dataclass(frozen=True, slots=True)
 class WindowRows:
     """Window rows of a step in one tensor and each query's stretch of it: rows[first[r] : first[r] + count[r]].
 
-    rows [N, c]; first, count [R] int64, count <= 128.
+    rows [N, c], or packed; first, count [R] int64, count <= 128.
     """
 
-    rows: Tensor
+    rows: Rows
     first: Tensor
     count: Tensor
 

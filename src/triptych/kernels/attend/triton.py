@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows.triton import attend_packed
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows
 
 _LOG2E = 1.4426950408889634
 _COMBINED = 128  # dims that one program of the second pass takes: with many splits more would not fit in registers
@@ -47,6 +49,8 @@ def attend(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """See ref.attend."""
+    if isinstance(window.rows, PackedRows):
+        return attend_packed(q, window, entries, selected, attention)
     if entries is not None and selected is None and entries.most == 0:
         entries = None
     mode = _NO_ENTRIES if entries is None else _VISIBLE if selected is None else _SELECTED
@@ -85,12 +89,21 @@ def attend(
     return out
 
 
+def attend_deterministic(
+    q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
+) -> Tensor:
+    """See ref.attend; a row's result does not depend on its batch mates."""
+    if isinstance(window.rows, PackedRows):
+        return attend_packed(q, window, entries, selected, attention, fixed=True)
+    return attend(q, window, entries, selected, attention, Tiling(16, _KEYS, 8, 4, 2))
+
+
 def _entry_arguments(window: WindowRows, entries: PagedEntries | None, selected: Tensor | None) -> tuple[Any, ...]:
     """Pool, its strides, table, its stride, seq, visible, selected, its stride and width."""
     if entries is None:
         rows = window.rows
         return (rows, 0, 0, window.first, 0, window.first, window.count, window.first, 0, 0)
-    pool, table = entries.pool, entries.page_table
+    pool, table = entries.dense, entries.page_table
     chosen = entries.visible if selected is None else selected
     stride, width = (0, 0) if selected is None else (selected.stride(0), selected.shape[1])
     return (

@@ -64,7 +64,7 @@ def _empty_selection(q: Tensor, keys: PagedEntries, topk: int) -> Tensor:
 
 
 def _select_rows(q: Tensor, weights: Tensor, keys: PagedEntries, part: slice, topk: int, out: Tensor) -> None:
-    pool, table = keys.pool.numpy(), keys.page_table.numpy()
+    pool, table = keys.dense.numpy(), keys.page_table.numpy()
     rows = (q[part], weights[part].contiguous(), keys.seq[part], keys.visible[part], out[part])
     views = [t.numpy() for t in rows]
     if len(views[0]):
@@ -78,7 +78,7 @@ def _select_by_product(
     visible = keys.visible[where[1]]
     pages = keys.page_table[where[0], : -(-int(visible.max()) // keys.pool.shape[1])]
     k = torch.empty(len(pages), *keys.pool.shape[1:])
-    _gather_keys(keys.pool.numpy(), pages.numpy(), k.numpy())
+    _gather_keys(keys.dense.numpy(), pages.numpy(), k.numpy())
     k = k.flatten(0, 1)  # [T, Di]
     heads = q.shape[1]
     step = max(1, min(_TILE, _SCORES // (heads * len(k))))

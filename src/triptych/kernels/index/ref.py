@@ -10,20 +10,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triptych.kernels.quant.formats import Rows
+
 
 class PagedEntries(NamedTuple):
     """Entries of one layer behind page tables.
 
-    pool [n_pages, per_page, D] (a view, strided over pages); page_table [B, P] int64; seq [R] int64 maps a row
-    to its sequence; visible [R] int64 entries that the row may see, a prefix of its sequence. `most` is the largest
+    pool [n_pages, per_page, D] (a view, strided over pages) or packed; page_table [B, P] int64; seq [R] int64 maps a
+    row to its sequence; visible [R] int64 entries that the row may see, a prefix of its sequence. `most` is the largest
     of them where the host knows it: a GPU would have to be waited for to say.
     """
 
-    pool: Tensor
+    pool: Rows
     page_table: Tensor
     seq: Tensor
     visible: Tensor
     most: int | None = None
+
+    @property
+    def dense(self) -> Tensor:
+        """The pool of a caller that knows that it is not packed."""
+        assert isinstance(self.pool, Tensor)
+        return self.pool
 
 
 def gather_entries(entries: PagedEntries, ids: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows
+from triptych.kernels.select_rows.triton import select_packed
 
 _TILE = 128  # entries of one product
 _STRETCH = 4  # tiles of one program, for which it loads its queries once
@@ -25,7 +27,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: PagedEntries) -> Tensor:
     total = keys.most if keys.most is not None else int(keys.visible.max())
     rows, heads, dim = q.shape
     scores = torch.empty(rows, total, device=q.device)
-    pool, table = keys.pool, keys.page_table
+    pool, table = keys.dense, keys.page_table
     narrow = pool.dtype == torch.bfloat16
     _scores[(rows, triton.cdiv(total, _TILE * _STRETCH))](
         *(q, *q.stride()[:2], weights, weights.stride(0), weights.stride(1)),
@@ -45,6 +47,8 @@ def index_scores(q: Tensor, weights: Tensor, keys: PagedEntries) -> Tensor:
 
 def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
     """See ref.select_entries."""
+    if isinstance(keys.pool, PackedRows):
+        return select_packed(q, weights, keys, topk)
     if keys.most is None:
         keys = keys._replace(most=int(keys.visible.max()))
     scores = index_scores(q, weights, keys)

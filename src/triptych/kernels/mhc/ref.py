@@ -79,3 +79,45 @@ def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """fn . vec(X) / rms(vec(X)): the norm is over all n*d values jointly and has no weight."""
     flat = streams.flatten(1).to(fn.dtype)
     return torch.nn.functional.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps), fn)
+
+
+# -- whole sites, for decode rows: what a block leaves behind, then what the next one reads
+
+
+class Residual(NamedTuple):
+    """What a site leaves for the one after it: streams [R, n, d], post [R, n] and comb [R, n, n] (both float32)."""
+
+    streams: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the output y [R, d] of one block to the input of the next: expand, then collapse and norm.
+
+    Returns x [R, d], streams [R, n, d], post and comb. Streams and x have the dtype of `before.streams`, to which they
+    are rounded (native numerics: bf16); everything between is float32.
+    """
+    streams = mhc_post(y.float(), before.streams.float(), before.post, before.comb).to(before.streams.dtype)
+    return _next(streams, site, norm)
+
+
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first site: streams are copies of the embeddings of token_ids [R], rounded to bf16 where embed [V, d] is.
+
+    Returns what `mhc_rows` does.
+    """
+    return _next(embed[token_ids].unsqueeze(1).repeat(1, site.fn.shape[1] // embed.shape[1], 1), site, norm)
+
+
+def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
+    """After the last block: expand, collapse with the head's weights, norm. Returns [R, d] in the streams' dtype."""
+    dtype = before.streams.dtype
+    streams = mhc_post(y.float(), before.streams.float(), before.post, before.comb).to(dtype)
+    hidden = mhc_head(streams.float(), head).to(dtype)
+    return rms_norm(hidden, norm, head.norm_eps)
+
+
+def _next(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, post, comb = mhc_pre(streams.float(), site, norm)
+    return x.to(streams.dtype), streams, post, comb

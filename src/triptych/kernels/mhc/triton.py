@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.mhc.ref import MhcHead, MhcSite
+from triptych.kernels.mhc import sites
+from triptych.kernels.mhc.few import expand_narrow
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
 
 def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +57,77 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
         num_warps=_warps(n * width),
     )
     return out
+
+
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ref.mhc_rows; two launches."""
+    return _site(y, y, before, site, norm, first=False)
+
+
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ref.mhc_first; two launches."""
+    rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
+    nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
+    return _site(embed, token_ids, nothing, site, norm, first=True)
+
+
+def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
+    """See ref.mhc_last; two launches."""
+    rows, n, dim = before.streams.shape
+    streams, share = _expand(y, y, before, head.fn, first=False)
+    out, slices = streams.new_empty(rows, dim), share.shape[1]
+    sites.head[(rows,)](
+        *(streams, share, head.base, head.scale, norm, out, slices, dim, head.eps, head.norm_eps),
+        N=n,
+        SLICES=triton.next_power_of_2(slices),
+        MAPS=share.shape[2],
+        DIM=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
+    return out
+
+
+_SLICE = 32  # dims of each stream that one program expands
+_TILE = 16  # rows that share what is read of the maps
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs one program after the other, and has no Gluon."""
+
+
+def _site(
+    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, n, dim = before.streams.shape
+    assert n == 4, "the programs of a whole site are written for four streams"
+    streams, share = _expand(y, ids, before, site.fn, first=first)
+    x, slices = streams.new_empty(rows, dim), share.shape[1]
+    post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)
+    sites.mix[(rows, 2)](
+        *(streams, share, site.base, site.scale, norm, x, post, comb, slices, dim, site.eps, site.norm_eps),
+        ITERS=site.iters,
+        N=n,
+        SLICES=triton.next_power_of_2(slices),
+        MAPS=share.shape[2],
+        DIM=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
+    return x, streams, post, comb
+
+
+def _expand(y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    """New streams [R, n, d], and shares of the maps and squares [R, slices, 16 or 32]."""
+    old = before.streams
+    rows, _, dim = old.shape
+    grid = (triton.cdiv(dim, _SLICE), triton.cdiv(rows, _TILE))
+    streams, maps = torch.empty_like(old), 32 if len(fn) > 15 else 16
+    share = torch.empty(rows, grid[0], maps, device=old.device)
+    given = (y, ids, old, before.post, before.comb, streams, fn, share, rows, dim, len(fn))
+    meta = dict(FIRST=first, ROWS=_TILE, BLOCK=_SLICE, MAPS=maps)
+    narrow = old.dtype == torch.bfloat16
+    if narrow and dim % _SLICE == 0 and not _INTERPRETED:
+        expand_narrow[grid](*given, **meta, num_warps=1)
+    else:
+        sites.expand[grid](*given, NARROW=narrow, **meta, num_warps=4)
+    return streams, share
 
 
 def _warps(values: int) -> int:

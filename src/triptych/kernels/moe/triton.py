@@ -262,8 +262,8 @@ def _down(
 def _swiglu(gate_up_ptr, out_ptr, inner, limit, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner)
-    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner)
+    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner).to(tl.float32)
+    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner).to(tl.float32)
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     tl.store(out_ptr + r * inner + n, gate * tl.sigmoid(gate) * up, mask=n < inner)

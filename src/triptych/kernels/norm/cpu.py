@@ -17,7 +17,12 @@ _ROWS = 64  # least rows worth a thread
 
 
 def latent_rows(
-    front: Tensor, q_lora: int, norms: tuple[Tensor, Tensor], angles: Angles, eps: float
+    front: Tensor,
+    q_lora: int,
+    norms: tuple[Tensor, Tensor],
+    angles: Angles,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ref.latent_rows."""
     qr = torch.empty(front.shape[0], q_lora)
@@ -25,7 +30,7 @@ def latent_rows(
     rows = (front.numpy(), angles[0].numpy(), angles[1].numpy(), qr.numpy(), kv.numpy())
     weights = (norms[0].numpy(), norms[1].numpy(), eps)
     over(len(qr), _ROWS, lambda first, last: _latent(*(view[first:last] for view in rows), *weights))
-    return qr, kv
+    return (qr, kv) if dtype is None else (qr.to(dtype), kv.to(dtype))
 
 
 def query_rows(heads: Tensor, count: int, dim: int, angles: Angles, eps: float) -> Tensor:

@@ -5,10 +5,14 @@ A rotation needs each dim's partner; it is loaded beside it, from the cache line
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from triptych.kernels.front.store import power_of_two, round_fp4
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -20,11 +24,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def latent_rows(
-    front: Tensor, q_lora: int, norms: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float
+    front: Tensor,
+    q_lora: int,
+    norms: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ref.latent_rows."""
     rows, dim = len(front), norms[1].shape[0]
-    qr, kv = front.new_empty(rows, q_lora), front.new_empty(rows, dim)
+    kind = dtype or front.dtype
+    qr, kv = front.new_empty(rows, q_lora, dtype=kind), front.new_empty(rows, dim, dtype=kind)
     _latent[(rows, 2)](
         *(front, front.stride(0), qr, kv, norms[0], norms[1], angles[0], angles[1], q_lora, dim),
         *(2 * angles[0].shape[1], eps),
@@ -47,6 +57,28 @@ def index_query_rows(heads: Tensor, count: int, dim: int, angles: tuple[Tensor, 
     out = heads.new_empty(len(heads), count, dim)
     _vectors(tail, (len(heads), count, dim), out, None, angles)
     return out
+
+
+def index_round(x: Tensor) -> Tensor:
+    """See ref.index_round; Di a power of two."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(flat)
+    dim = flat.shape[1]
+    assert dim & (dim - 1) == 0, "the Hadamard rotation needs a power of two"
+    if len(flat):
+        _index_round[(triton.cdiv(len(flat), _ROUNDED),)](
+            *(flat, flat.stride(0), out, len(flat)),
+            ROWS=_ROUNDED,
+            DIM=dim,
+            STEPS=dim.bit_length() - 1,
+            ROOT=math.sqrt(dim),
+            GROUP=min(dim, 32),
+            num_warps=4,
+        )
+    return out.view(x.shape)
+
+
+_ROUNDED = 16  # vectors that one program rounds
 
 
 def derotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -74,6 +106,16 @@ def _vectors(
     cos, sin = (x, x) if angles is None else angles
     if not rows:
         return
+    if weight is None and angles is not None and dim & (dim - 1) == 0 and heads >= _HEADS:
+        _heads_rope[(rows, triton.cdiv(heads, _HEADS))](
+            *(x, x.stride(0), out, cos, sin, heads, -1.0 if back else 1.0, eps or 0.0),
+            NORM=eps is not None,
+            WIDTH=2 * cos.shape[1],
+            HEADS=_HEADS,
+            DIM=dim,
+            num_warps=4,
+        )
+        return
     _norm_rope[(rows, heads)](
         *(x, x.stride(0), out, x if weight is None else weight, cos, sin, dim),
         *(0 if angles is None else 2 * cos.shape[1], -1.0 if back else 1.0, eps or 0.0),
@@ -82,6 +124,40 @@ def _vectors(
         ROPE=angles is not None,
         DIM=triton.next_power_of_2(dim),
     )
+
+
+_HEADS = 8  # vectors of a row that one program norms and rotates where there are that many
+
+
+@triton.jit
+def _heads_rope(
+    x_ptr,
+    stride,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    heads,
+    sign,
+    eps,
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """As `_norm_rope` for several vectors of a row, whose number of dims is a power of two."""
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    x = tl.load(x_ptr + r * stride + at, mask=(h < heads)[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+    pair = tl.arange(0, DIM // 2) - (DIM - WIDTH) // 2
+    turns = pair >= 0
+    cos = tl.load(cos_ptr + r * (WIDTH // 2) + pair, mask=turns, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + r * (WIDTH // 2) + pair, mask=turns, other=0.0)[None, :] * sign
+    even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
+    x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
+    tl.store(out_ptr + r * heads * DIM + at, x.to(out_ptr.dtype.element_ty), mask=(h < heads)[:, None])
 
 
 @triton.jit
@@ -136,6 +212,31 @@ def _norm_rope(
             partner = partner * tl.load(weight_ptr + p, mask=p < dim, other=0.0)
         x = _turned(x, partner, cos_ptr + r * (width // 2), sin_ptr + r * (width // 2), d, dim, width, sign)
     tl.store(out_ptr + (r * tl.num_programs(1) + h) * dim + d, x, mask=d < dim)
+
+
+@triton.jit
+def _index_round(
+    x_ptr,
+    stride,
+    out_ptr,
+    rows,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROOT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DIM)
+    live = (r < rows)[:, None]
+    x = tl.load(x_ptr + r[:, None] * stride + d[None, :], mask=live, other=0.0).to(tl.bfloat16).to(tl.float32)
+    for _ in tl.static_range(STEPS):  # each turns the index by one bit
+        a, b = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [ROWS, DIM])
+    x = tl.div_rn(x, tl.full([ROWS, DIM], ROOT, tl.float32)).to(tl.bfloat16).to(tl.float32)
+    grid, code = round_fp4(tl.reshape(x, [ROWS * (DIM // GROUP), GROUP]))
+    x = tl.reshape(grid * power_of_two(code)[:, None], [ROWS, DIM])
+    tl.store(out_ptr + r[:, None] * DIM + d[None, :], x.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit

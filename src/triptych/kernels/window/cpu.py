@@ -7,13 +7,14 @@ from torch import Tensor
 
 from triptych.config import WINDOW
 from triptych.kernels.jit import kernel
+from triptych.kernels.quant.formats import PackedRows, Rows
 from triptych.kernels.window import ref
 from triptych.kernels.window.ref import WindowPlan
 
 
-def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
+def window_rows(kv: Tensor, ring: Rows, plan: WindowPlan) -> Tensor:
     """See ref.window_rows."""
-    if ring.dtype != torch.float32:
+    if isinstance(ring, PackedRows) or ring.dtype != torch.float32:
         return ref.window_rows(kv, ring, plan)
     rows = torch.empty(plan.total, kv.shape[1])
     out = rows.numpy()
@@ -22,9 +23,9 @@ def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
     return rows
 
 
-def keep_window(rows: Tensor, ring: Tensor, frames: Tensor, layer: int, plan: WindowPlan) -> None:
+def keep_window(rows: Tensor, ring: Rows, frames: Rows, layer: int, plan: WindowPlan) -> None:
     """See ref.keep_window."""
-    if ring.dtype != torch.float32:
+    if isinstance(ring, PackedRows) or isinstance(frames, PackedRows) or ring.dtype != torch.float32:
         ref.keep_window(rows, ring, frames, layer, plan)
         return
     _keep(rows.numpy(), plan.step_dst.numpy(), plan.keep_src.numpy(), plan.keep_dst.numpy(), ring.numpy())

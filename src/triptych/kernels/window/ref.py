@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import WINDOW
+from triptych.kernels.quant.formats import Rows, rounded_like, write_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +40,24 @@ class WindowPlan:
     snap_table: Tensor
 
 
-def window_rows(kv: Tensor, ring: Tensor, plan: WindowPlan) -> Tensor:
+def window_rows(kv: Tensor, ring: Rows, plan: WindowPlan) -> Tensor:
     """Past and new rows in one tensor [total, c]. kv [R, c] new rows; ring [N, c] flat over slots.
 
-    New rows are rounded to the ring's dtype, because later steps will read those same bits.
+    New rows are rounded to what the ring keeps, because later steps will read those same bits.
     """
     rows = torch.empty(plan.total, kv.shape[1], dtype=kv.dtype, device=kv.device)
     rows[plan.past_dst] = ring[plan.past_src].to(kv.dtype)
-    rows[plan.step_dst] = kv.to(ring.dtype).to(kv.dtype)
+    rows[plan.step_dst] = rounded_like(ring, kv)
     return rows
 
 
-def keep_window(rows: Tensor, ring: Tensor, frames: Tensor, layer: int, plan: WindowPlan) -> None:
+def keep_window(rows: Tensor, ring: Rows, frames: Rows, layer: int, plan: WindowPlan) -> None:
     """After attention: the step's last rows go to the slots, the rows before a snapshot's boundary to its frames.
 
     frames [n, rows_per_frame, c]; row r = 128 layer + i of a snapshot is in its frame number r // rows_per_frame.
     """
-    ring[plan.keep_dst] = rows[plan.step_dst[plan.keep_src]].to(ring.dtype)
+    write_rows(ring, plan.keep_dst, rows[plan.step_dst[plan.keep_src]])
     if len(plan.snap_src):
         row = layer * WINDOW + plan.snap_row
         frame = plan.snap_table[plan.snap_of, row // frames.shape[1]]
-        frames[frame, row % frames.shape[1]] = rows[plan.snap_src].to(frames.dtype)
+        write_rows(frames, (frame, row % frames.shape[1]), rows[plan.snap_src])

@@ -1,0 +1,189 @@
+"""python -m benchmarks.gpu.attention: attention and selection of decode rows from FP8 and MXFP4 caches, on true shapes.
+
+Times are medians over replays of a CUDA graph whose calls rotate over inputs of more bytes than the L2 cache holds;
+a call is all launches of one layer. The floor is the larger of two: bytes (each key read once, queries and results) at
+the read bandwidth, products at the rate of their type. Contexts of a batch are equal, which is what peers were
+measured with. Where `flash_mla` (the extra package sgl-flash-mla) can be imported, its decode call is timed in the
+same run on the same sizes; it takes queries that are normed and rotated already and does not rotate back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.kernels import timed
+from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, SHAPES, WINDOW, ModelShape
+from triptych.kernels.attend.ref import Attention
+from triptych.kernels.attend_rows.ref import Queries, RingRows
+from triptych.kernels.attend_rows.triton import attend_rows
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
+from triptych.kernels.select_rows.ref import IndexQueries
+from triptych.kernels.select_rows.triton import ordered_scores, select_rows
+
+READ, BF16, FP8 = 4.42e12, 757e12, 1475e12  # bytes/s and FLOP/s of one H200, measured (docs/log.md)
+CONTEXTS = {"8K": 1 << 13, "128K": 1 << 17, "1M": 1 << 20}
+BATCHES = (1, 8, 32, 64, 128)
+RING = 260
+ROTATED = 120 << 20  # bytes that one graph reads at least
+DEVICE = torch.device("cuda")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table; append its lines to the file --out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="file for the lines, as JSON")
+    parser.add_argument("--models", default="flash,pro")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--only", default="csa,hca,swa,fp8,mxfp4")
+    given = parser.parse_args(argv)
+    batches = [int(n) for n in given.batches.split(",")]
+    card = torch.cuda.get_device_name()
+    for line in cases(given.models.split(","), batches, given.only.split(",")):
+        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+        if given.out:
+            with given.out.open("a") as file:
+                file.write(json.dumps({"card": card, **line}) + "\n")
+    return 0
+
+
+def cases(models: list[str], batches: list[int], only: list[str]) -> Iterator[dict[str, Any]]:
+    """One line for each model, kind of layer, context and batch."""
+    for model in models:
+        shape = SHAPES[model]
+        for kind in ("csa", "hca", "swa"):
+            for context in CONTEXTS if kind == "hca" else ("1M",):
+                for batch in batches if kind in only else ():
+                    yield {"model": model, "context": context, **attention(shape, kind, CONTEXTS[context], batch)}
+        for kind in ("fp8", "mxfp4"):
+            for context, tokens in CONTEXTS.items():
+                for batch in batches if kind in only else ():
+                    yield {"model": model, "context": context, **selection(shape, kind, tokens, batch)}
+
+
+def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str, Any]:
+    """One attention layer of `batch` rows, each `tokens` into its sequence."""
+    heads, dim = shape.num_heads, shape.head_dim
+    seen = {"csa": tokens // CSA_RATIO, "hca": tokens // HCA_RATIO, "swa": 0}[kind]
+    read = min(seen, shape.index_topk) if kind == "csa" else seen
+    size = batch * ((WINDOW + read) * 584 + 2 * heads * dim * 2)
+    sets = [_attention_inputs(shape, kind, tokens, seen, batch) for _ in range(_copies(size))]
+    us = timed([lambda one=one: attend_rows(*one) for one in sets])
+    floor = max(size / READ, batch * heads * (WINDOW + read) * 4 * dim / BF16) * 1e6
+    line = {"op": f"attend {kind}", "batch": batch, "us": round(us, 2), **_floor(floor, us)}
+    theirs = _vendor(shape, read, batch)
+    return line | ({} if theirs is None else {"flash_mla_us": round(theirs, 2)})
+
+
+def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batch: int) -> tuple[Any, ...]:
+    form = RowFormat("entry", shape.head_dim, shape.rope_dim)
+    turns = torch.randn(batch, shape.rope_dim // 2, device=DEVICE)
+    heads = torch.randn(batch, shape.num_heads * shape.head_dim, device=DEVICE).to(torch.bfloat16)
+    queries = Queries(heads, shape.num_heads, shape.head_dim, (turns.cos(), turns.sin()), 1e-6)
+    each = torch.arange(batch, device=DEVICE)
+    positions = torch.full_like(each, tokens - 1)
+    window = RingRows(_pool(batch, RING, form), RING, RING, positions, each, torch.zeros_like(each))
+    core = Attention(torch.randn(shape.num_heads, device=DEVICE), shape.head_dim**-0.5)
+    if kind == "swa":
+        return queries, window, None, None, core
+    per_page = PAGE // (CSA_RATIO if kind == "csa" else HCA_RATIO)
+    entries = _pages(batch, seen, per_page, form)
+    ids = None
+    if kind == "csa" and seen > shape.index_topk:
+        step = seen // shape.index_topk  # one of each stretch of entries: as scattered as a random choice
+        ids = torch.arange(shape.index_topk, device=DEVICE) * step
+        ids = (ids + torch.randint(0, step, (batch, shape.index_topk), device=DEVICE)).to(torch.int32)
+    return queries, window, entries, ids, core
+
+
+def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str, Any]:
+    """Index scores and top-k of one CSA layer."""
+    form = RowFormat("fp8" if kind == "fp8" else "mxfp4", shape.index_head_dim)
+    seen, heads, dim = tokens // CSA_RATIO, shape.index_heads, shape.index_head_dim
+    size = batch * seen * form.row_bytes
+    sets = []
+    for _ in range(_copies(size)):
+        turns = torch.randn(batch, shape.rope_dim // 2, device=DEVICE)
+        raw = torch.randn(batch, heads * dim, device=DEVICE).to(torch.bfloat16)
+        weights = torch.randn(batch, heads, device=DEVICE)
+        queries = IndexQueries(raw, heads, dim, (turns.cos(), turns.sin()), weights, True)
+        sets.append((queries, _pages(batch, seen, PAGE // CSA_RATIO, form)))
+    us = timed([lambda one=one: select_rows(*one, shape.index_topk) for one in sets])
+    scores = timed([lambda one=one: ordered_scores(*one) for one in sets])
+    floor = max(size / READ, batch * seen * heads * dim * 2 / FP8) * 1e6
+    parts = {"scores_us": round(scores, 2), "topk_us": round(us - scores, 2)}
+    return {"op": f"select {kind}", "batch": batch, "us": round(us, 2), **parts, **_floor(floor, us)}
+
+
+def _floor(floor: float, us: float) -> dict[str, float]:
+    return {"floor_us": round(floor, 2), "of_floor": round(floor / us, 3)}
+
+
+def _copies(size: int) -> int:
+    return max(1, min(16, math.ceil(ROTATED / size)))
+
+
+def _pages(batch: int, seen: int, per_page: int, form: RowFormat) -> PagedEntries:
+    """`seen` rows for each of `batch` sequences behind a shuffled page table."""
+    each = torch.arange(batch, device=DEVICE)
+    pages = seen // per_page
+    table = torch.randperm(batch * pages, device=DEVICE, dtype=torch.int32).view(batch, pages)
+    return PagedEntries(_pool(batch * pages, per_page, form), table, each, torch.full_like(each, seen), seen)
+
+
+def _pool(pages: int, rows: int, form: RowFormat) -> PackedRows:
+    """Random finite rows whose scales are near 1."""
+    memory = torch.randint(0x30, 0x40, (pages, -(-rows * form.row_bytes // 16) * 16), dtype=torch.uint8, device=DEVICE)
+    pool = packed(memory, 0, rows, form)
+    if form.kind == "fp8":
+        pool.scales.copy_(torch.ones(1, device=DEVICE).view(torch.uint8))
+    else:
+        pool.scales.copy_(torch.randint(125, 129, (8 if form.kind == "entry" else 4,), dtype=torch.uint8))
+    return pool
+
+
+def _vendor(shape: ModelShape, read: int, batch: int) -> float | None:
+    """Microseconds of FlashMLA's decode call over a window and `read` random entries; None where it is not there."""
+    if importlib.util.find_spec("flash_mla") is None:
+        return None
+    decode: Callable[..., Any] = importlib.import_module("flash_mla._loader").get_ops(True).sparse_decode_fwd
+    sink = torch.randn(shape.num_heads, device=DEVICE)
+    sets = []
+    for _ in range(_copies(batch * (WINDOW + read) * 584)):
+        q = torch.randn(batch, 1, shape.num_heads, shape.head_dim, device=DEVICE).to(torch.bfloat16)
+        some = [_vendor_rows(batch, count) if count else (None, None, None) for count in (WINDOW, read)]
+        plan: list[Any] = [None, None]
+        sets.append((q, some, plan))
+
+    def call(q: Tensor, some: list[Any], plan: list[Any]) -> None:
+        (window, places, length), (entries, chosen, most) = some
+        scale = shape.head_dim**-0.5
+        done = decode(q, window, places, length, sink, *plan, entries, chosen, most, shape.head_dim, scale, None)
+        plan[:] = done[2:4]
+
+    return timed([lambda one=one: call(*one) for one in sets])
+
+
+def _vendor_rows(batch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages of 64 entries for FlashMLA, random places in them [B, 1, n] in whole 128s, and how many count."""
+    pages, stride = batch * -(-count // 64) * 2, 37440
+    memory = torch.randint(0x30, 0x40, (pages, stride), dtype=torch.uint8, device=DEVICE)
+    memory[:, 64 * 576 :] = 127
+    view = torch.as_strided(memory, (pages, 64, 1, 584), (stride, 584, 584, 1))
+    places = torch.full((batch, 1, -(-count // 128) * 128), -1, dtype=torch.int32, device=DEVICE)
+    places[:, 0, :count] = torch.randint(0, pages * 64, (batch, count), dtype=torch.int32, device=DEVICE)
+    return view, places, torch.full((batch,), count, dtype=torch.int32, device=DEVICE)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

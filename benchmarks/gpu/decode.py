@@ -1,0 +1,157 @@
+"""Whole decode steps of V4-Flash in the released formats, as the engine runs them, against the goals and vLLM.
+
+    PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--seconds 50] [--cases 1x8192 64x65536 ...]
+
+Weights and caches are random bytes, tokens random, so routing is nearly uniform; how many experts a layer really uses
+is counted and stated. A step is everything between two tokens of the engine's runner: indices, their copy, the graph,
+the sampled tokens' copy back. `graph_ms` is the replay alone. Median of `--steps` steps after warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import rows
+from benchmarks.gpu import made
+from triptych.cache.geometry import CacheCapacity
+from triptych.config import ModelShape
+from triptych.engine.device_sampler import Draw
+from triptych.engine.graphs import DecodeSteps
+from triptych.engine.pools import Pools
+from triptych.engine.runner import DeviceRunner
+from triptych.engine.sampler import SamplerState
+from triptych.model.weights import ModelWeights
+from triptych.words import SamplingParams, StepPlan
+
+# batch, context -> goal and vLLM 0.26, milliseconds of 20 layers (reference/gpu-baseline.md, section 5b)
+GOALS = {
+    (1, 8192): (2.2, 4.2), (1, 1048000): (2.6, 4.6), (16, 65536): (8.5, 12.3), (64, 65536): (18.0, 24.8),
+    (4, 1048000): (4.5, 6.8),
+}  # fmt: skip
+Row = dict[str, float | int | str]
+
+
+def main() -> None:
+    """Print a line for each case and append the table to results/gpu_decode.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--model", choices=("flash", "pro"), default="flash")
+    parser.add_argument("--cases", nargs="+", default=[f"{b}x{c}" for b, c in GOALS])
+    parser.add_argument("--profile", action="store_true")
+    given = parser.parse_args()
+    started = time.monotonic()
+    shape = made.shape_of(given.model, given.layers)
+    weights = made.released_weights(shape)
+    torch.cuda.synchronize()
+    print(f"{torch.cuda.get_device_name()}: weights {torch.cuda.memory_allocated() / 2**30:.1f} GiB "
+          f"in {time.monotonic() - started:.1f} s", flush=True)  # fmt: skip
+    table: list[Row] = []
+    for case in given.cases:
+        if time.monotonic() - started > given.seconds:
+            print(f"no time left for {case}", flush=True)
+            continue
+        batch, context = (int(part) for part in case.split("x"))
+        table.append(measure(shape, weights, batch, context, given.steps, detail=given.profile))
+        print(table[-1], flush=True)
+    values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
+    rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
+
+
+def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, steps: int, *, detail: bool) -> Row:
+    """Median milliseconds of a step and of its graph, and kernels per layer."""
+    torch.cuda.empty_cache()
+    config = made.config_of(context + steps + 8, batch)
+    geometry = made.geometry_of(shape, config.cache)
+    pages = made.pages_of(context + steps + 8)
+    room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
+    frames = min(batch * pages, int(room // geometry.page_bytes))
+    pools = Pools(shape, geometry, CacheCapacity(frames, batch), torch.device("cuda"), spare=1)
+    made.fill_pools(pools)
+    runner = DeviceRunner(weights, config, pools, capture=True)
+    runner.steps.tables.device.zero_()
+    lines = made.tables(batch, pages, frames)
+    plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
+    draws = [Draw(SamplerState(f"r{b}", SamplingParams(temperature=0.0), shape.vocab_size), b, 0) for b in range(batch)]
+    begun = time.perf_counter()
+    for plan in plans[:3]:
+        runner.start(plan, draws).finish()
+    ready = time.perf_counter() - begun
+    found = []
+    flight = runner.start(plans[3], draws)
+    for plan in plans[4:]:  # as the loop does: the next step is enqueued before the last one's tokens are taken
+        begun = time.perf_counter()
+        coming = runner.start(plan, draws)
+        flight.finish()
+        flight = coming
+        found.append((time.perf_counter() - begun) * 1e3)
+    flight.finish()
+    key = runner.steps.key(plans[0].chunks)
+    out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
+    out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
+    out |= {"ready_s": round(ready, 1)}
+    out |= launches(runner, key, shape.num_layers, detail=detail)
+    out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
+    if (batch, context) in GOALS and shape.num_layers == 20:
+        out |= dict(zip(("goal_ms", "vllm_ms"), GOALS[batch, context], strict=True))
+    return out
+
+
+def replays(runner: DeviceRunner, key: tuple[int, int], steps: int) -> float:
+    """Median milliseconds of the graph alone."""
+    times = []
+    for _ in range(steps):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        runner.steps.replay(key)
+        ended.record()
+        ended.synchronize()
+        times.append(begun.elapsed_time(ended))
+    return statistics.median(times)
+
+
+def launches(runner: DeviceRunner, key: tuple[int, int], layers: int, *, detail: bool) -> Row:
+    """Kernels of a step per layer, and which took longest."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        runner.steps.replay(key)
+        torch.cuda.synchronize()
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    by_name: dict[str, list[float]] = {}
+    for event in events:
+        by_name.setdefault(event.name[:60], []).append(event.device_time)
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    if detail:
+        for name, times in longest[:30]:
+            print(f"    {sum(times):9.1f} us {len(times):5d} x {name}", flush=True)
+    text = ", ".join(f"{name[:28]} {sum(times):.0f}" for name, times in longest[:6])
+    return {"launches_per_layer": round(len(events) / layers, 1), "longest_us": text}
+
+
+def experts_used(runner: DeviceRunner, plan: StepPlan) -> str:
+    """Least, mean and most distinct experts of a layer in one step."""
+    counts: list[int] = []
+    kernels = runner.model.kernels
+
+    def moe_rows(x: Tensor, token_ids: Tensor, router: Any, *rest: Any) -> Any:
+        ids, _ = kernels.route(x.float(), token_ids, router)
+        counts.append(int(ids.unique().numel()))
+        return kernels.moe_rows(x, token_ids, router, *rest)
+
+    steps = DecodeSteps(runner.model, runner.pools, runner.steps.rows[-1], runner.steps.pages[-1], capture=False)
+    runner.model.use_kernels(replace(kernels, moe_rows=moe_rows))
+    steps.run(plan.chunks)
+    runner.model.use_kernels(kernels)
+    return f"{min(counts)}/{statistics.mean(counts):.0f}/{max(counts)}"
+
+
+if __name__ == "__main__":
+    main()

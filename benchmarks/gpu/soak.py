@@ -1,0 +1,109 @@
+"""Mixed random load on a GPU under the integrity check: prefill, decode, stops, aborts, preemptions, tier moves.
+
+    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--canary 0.2]
+
+The cache is small, so most of the load moves through the host and the disk. Every few steps all frames, slots and pins
+are counted; at the end each of some texts is asked twice, alone, and must answer the same. With --canary the engine
+computes a share of resumed requests again; steps then do not overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+
+from benchmarks import rows
+from benchmarks.gpu import made
+from benchmarks.gpu.sessions import answer, engine_of, text
+from triptych.engine.api import Engine
+from triptych.words import FinishReason, Request, SamplingParams
+
+_EVERY = 50  # steps between two checks
+
+
+def main() -> None:
+    """Run, print what happened and append a row to results/gpu_soak.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--canary", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    shape = made.shape_of("flash", given.layers)
+    weights = made.released_weights(shape)
+    with tempfile.TemporaryDirectory() as disk:
+        engine = engine_of(
+            *(shape, weights, 200_000), batch=16, step_tokens=2048, max_context=65536, host_memory=1 << 30, disk=disk,
+            disk_memory=8 << 30, canary=given.canary,
+        )  # fmt: skip
+        started = time.monotonic()
+        done = load(engine, given.seconds, np.random.default_rng(given.seed))
+        stats = engine._loop.stats()
+        texts = [text(shape, 1000 + i, 5000) for i in range(3)]
+        same = all(answer(engine, one, 8)[2] == answer(engine, one, 8)[2] for one in texts)
+        engine.check_integrity()
+        engine.close()
+    took = round(time.monotonic() - started, 1)
+    out = {"card": torch.cuda.get_device_name(), "layers": given.layers, "seconds": took}
+    kept = ("preemptions", "host_bytes_in", "host_bytes_out", "disk_bytes_in", "disk_bytes_out", "fetches_failed")
+    kept += ("canary_checked", "canary_failed")
+    out |= {**done, "steps": stats.steps, "generated": stats.generated_tokens, "prompt": stats.prompt_tokens}
+    out |= {"cached": stats.cached_tokens, "same_answers": same}
+    out |= {name: stats.cache[name] for name in kept if name in stats.cache}
+    print(out, flush=True)
+    values = {"command": "python -m benchmarks.gpu.soak", "table": [out]}
+    rows.append("gpu_soak", values, kv_bytes={"entry": 584}, threads=1)
+
+
+def load(engine: Engine, seconds: float, random: np.random.Generator) -> Counter[str]:
+    """Random requests for `seconds`; what became of them."""
+    loop, shape = engine._loop, engine.shape
+    bases = [text(shape, i, 40_000) for i in range(6)]
+    live: set[str] = set()
+    done: Counter[str] = Counter()
+    deadline = time.monotonic() + seconds
+    step = 0
+    while loop.busy or time.monotonic() < deadline:
+        step += 1
+        if time.monotonic() < deadline and len(live) < 24 and random.random() < 0.4:
+            base = bases[int(random.integers(len(bases)))]
+            cut = int(random.integers(1, len(base)) if random.random() < 0.5 else random.integers(1, 3000))
+            tail = text(shape, int(random.integers(1 << 30)), int(random.integers(1, 400)))
+            prompt = np.concatenate([base[:cut], tail])
+            params = SamplingParams(
+                max_tokens=int(random.integers(1, 200)),
+                temperature=float(random.choice([0.0, 0.8])),
+                top_p=float(random.choice([1.0, 0.9])),
+                repetition_penalty=float(random.choice([1.0, 1.1])),
+                seed=int(random.integers(1 << 30)),
+                ignore_eos=True,
+                stop_token_ids=tuple(random.integers(2, shape.vocab_size, 300).tolist()),
+            )
+            name = f"q{step}"
+            loop.add(Request(name, prompt, params))
+            live.add(name)
+            done["requests"] += 1
+        if live and random.random() < 0.02:
+            name = str(random.choice(sorted(live)))
+            loop.finish(name, FinishReason.ABORT)
+            live.discard(name)
+            done["aborted"] += 1
+        for event in loop.step():
+            if event.error is not None:
+                raise SystemExit(f"{event.request_id}: {event.error}")
+            if event.reason is not None:
+                live.discard(event.request_id)
+                done[event.reason.value] += 1
+        if step % _EVERY == 0:
+            engine.check_integrity()
+    engine.check_integrity()
+    return done
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Attention of decode rows for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches.
+
+    keys of a row    | window rows from the ring | entries: the chosen ones, or all visible ones |
+    its splits        [------ span ------][------ span ------][------ span ------][-- rest --]
+
+The first launch norms and rotates the queries, reads each key once for a tile of heads and writes every split's
+unnormalised sum; the second weighs the splits and the sink, and rotates back. A row's number of splits follows from
+its own number of keys, so short rows leave their part of the chip to long ones. With the default span, which the host
+takes from the batch so that it fills the chip, a row's sums may depend on its batch mates in the last bits; with a
+fixed one they do not.
+
+hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triptych.config import WINDOW
+from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows import portable
+from triptych.kernels.attend_rows.portable import extent
+from triptych.kernels.attend_rows.ref import Queries, RingRows
+from triptych.kernels.gpu import is_hopper, multiprocessors
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows, Rows
+
+_LOG2E = 1.4426950408889634
+_FIXED_SPAN = 512  # keys of a split in deterministic mode
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter has no bfloat16 arithmetic."""
+
+_NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
+
+
+class Tiling(NamedTuple):
+    """Heads and keys of a tile, keys of a split, warps and pipeline stages of a program."""
+
+    heads: int
+    keys: int
+    span: int
+    warps: int
+    stages: int
+
+
+def attend_rows(
+    queries: Queries,
+    window: RingRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """See ref.attend_rows. `entries.most` must bound what any row sees; ids that are not -1 come first."""
+    out = torch.empty(
+        len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device
+    )
+    _launch(queries, window, entries, ids, attention, out, tiling)
+    return out
+
+
+def attend_rows_deterministic(
+    queries: Queries,
+    window: RingRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_rows; a row's bits do not depend on its batch mates."""
+    return attend_rows(queries, window, entries, ids, attention, _fixed(queries, window))
+
+
+def attend_packed(
+    q: Tensor,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    selected: Tensor | None,
+    attention: Attention,
+    *,
+    fixed: bool = False,
+) -> Tensor:
+    """attend.ref.attend for step rows whose window rows and entries are packed: q [R, H, c] normed and rotated.
+
+    `fixed`: a row's bits do not depend on its batch mates.
+    """
+    rows, heads, dim = q.shape
+    if entries is not None and selected is None and entries.most == 0:
+        entries = None
+    out = torch.empty_like(q)
+    assert isinstance(window.rows, PackedRows)
+    none = torch.empty(1, window.rows.format.rope // 2, device=q.device)
+    queries = Queries(q.contiguous().view(rows, heads * dim), heads, dim, (none, none), 0.0)
+    slots = window.first if entries is None else entries.seq
+    ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
+    _launch(queries, ring, entries, selected, attention, out, _fixed(queries, ring) if fixed else None)
+    return out
+
+
+def _launch(
+    queries: Queries,
+    window: RingRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    out: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    """Both launches into `out` [R, H, c].
+
+    A stride of 0 stands for step rows, whose window is a stretch of a flat workspace; of a single split of theirs the
+    first launch writes the result itself.
+    """
+    flat = window.stride == 0
+    rows, heads, dim = out.shape
+    mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
+    most = WINDOW
+    if entries is not None:
+        assert entries.most is not None
+        most += entries.most if ids is None else ids.shape[1]
+    t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    splits = triton.cdiv(most, t.span)
+    whole = flat and splits == 1
+    part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
+    stats = attention.sink if whole else torch.empty(2, rows, splits, heads, device=out.device)
+    cos, sin = queries.angles
+    rope = 2 * cos.shape[1]
+    reads = (window.slots, window.positions, window.lowest, *_entry_arguments(window, entries, ids))
+    _first_launch(t)[(triton.cdiv(heads, t.heads), splits, rows)](
+        *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
+        *(*_place(window.ring, window.stride), *_place(window.ring if entries is None else entries.pool, 1)),
+        *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits, t.span),
+        MODE=mode,
+        FLAT=flat,
+        WHOLE=whole,
+        PER_PAGE=1 if entries is None else entries.pool.shape[1],
+        RING=window.size,
+        REACH=WINDOW,
+        **_choices(t, window, dim, rope),
+    )
+    if whole:
+        return
+    width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
+    _combine[(triton.cdiv(dim, width), heads, rows)](
+        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
+        MODE=mode,
+        FLAT=flat,
+        REACH=WINDOW,
+        DIM=dim,
+        ROPE=rope,
+        WIDTH=width,
+        SPLITS=triton.next_power_of_2(splits),
+        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        num_warps=2 if width > 128 else 4 if splits > 16 else 1,
+    )
+
+
+def _on_hopper(queries: Queries, window: RingRows) -> bool:
+    """Whether hopper.py can serve: its sizes are those of the released models."""
+    fits = isinstance(window.ring, PackedRows) and queries.dim == 512 and window.ring.format.rope == 64
+    return fits and queries.count % 64 == 0 and not INTERPRETED and is_hopper(window.slots.device)
+
+
+def _first_launch(t: Tiling) -> Any:
+    if t.warps:
+        return portable.partial
+    return importlib.import_module("triptych.kernels.attend_rows.hopper").partial
+
+
+def _choices(t: Tiling, window: RingRows, dim: int, rope: int) -> dict[str, Any]:
+    """What only Triton's own kernel is compiled for."""
+    if not t.warps:
+        return {"num_warps": 8}
+    return {
+        "PACKED": isinstance(window.ring, PackedRows),
+        "WIDE": INTERPRETED or window.ring.dtype == torch.float32,
+        "DIM": dim,
+        "ROPE": rope,
+        "PARTS": _parts(dim - rope),
+        "HEADS": t.heads,
+        "KEYS": t.keys,
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
+
+
+def _fixed(queries: Queries, window: RingRows) -> Tiling:
+    """The one tiling of deterministic mode."""
+    if _on_hopper(queries, window):
+        return Tiling(64, 64, _FIXED_SPAN, 0, 0)
+    return Tiling(min(64, _tile(queries.count)), 32, _FIXED_SPAN, 4, 2)
+
+
+def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: bool = False) -> Tiling:
+    """Small head tiles and short splits while rows are few, all heads at once where they fill the chip.
+
+    No warps: the kernel of hopper.py.
+    """
+    large = hopper or rows * triton.cdiv(heads, 64) >= 16
+    tile, keys, warps, stages = (64, 64, 0 if hopper else 8, 2) if large else (16, 32, 4, 3)
+    tile = min(tile, _tile(heads))
+    programs = rows * triton.cdiv(heads, tile)
+    wanted = processors // programs if large else triton.cdiv(2 * processors, programs)
+    splits = max(1, min(wanted, triton.cdiv(most, keys)))
+    return Tiling(tile, keys, triton.cdiv(triton.cdiv(most, splits), keys) * keys, warps, stages)
+
+
+def _tile(heads: int) -> int:
+    return max(16, int(triton.next_power_of_2(heads)))
+
+
+def _parts(nope: int) -> tuple[int, int, int]:
+    """Three widths, powers of two of at least 16 or 0, that cover the dims before the rotated ones."""
+    parts = [0, 0, 0]
+    left = nope
+    for n in range(2):
+        if left > 0:
+            parts[n] = max(16, 1 << (left.bit_length() - 1))
+            left -= parts[n]
+    parts[2] = max(16, int(triton.next_power_of_2(left))) if left > 0 else 0
+    first, second, third = parts
+    return first, second, third
+
+
+def _place(pool: Rows, flat: int) -> tuple[Any, ...]:
+    """Values, strides of page and row, scales, theirs; a dense pool under flat indices has pages of `flat` rows."""
+    if isinstance(pool, PackedRows):
+        return (pool.values, *pool.values.stride()[:2], pool.scales, *pool.scales.stride()[:2])
+    page, row = (flat * pool.stride(0), pool.stride(0)) if pool.dim() == 2 else pool.stride()[:2]
+    return (pool, page, row, pool, 0, 0)
+
+
+def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor | None) -> tuple[Any, ...]:
+    """Page table and its stride, visible, ids, their stride and number."""
+    some = window.positions
+    if entries is None:
+        return (some, 0, some, some, 0, 0)
+    chosen = (some, 0, 0) if ids is None else (ids, ids.stride(0), ids.shape[1])
+    return (entries.page_table, entries.page_table.stride(0), entries.visible, *chosen)
+
+
+@triton.jit
+def _combine(
+    part_ptr,
+    peak_ptr,
+    weight_ptr,
+    sink_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    positions_ptr,
+    lowest_ptr,
+    table_ptr,
+    table_row,
+    visible_ptr,
+    chosen_ptr,
+    chosen_row,
+    chosen_count,
+    out_ptr,
+    heads,
+    splits,
+    span,
+    MODE: tl.constexpr,
+    FLAT: tl.constexpr,
+    REACH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAKEN: tl.constexpr,
+):
+    """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
+    r = tl.program_id(2).to(tl.int64)
+    h, start = tl.program_id(1), tl.program_id(0) * WIDTH
+    d = start + tl.arange(0, WIDTH)
+    _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
+    used = tl.cdiv(total, span)
+    s = tl.arange(0, SPLITS)
+    line = (r * splits + s) * heads + h
+    peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
+    weights = tl.load(weight_ptr + line, mask=s < used, other=0.0)
+    sink = tl.load(sink_ptr + h) * 1.4426950408889634
+    highest = tl.maximum(tl.max(peaks, 0), sink)
+    weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
+    at = d - (DIM - ROPE)
+    turns = (at >= 0) & (d < DIM) & (not FLAT)
+    partner = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
+    acc, turned = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    for first in range(0, used, TAKEN):
+        t = first + tl.arange(0, TAKEN)
+        row = (r * splits + t) * heads + h
+        factor = tl.exp2(tl.load(peak_ptr + row, mask=t < used, other=-1.0e30) - highest)[:, None]
+        there = (t < used)[:, None] & (d < DIM)[None, :]
+        x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
+        acc += tl.sum(x * factor, 0)
+        if start + WIDTH > DIM - ROPE and not FLAT:
+            y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
+            turned += tl.sum(y * factor, 0)
+    turn = r * (ROPE // 2) + at // 2
+    cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)
+    acc = (acc * cos + tl.where(at % 2 == 0, turned, -turned) * sin) / weight
+    tl.store(out_ptr + (r * heads + h) * DIM + d, acc.to(out_ptr.dtype.element_ty), mask=d < DIM)

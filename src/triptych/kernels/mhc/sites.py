@@ -1,0 +1,216 @@
+"""The Triton programs of whole hyper-connection sites for few rows; `triton.py` launches them.
+
+A site is two steps, with all rows of a step between them:
+
+    expand   programs over (16 rows, slice of d)   new streams, and each slice's share of the 24 dot products
+    mix      programs over (row, job)              sum of the shares; job 0 collapses and norms, job 1 runs Sinkhorn
+
+`expand` here serves every dtype and size; few.py has it for bf16 streams.
+
+The maps are float32 and the streams bf16, so a product is exact in two bf16 parts of the map: 16 bits of it. The slices
+do not depend on how many rows there are, nor does the order of any sum: a row's result never depends on its batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expand(
+    y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, share_ptr, rows, dim, maps,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MAPS: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """New streams of one slice, and its share of the maps [MAPS - 1] and of the sum of squares (last column).
+
+    Tiles are [4 streams, rows or maps, dims], so that each warp multiplies one stream. All that is read is read first.
+    """
+    k = tl.arange(0, 4)[:, None, None]
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = row[None, :, None]
+    d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
+    m = tl.arange(0, MAPS)
+    inside = (r < rows) & (d < dim)
+    at = fn_ptr + m[None, :, None] * (4 * dim) + k * dim + d
+    fn = tl.load(at, mask=(m < maps)[None, :, None] & (d < dim), other=0.0)
+    source = r
+    if FIRST:  # y is the embedding table
+        source = tl.load(ids_ptr + r, mask=r < rows, other=0)
+    y = tl.load(y_ptr + source * dim + d, mask=inside, other=0.0)
+    if FIRST:
+        x = tl.broadcast_to(y.to(tl.float32), [4, ROWS, BLOCK])
+    else:
+        before_ptr += r * (4 * dim) + d
+        b0 = tl.load(before_ptr, mask=inside, other=0.0)
+        b1 = tl.load(before_ptr + dim, mask=inside, other=0.0)
+        b2 = tl.load(before_ptr + 2 * dim, mask=inside, other=0.0)
+        b3 = tl.load(before_ptr + 3 * dim, mask=inside, other=0.0)
+        comb_ptr += r * 16 + k
+        post = tl.load(post_ptr + r * 4 + k, mask=r < rows, other=0.0)
+        c0 = tl.load(comb_ptr, mask=r < rows, other=0.0)
+        c1 = tl.load(comb_ptr + 4, mask=r < rows, other=0.0)
+        c2 = tl.load(comb_ptr + 8, mask=r < rows, other=0.0)
+        c3 = tl.load(comb_ptr + 12, mask=r < rows, other=0.0)
+        x = post * y.to(tl.float32) + c0 * b0.to(tl.float32) + c1 * b1.to(tl.float32)
+        x = x + c2 * b2.to(tl.float32) + c3 * b3.to(tl.float32)
+    stored = x.to(streams_ptr.dtype.element_ty)
+    tl.store(streams_ptr + r * (4 * dim) + k * dim + d, stored, mask=inside)
+    x = stored.to(tl.float32)
+    square = tl.sum(tl.sum(x * x, 2), 0)
+    if NARROW:
+        high = fn.to(tl.bfloat16)
+        low = (fn - high.to(tl.float32)).to(tl.bfloat16)
+        turned = tl.permute(stored, [0, 2, 1])
+        each = tl.dot(low, turned, tl.dot(high, turned))
+    else:
+        each = tl.dot(fn, tl.permute(x, [0, 2, 1]), input_precision="tf32x3")
+    share = tl.sum(each, 0)
+    share = tl.where((m == MAPS - 1)[:, None], square[None, :], share)
+    at = share_ptr + (row[None, :] * tl.num_programs(0) + tl.program_id(0)) * MAPS + m[:, None]
+    tl.store(at, share, mask=(row < rows)[None, :])
+
+
+@triton.jit
+def _z(share_ptr, r, slices, dim, norm_eps, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr):
+    """The maps of row r [MAPS]: all slices together, over the norm of the streams."""
+    s = tl.arange(0, SLICES)
+    m = tl.arange(0, MAPS)
+    at = share_ptr + (r * slices + s[:, None]) * MAPS + m[None, :]
+    total = tl.sum(tl.load(at, mask=(s < slices)[:, None], other=0.0, cache_modifier=".cg"), 0)
+    square = tl.sum(tl.where(m == MAPS - 1, total, 0.0), 0)
+    return total * tl.rsqrt(square / (N * dim) + norm_eps)
+
+
+@triton.jit
+def _pick(z, i, MAPS: tl.constexpr):
+    """z[i] as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, MAPS) == i, z, 0.0), 0)
+
+
+@triton.jit
+def _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N: tl.constexpr, MAPS: tl.constexpr):
+    """sum_j (sigmoid(z_j) + eps) X_j over the dims d."""
+    scale = tl.load(scale_ptr)
+    x = tl.zeros_like(d).to(tl.float32)
+    for j in tl.static_range(N):
+        weight = tl.sigmoid(_pick(z, j, MAPS) * scale + tl.load(base_ptr + j)) + eps
+        stream = tl.load(streams_ptr + (r * N + j) * dim + d, mask=d < dim, other=0.0, cache_modifier=".cg")
+        x += weight * stream.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _row_norm(x, d, dim, norm_ptr, norm_eps):
+    scale = tl.rsqrt(tl.sum(x * x, 0) / dim + norm_eps)
+    return x * scale * tl.load(norm_ptr + d, mask=d < dim, other=0.0)
+
+
+@triton.jit
+def mix(
+    streams_ptr,
+    share_ptr,
+    base_ptr,
+    scale_ptr,
+    norm_ptr,
+    x_ptr,
+    post_ptr,
+    comb_ptr,
+    slices,
+    dim,
+    eps,
+    norm_eps,
+    ITERS: tl.constexpr,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    MAPS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Job 0: the block's normed input. Job 1: post and comb, which the next site needs."""
+    r = tl.program_id(0).to(tl.int64)
+    z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
+    if tl.program_id(1) == 0:
+        d = tl.arange(0, DIM)
+        x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
+        x = _row_norm(x, d, dim, norm_ptr, norm_eps)
+        tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
+    else:
+        _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS, MAPS)
+
+
+@triton.jit
+def head(
+    streams_ptr,
+    share_ptr,
+    base_ptr,
+    scale_ptr,
+    norm_ptr,
+    x_ptr,
+    slices,
+    dim,
+    eps,
+    norm_eps,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    MAPS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """The hidden state of row r: collapsed, rounded, normed."""
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS)
+    x = _collapse(streams_ptr, r, z, scale_ptr, base_ptr, d, dim, eps, N, MAPS)
+    x = _row_norm(x.to(x_ptr.dtype.element_ty).to(tl.float32), d, dim, norm_ptr, norm_eps)
+    tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+def _normal4(a, b, c, d, eps):
+    """Four values over their sum."""
+    inverse = 1.0 / (a + b + c + d + eps)
+    return a * inverse, b * inverse, c * inverse, d * inverse
+
+
+@triton.jit
+def _soft4(a, b, c, d, eps):
+    """Softmax of four values, plus eps."""
+    top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
+    inverse = 1.0 / (a + b + c + d)
+    return a * inverse + eps, b * inverse + eps, c * inverse + eps, d * inverse + eps
+
+
+@triton.jit
+def _sinkhorn(z, r, base_ptr, scale_ptr, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.constexpr):
+    """post and comb of row r for four streams. The matrix is sixteen scalars: no thread waits for another."""
+    i = tl.arange(0, MAPS)
+    part = tl.where(i < 8, 1, 2)
+    z = z * tl.load(scale_ptr + part) + tl.load(base_ptr + i, mask=i < 24, other=0.0)
+    tl.store(post_ptr + r * 4 + i - 4, 2.0 * tl.sigmoid(z), mask=(i >= 4) & (i < 8))
+    a0, a1, a2, a3 = _soft4(_pick(z, 8, MAPS), _pick(z, 9, MAPS), _pick(z, 10, MAPS), _pick(z, 11, MAPS), eps)
+    b0, b1, b2, b3 = _soft4(_pick(z, 12, MAPS), _pick(z, 13, MAPS), _pick(z, 14, MAPS), _pick(z, 15, MAPS), eps)
+    c0, c1, c2, c3 = _soft4(_pick(z, 16, MAPS), _pick(z, 17, MAPS), _pick(z, 18, MAPS), _pick(z, 19, MAPS), eps)
+    d0, d1, d2, d3 = _soft4(_pick(z, 20, MAPS), _pick(z, 21, MAPS), _pick(z, 22, MAPS), _pick(z, 23, MAPS), eps)
+    for step in range(ITERS):
+        if step > 0:
+            a0, a1, a2, a3 = _normal4(a0, a1, a2, a3, eps)
+            b0, b1, b2, b3 = _normal4(b0, b1, b2, b3, eps)
+            c0, c1, c2, c3 = _normal4(c0, c1, c2, c3, eps)
+            d0, d1, d2, d3 = _normal4(d0, d1, d2, d3, eps)
+        a0, b0, c0, d0 = _normal4(a0, b0, c0, d0, eps)
+        a1, b1, c1, d1 = _normal4(a1, b1, c1, d1, eps)
+        a2, b2, c2, d2 = _normal4(a2, b2, c2, d2, eps)
+        a3, b3, c3, d3 = _normal4(a3, b3, c3, d3, eps)
+    at = comb_ptr + r * 16
+    _store4(at, a0, a1, a2, a3)
+    _store4(at + 4, b0, b1, b2, b3)
+    _store4(at + 8, c0, c1, c2, c3)
+    _store4(at + 12, d0, d1, d2, d3)
+
+
+@triton.jit
+def _store4(at, a, b, c, d):
+    tl.store(at, a)
+    tl.store(at + 1, b)
+    tl.store(at + 2, c)
+    tl.store(at + 3, d)

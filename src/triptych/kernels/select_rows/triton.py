@@ -1,0 +1,323 @@
+"""Selection of decode rows for NVIDIA GPUs, straight from packed or bfloat16 keys, in three launches.
+
+    queries  rotated, by Hadamard too, and rounded                  (with the scores where hopper.py cannot serve)
+    scores   programs of a row's stretch of keys multiply and weigh; each score is written as an integer of the same
+             order, and with it the highest of each 16 of them
+    highest  highest.py: the k highest of a row
+
+FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
+room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triptych.kernels.gpu import is_hopper, multiprocessors
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows, Rows
+from triptych.kernels.select_rows.highest import GROUP, highest
+from triptych.kernels.select_rows.ref import IndexQueries
+
+_TILE = 128  # keys of one product
+_SCORES = 1 << 28  # bytes of scores alive at once in prefill
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter multiplies in float32 only."""
+
+
+def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_rows. `keys.most` must bound what any row sees."""
+    assert keys.most is not None
+    scores, tops = ordered_scores(queries, keys)
+    return highest(scores, tops, keys.visible, topk)
+
+
+def ordered_scores(
+    queries: IndexQueries, keys: PagedEntries, stretch: int | None = None, *, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, T] as int32 that sort like the floats, and the highest of each 16; T = most, in whole tiles.
+
+    What a row does not see is unspecified. `rounded`: queries may be taken as e4m3, because they are on its grid, or
+    because keys have been rounded as much.
+    """
+    assert keys.most is not None
+    rows, heads, dim = len(queries.heads), queries.count, queries.dim
+    device = queries.heads.device
+    total = triton.cdiv(max(keys.most, 1), _TILE) * _TILE
+    scores = torch.empty(rows, total, dtype=torch.int32, device=device)
+    tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
+    if stretch is None:
+        programs = max(1, 3 * multiprocessors(device) // rows)
+        stretch = min(2048, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+    raw = queries.heads[:, -heads * dim :]
+    cos, sin = queries.angles
+    pool = keys.pool
+    if _on_hopper(queries, pool) and (queries.rounds or rounded):
+        _hopper_scores(raw, queries, keys, scores, tops, stretch)
+        return scores, tops
+    kind = pool.format.kind if isinstance(pool, PackedRows) else "dense"
+    if isinstance(pool, PackedRows):
+        place = (pool.values, *pool.values.stride()[:2], pool.scales, *pool.scales.stride()[:2])
+    else:
+        place = (pool, *pool.stride()[:2], pool, 0, 0)
+    _scores[(triton.cdiv(total, stretch), rows)](
+        *(raw, raw.stride(0), cos, sin, queries.weights, queries.weights.stride(0)),
+        *(*place, keys.page_table, keys.page_table.stride(0), keys.seq, keys.visible),
+        *(scores, tops, total, heads, stretch),
+        KIND=0 if kind == "dense" else 1 if kind == "fp8" else 2,
+        ROUNDS=queries.rounds,
+        WIDE=INTERPRETED or pool.dtype == torch.float32,
+        PER_PAGE=pool.shape[1],
+        HEADS=max(16, triton.next_power_of_2(heads)),
+        DIM=dim,
+        ROPE=2 * cos.shape[1],
+        TILE=_TILE,
+        num_warps=4,
+        num_stages=4 if kind == "fp8" else 3,
+    )
+    return scores, tops
+
+
+def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+    """index.ref.select_entries for packed keys; q [R, Hi, Di] ready to be multiplied.
+
+    Some rows at a time, so that their scores take at most a quarter of a gigabyte.
+    """
+    most = keys.most if keys.most is not None else int(keys.visible.max())
+    rows, heads, dim = q.shape
+    out = torch.empty(rows, min(topk, most), dtype=torch.int64, device=q.device)
+    none = torch.empty(1, 0, device=q.device)
+    step = max(1, _SCORES // (4 * max(most, _TILE)))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part], most=most)
+        raw = q[part].reshape(-1, heads * dim)
+        queries = IndexQueries(raw, heads, dim, (none, none), weights[part], False)
+        scores, tops = ordered_scores(queries, some, rounded=True)
+        out[part] = highest(scores, tops, some.visible, out.shape[1])
+    return out
+
+
+def _on_hopper(queries: IndexQueries, pool: Rows) -> bool:
+    """Whether hopper.py can serve: packed keys of the released models' size."""
+    fits = isinstance(pool, PackedRows) and queries.dim == 128 and queries.count <= 64
+    return fits and not INTERPRETED and is_hopper(queries.heads.device)
+
+
+def _hopper_scores(
+    raw: Tensor, queries: IndexQueries, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
+) -> None:
+    """ordered_scores in two launches: the queries of all rows as e4m3, then hopper.py."""
+    rows, heads, dim = len(raw), queries.count, queries.dim
+    cos, sin = queries.angles
+    q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
+    power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
+    _prepare[(rows, triton.cdiv(heads, 16))](
+        *(raw, raw.stride(0), cos, sin, q, power, heads),
+        ROUNDS=queries.rounds,
+        HEADS=16,
+        DIM=dim,
+        ROPE=2 * cos.shape[1],
+        num_warps=4,
+    )
+    pool = keys.pool
+    assert isinstance(pool, PackedRows)
+    total = scores.shape[1]
+    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
+    shared = 1 if queries.rounds else 4  # rows of a prefill chunk read the same keys
+    launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
+        *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
+        *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
+        *(keys.visible, scores, tops, total, q.shape[1], stretch, len(q)),
+        KIND=1 if pool.format.kind == "fp8" else 2,
+        PER_PAGE=pool.shape[1],
+        STAGES=4,
+        ROWS=shared,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _round_even(x):
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """x [HEADS, DIM] on the e2m1 grid, groups of 32: values divided by 2^(p_max - 6) and p_max [HEADS].
+
+    2^p is a group's scale, p_max the largest of a row; so values are at most 6 * 2^6.
+    """
+    g = tl.reshape(x, [HEADS, DIM // 32, 32])
+    bits = tl.max(tl.abs(g), 2).to(tl.int32, bitcast=True)
+    power = (bits >> 23) - 129 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32)
+    power = tl.maximum(power, -100)
+    inverse = ((127 - power) << 23).to(tl.float32, bitcast=True)
+    y = g * inverse[:, :, None]
+    size = tl.abs(y)
+    step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+    y = _round_even(y / step) * step
+    most = tl.max(power, 1)
+    shift = tl.maximum(power - most[:, None] + 6, -100)
+    y = y * ((127 + shift) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    return tl.reshape(y, [HEADS, DIM]), most
+
+
+@triton.jit
+def _queries(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    h,
+    heads,
+    ROUNDS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Queries of a row [HEADS, DIM] in float32 and the power of two [HEADS] that they lack."""
+    d = tl.arange(0, DIM)
+    mine = (h < heads)[:, None] & (d < DIM)[None, :]
+    here = q_ptr + h[:, None] * DIM
+    x = tl.load(here + d[None, :], mask=mine, other=0.0).to(tl.float32)
+    at = d - (DIM - ROPE)
+    turns = at >= 0
+    partner = tl.load(here + tl.where(turns, (DIM - ROPE) + (at ^ 1), d)[None, :], mask=mine, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + at // 2, mask=turns, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + at // 2, mask=turns, other=0.0)[None, :]
+    x = x * cos + tl.where((at % 2 == 0)[None, :], -partner, partner) * sin
+    power = tl.full([HEADS], 0, tl.int32)
+    if ROUNDS:
+        i = d[:, None] & d[None, :]
+        i = i ^ (i >> 4)
+        i = i ^ (i >> 2)
+        i = i ^ (i >> 1)
+        kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+        signs = (1 - 2 * (i & 1)).to(kind)
+        x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
+        x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
+        x, power = _rounded_e2m1(x, HEADS, DIM)
+        power -= 6
+    return x, power
+
+
+@triton.jit
+def _prepare(
+    q_ptr,
+    q_row,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    power_ptr,
+    heads,
+    ROUNDS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Queries of a row as e4m3 that lack a power of two a head."""
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    turn = r * (ROPE // 2)
+    x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, False)
+    if not ROUNDS:
+        bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
+        power = tl.maximum((bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), -100)
+        x = x * ((127 - power) << 23).to(tl.float32, bitcast=True)[:, None]
+    d = tl.arange(0, DIM)
+    out = out_ptr + (r * heads + h)[:, None] * DIM + d[None, :]
+    tl.store(out, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=(h < heads)[:, None])
+    tl.store(power_ptr + r * heads + h, power, mask=h < heads)
+
+
+@triton.jit
+def _scores(
+    q_ptr,
+    q_row,
+    cos_ptr,
+    sin_ptr,
+    weight_ptr,
+    weight_row,
+    pool_ptr,
+    pool_page,
+    pool_row,
+    scales_ptr,
+    scales_page,
+    scales_row,
+    table_ptr,
+    table_row,
+    seq_ptr,
+    visible_ptr,
+    out_ptr,
+    tops_ptr,
+    total,
+    heads,
+    stretch,
+    KIND: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    r = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(0) * stretch
+    visible = tl.load(visible_ptr + r).to(tl.int32)
+    if begin >= visible:
+        return
+    h = tl.arange(0, HEADS)
+    turn = r * (ROPE // 2)
+    x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE)
+    weight = tl.load(weight_ptr + r * weight_row + h, mask=h < heads, other=0.0).to(tl.float32)
+    weight = weight * ((127 + power) << 23).to(tl.float32, bitcast=True)
+    eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE
+    kind: tl.constexpr = tl.float32 if WIDE else tl.float8e4nv if eighth else tl.bfloat16
+    q = x.to(kind)
+    line = table_ptr + tl.load(seq_ptr + r).to(tl.int64) * table_row
+    d = tl.arange(0, DIM)
+    for at in range(begin, tl.minimum(begin + stretch, visible), TILE):
+        g = at + tl.arange(0, TILE)
+        seen = g < visible
+        page = tl.load(line + g // PER_PAGE, mask=seen, other=0).to(tl.int64)
+        row = g % PER_PAGE
+        place = pool_ptr + page * pool_page + row * pool_row
+        scales = scales_ptr + page * scales_page + row * scales_row
+        factor = tl.full([TILE], 1.0, tl.float32)
+        if KIND == 1:
+            place = tl.multiple_of(place, 16)
+            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0)
+            k = k.to(tl.float8e4nv, bitcast=True).to(kind)
+            scales = tl.multiple_of(scales, 4)
+            factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
+        elif KIND == 2:
+            half = tl.arange(0, DIM // 2)
+            pairs = tl.load(tl.multiple_of(place, 16)[:, None] + half[None, :], mask=seen[:, None], other=0)
+            word = tl.load(tl.multiple_of(scales, 4).to(tl.pointer_type(tl.int32), bitcast=True), mask=seen, other=0)
+            n = tl.arange(0, DIM // 32) * 8
+            codes = (word[:, None] >> n[None, :]) & 255
+            most = tl.max(codes, 1)
+            factor = (tl.maximum(most - 6, 1) << 23).to(tl.float32, bitcast=True)
+            relative = ((tl.maximum(codes - most[:, None], -100) + 133) << 23).to(tl.float32, bitcast=True)
+            both = tl.reshape(tl.join(pairs & 15, pairs >> 4), [TILE, DIM]).to(tl.int32)
+            # the bits of a magnitude, at the top of float32's mantissa and the foot of its exponent, lack 2^126
+            size = (((both & 7) << 22) | ((both & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+            k = tl.reshape(size, [TILE, DIM // 32, 32]) * relative[:, :, None]
+            k = tl.reshape(k, [TILE, DIM]).to(kind)
+        else:
+            k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(kind)
+        s = tl.dot(k, tl.trans(q), input_precision="tf32x3") if WIDE else tl.dot(k, tl.trans(q))
+        s = tl.sum(tl.maximum(s, 0.0) * weight[None, :], 1) * factor
+        bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = tl.where(seen, order, -2147483648)
+        tl.store(out_ptr + r * total + g, order)
+        top = tl.max(tl.reshape(order, [TILE // 16, 16]), 1)
+        tl.store(tops_ptr + r * (total // 16) + at // 16 + tl.arange(0, TILE // 16), top)

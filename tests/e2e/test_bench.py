@@ -1,0 +1,59 @@
+"""`triptych bench` on the bundled checkpoint: an engine of its own process, and a server, with the same traffic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from live_server import Server
+
+Triptych = Callable[..., Any]
+TRAFFIC = ("coding-agent", "--requests", "12", "--scale", "0.02", "--arrivals", "closed:3", "--speed", "1000")
+
+
+def bench(triptych: Triptych, *argv: str) -> dict[str, Any]:
+    done = triptych("bench", *TRAFFIC, "--json", *argv)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert (found["requests"], found["failed"]) == (12, 0)
+    cache = found["cache"]
+    parts = cache["cached_tokens"] + cache["recomputed_tokens"] + cache["computed_tokens"]
+    assert parts == cache["prompt_tokens"]
+    return found
+
+
+def test_in_process_lengths_are_the_traces_and_sessions_find_their_prefix(triptych: Triptych, tmp_path: Path) -> None:
+    kept = tmp_path / "run.json"
+    page = tmp_path / "page.html"
+    found = bench(triptych, "--kv-memory", "256MiB", "--out", str(kept), "--price", "3.6", "--report", str(page))
+    rows = json.loads(kept.read_text())["rows"]["engine tiny"]
+    assert "<svg" in page.read_text() and "hit rate" in page.read_text()
+    assert len(rows) == 12 and all(len(row["arrivals"]) >= 1 for row in rows)
+    assert all(sum(tokens for _, tokens in row["arrivals"]) == row["output_tokens"] for row in rows)
+    assert found["cache"]["hit_rate"] > 0.3, "three users share tools, and each goes on"
+    assert found["cost"]["usd"] > 0
+
+
+def test_a_server_gets_the_same_traffic_as_text(triptych: Triptych, server: Server) -> None:
+    found = bench(triptych, "--url", server.url)
+    assert found["cache"]["hit_rate"] > 0.3
+    assert found["ttft_s"]["p50"] > 0 and found["output_tokens_per_s"] > 0
+
+
+def test_a_server_against_itself_is_compared_request_by_request(triptych: Triptych, server: Server) -> None:
+    """The second run finds in the cache what the first one left, so its first tokens come sooner."""
+    done = triptych("bench", *TRAFFIC, "--seed", "5", "--json", "--url", server.url, "--against", server.url + "/v1")
+    found = json.loads(done.stdout)
+    assert found["paired"]["pairs"] == 12
+    assert found["paired"]["ttft_s"]["ratio"] < 1.0
+    first, second = found["runs"].values()
+    assert first["cache"]["hit_rate"] < second["cache"]["hit_rate"]
+
+
+def test_a_server_that_is_not_there_is_one_sentence(triptych: Triptych) -> None:
+    done = triptych("bench", "chat", "--url", "http://127.0.0.1:9")
+    assert done.returncode == 2 and "lists no models" in done.stderr and done.stderr.count("\n") == 1
+    done = triptych("bench", "chatt")
+    assert done.returncode == 2 and "Did you mean 'chat'?" in done.stderr

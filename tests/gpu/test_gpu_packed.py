@@ -1,0 +1,109 @@
+"""Attention and selection over packed caches on the shapes of Flash and Pro, against float64; outputs start as NaN."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+import packed_cases as cases
+
+from triptych.kernels.attend import triton as attend
+from triptych.kernels.attend_rows import triton as rows
+from triptych.kernels.index import ref as index_ref
+from triptych.kernels.index import triton as index
+from triptych.kernels.quant.formats import RowFormat
+from triptych.kernels.select_rows import triton as select
+from triptych.kernels.select_rows.highest import highest
+from triptych.kernels.select_rows.ref import index_queries
+
+ENTRY = RowFormat("entry", 512, 64)
+VISIBLE = [1500, 900, 3, 64, 0]
+TILINGS = {"default": None, "short": rows.Tiling(64, 64, 64, 0, 0), "portable": rows.Tiling(16, 32, 96, 4, 3)}
+MODELS = {"flash": (64, 512), "pro": (128, 1024)}
+
+
+def poison() -> None:
+    """Fill what the allocator will hand out next with NaN."""
+    torch.empty(64 << 20, device="cuda").fill_(float("nan"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_decode_attention(model: str, kind: str, tiling: str) -> None:
+    heads, topk = MODELS[model]
+    case = cases.decode_case(kind, VISIBLE, heads, ENTRY, topk, "cuda")
+    poison()
+    assert cases.decode_error(rows.attend_rows(*case, tiling=TILINGS[tiling]), case) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_deterministic_rows_do_not_depend_on_their_mates(kind: str) -> None:
+    queries, window, entries, ids, core = cases.decode_case(kind, VISIBLE, 64, ENTRY, 512, "cuda")
+    together = rows.attend_rows_deterministic(queries, window, entries, ids, core)
+    for n in range(len(VISIBLE)):
+        one = slice(n, n + 1)
+        alone = rows.attend_rows_deterministic(
+            queries._replace(heads=queries.heads[one], angles=tuple(turn[one] for turn in queries.angles)),
+            window._replace(positions=window.positions[one], slots=window.slots[one], lowest=window.lowest[one]),
+            entries._replace(page_table=entries.page_table[one], visible=entries.visible[one], seq=entries.seq[:1]),
+            None if ids is None else ids[one],
+            core,
+        )
+        assert torch.equal(together[n], alone[0])
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
+@pytest.mark.parametrize("count", [1, 70, 300])
+def test_prefill_attention(kind: str, count: int) -> None:
+    case = cases.step_case(kind, count, 1100, 64, ENTRY, 512, "cuda")
+    poison()
+    assert cases.step_error(attend.attend(*case), case) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("visible", [[2048, 600, 512, 3, 0], [30000, 16385, 5000, 2049, 700]])
+@pytest.mark.parametrize("topk", [512, 1024])
+def test_selection_of_decode_rows(kind: str, visible: list[int], topk: int) -> None:
+    queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
+    ordered, _ = select.ordered_scores(queries, keys)
+    far, own = cases.index_errors(queries, keys, ordered)
+    assert far < 1e-3
+    poison()
+    assert torch.equal(select.select_rows(queries, keys, topk), cases.best(own, keys.visible, topk))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_selection_of_prefill_rows(kind: str) -> None:
+    queries, keys = cases.index_case(kind, [3000, 2500], 64, 128, "cuda")
+    seq = torch.arange(60, device="cuda") // 30
+    visible = torch.randint(600, 2500, (60,), device="cuda")
+    q = index_queries(queries._replace(heads=queries.heads.float()))[seq]
+    keys = keys._replace(seq=seq, visible=visible, most=2500)
+    got, want = (f(q, queries.weights[seq], keys, 512) for f in (index.select_entries, index_ref.select_entries))
+    same = sum(len(set(a) & set(b)) for a, b in zip(got.tolist(), want.tolist(), strict=True))
+    assert same >= 0.999 * want.numel(), "scores that differ by rounding may change places at the end"
+
+
+@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "tiny"])
+@pytest.mark.parametrize("total", [2048, 16384, 262144])
+@pytest.mark.parametrize("k", [512, 1024])
+def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
+    visible = torch.tensor([total, total - 5, total // 2 + 1, k + 1], device="cuda")
+    values = torch.randn(4, total, device="cuda")
+    if name == "ties":
+        values = torch.randint(-3, 4, values.shape, device="cuda").float()
+    elif name == "zero":
+        values = values * 0
+    elif name == "rising":
+        values = torch.arange(total, device="cuda").float().repeat(4, 1)
+    elif name == "clustered":
+        values[:, :1200] += 100
+    elif name == "tiny":
+        values = -values.abs() * 1e-30
+    values = values.masked_fill(torch.arange(total, device="cuda") >= visible.unsqueeze(1), float("-inf"))
+    assert torch.equal(highest(*cases.ordered(values), visible, k), cases.best(values, visible, k))
