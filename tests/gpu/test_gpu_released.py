@@ -17,7 +17,7 @@ from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Mxfp4Matrix,
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
-LINEARS = [(40960, 1024), (4096, 8192), (4096, 4096), (7168, 16384), (256, 256)]
+LINEARS = [(4096, 8192), (256, 256)]
 
 
 def fp8(*size: int) -> Fp8Matrix:
@@ -49,14 +49,14 @@ def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("size", LINEARS)
-@pytest.mark.parametrize("rows", [1, 5, 16, 31, 33, 64, 129, 700])
+@pytest.mark.parametrize("rows", [1, 8, 17, 700])
 def test_fp8_linears(size: tuple[int, int], rows: int) -> None:
     x, weight = torch.randn(rows, size[1], device="cuda").to(torch.bfloat16), fp8(*size)
     agree(lambda: linear(x, weight), linear_ref.linear(x, weight))
 
 
-@pytest.mark.parametrize("columns", [(1536, 2624, 4096), (2048, 1024, 7168), (192, 392, 256)])
-@pytest.mark.parametrize("rows", [1, 9, 32, 100])
+@pytest.mark.parametrize("columns", [(1536, 2624, 4096), (192, 392, 256)])
+@pytest.mark.parametrize("rows", [5, 100])
 def test_fronts(columns: tuple[int, int, int], rows: int) -> None:
     latent, rest, k = columns
     front = FrontMatrix(fp8(latent, k), torch.randn(rest, k, device="cuda").to(torch.bfloat16) / 64)
@@ -64,8 +64,8 @@ def test_fronts(columns: tuple[int, int, int], rows: int) -> None:
     agree(lambda: front_linear(x, front), linear_ref.front_linear(x, front))
 
 
-@pytest.mark.parametrize("size", [(8, 1024, 4096), (16, 1024, 4096), (4, 64, 128)])
-@pytest.mark.parametrize("rows", [1, 17, 64, 300])
+@pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
+@pytest.mark.parametrize("rows", [1, 64, 600])
 def test_grouped_linears(size: tuple[int, int, int], rows: int) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
     agree(lambda: grouped_linear(x, weight), linear_ref.grouped_linear(x, weight))
@@ -81,7 +81,7 @@ def _layer(name: str, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, F
 
 
 @pytest.mark.parametrize("name", DIMS)
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 64, 65, 128])
+@pytest.mark.parametrize("rows", [1, 7, 64, 128])
 def test_mixtures_of_few_rows(name: str, rows: int) -> None:
     router, moe, shared = _layer(name, hashed=rows % 2 == 0)
     x = torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16)
@@ -91,7 +91,7 @@ def test_mixtures_of_few_rows(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", DIMS)
-@pytest.mark.parametrize("rows", [1, 130, 999])
+@pytest.mark.parametrize("rows", [1, 999])
 def test_experts_of_many_rows(name: str, rows: int) -> None:
     router, moe, _ = _layer(name, hashed=False)
     x = fake_quant_fp8(torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16).float())
