@@ -6,11 +6,9 @@ up the parts, in their order; counters are back at zero afterwards.
 
 from __future__ import annotations
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from triptych.kernels.quant.fragments import (
     from_bf16,
@@ -22,9 +20,6 @@ from triptych.kernels.quant.fragments import (
     weight_layout,
     wide_layout,
 )
-
-STAGES: Any = gl.constexpr(4)
-"""Blocks of FP8 weights, 8 KB each, on their way or in use."""
 
 
 @gluon.jit
@@ -56,37 +51,24 @@ def _fp8_part(
     """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
     MMA: gl.constexpr = mma_layout(4)
     W: gl.constexpr = weight_layout(8, 4)
-    C: gl.constexpr = gl.BlockedLayout([1, 1, 4], [4, 4, 2], [4, 1, 1], [2, 1, 0])
-    # weights wait in shared memory: loads into registers would have to be waited for in the order of few scoreboards
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES, 64, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
+    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
+    b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, W)))
     wp = w_ptr + gl.expand_dims(r[:, None] * (K // 4) + c[None, :] * 8, 2) + gl.expand_dims(b[None, :], 1) + first * 32
-    for early in gl.static_range(STAGES - 1):
-        _fetch(ws, wp, early, PART)
     fp = ws_ptr + (row // TALL) * (K // 128) + first
     xp += first * 128
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
-    # the compiler fails over a loop that it knows to run once: there the start, zero, is not told
-    start = gl.program_id(2) // 65536 if PART <= 1 else 0
-    for at in range(start, PART):
-        async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
-        _fetch(ws, wp, at + STAGES - 1, PART)
+    w0 = gl.load(wp, cache_modifier=".cg")  # past the L1, which is for x
+    w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
+    for at in range(0, PART):
+        w = w0
+        w0 = w1
+        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
         x, s = _inputs(xp + at * 128, ROUND, N, MMA)
         f = gl.load(fp + at)
-        w = ws.index(at % STAGES).load(W)
         acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
     return acc
-
-
-@gluon.jit
-def _fetch(ws, wp, k, PART: gl.constexpr):
-    if k < PART:
-        async_copy.async_copy_global_to_shared(ws.index(k % STAGES), wp + k * 32, cache_modifier=".cg")
-    async_copy.commit_group()
 
 
 @gluon.jit
