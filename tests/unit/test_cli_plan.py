@@ -20,8 +20,8 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 def test_the_table_shows_the_arithmetic_and_the_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--model", "pro", "--hardware", "hgx-b200", "--kv-policy", "full")
     assert status == 0
-    assert "* full                  41,135     1.25M" in out
-    assert "GB / 41,135" in out and "The ceiling, when snapshots cost nothing: 9." in out
+    assert "* full                  41,136     1.25M" in out
+    assert "GB / 41,136" in out and "The ceiling, when snapshots cost nothing: 9." in out
     assert max(len(line) for line in out.splitlines()[:-1]) <= 110
 
 

@@ -124,8 +124,7 @@ def test_whatever_the_model_writes(bits: list[str], thinking: bool, parallel: bo
     assert "<think>" not in read.content and "</think>" not in read.content
     assert parallel or len(read.calls) <= 1
     assert all(name in ("f", "g") for _, name, _ in read.calls)
-    closed = text.endswith((f"</{DSML}tool_calls>", f"</{DSML}invoke>")) and "x" * 1100 not in text
-    for _, _, arguments in read.calls[: None if closed else -1]:
+    for _, _, arguments in read.calls[:-1]:  # a value has all up to its own end, so the last call may stay open
         assert isinstance(json.loads(arguments, parse_constant=lambda name: 1 / 0), dict)
     if data is not None:
         cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))

@@ -185,6 +185,10 @@ class OutputParser:
             self._buffer = self._buffer[cut:]
             return ""
         end = at + len(mark)
+        again = [i for i in (self._buffer.find(_OPEN, 1, end), self._buffer.find(_CLOSE, 1, end)) if i > 0]
+        if again and not named:  # a tag that broke off before another one
+            self._buffer = self._buffer[min(again) :]
+            return ""
         tag, self._buffer = self._buffer[:end], self._buffer[end:]
         return tag
 
