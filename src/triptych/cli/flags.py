@@ -76,6 +76,10 @@ class EngineFlags:
     max_context: Annotated[
         int | None, typer.Option(metavar="N", help="Prompt plus output tokens of one request. Default: the model's.")
     ] = None
+    weight_dtype: Annotated[
+        Literal["float32", "bfloat16", "released"] | None,
+        typer.Option(help="How weights are kept; released: FP8 and MXFP4 as in the files, with --numerics native."),
+    ] = None
     numerics: Annotated[
         Literal["exact", "native"] | None,
         typer.Option(help="exact: plain arithmetic. native: rounds where the released model does."),
