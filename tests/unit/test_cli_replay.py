@@ -246,7 +246,7 @@ def test_a_plot_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
         (["--plot", "plot.jpg"], "--plot plot.jpg must end in .png or .svg."),
         (["--plot", "no/such/plot.png"], "--plot no/such/plot.png cannot be written: there is no directory no/such."),
         (["--tokens", "both"], "'both' is not one of 'literal', 'session'"),
-        (["--kv-format", "fp4"], "'fp4' is not one of 'fp8', 'bfloat16', 'float32'"),
+        (["--kv-format", "fp4"], "'fp4' is not one of 'float32', 'bfloat16', 'fp8'"),
         (["--memroy", "1GiB"], "triptych replay has no option --memroy. Did you mean --memory?"),
     ],
 )
