@@ -10,7 +10,7 @@ import torch
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.config import EngineConfig
-from triptych.engine import device
+from triptych.engine import device, load
 from triptych.engine.batching import build_batch
 from triptych.engine.pools import Pools
 from triptych.errors import ConfigError
@@ -89,3 +89,14 @@ def test_weights_on_no_device_tell_their_size() -> None:
     there, nowhere = WeightStore(TINY_SHAPE), WeightStore(TINY_SHAPE, device="meta")
     assert there.nbytes == nowhere.nbytes > 30 << 20
     assert nowhere.weights.embed.device.type == "meta"
+
+
+def test_released_weights_on_a_gpu_without_kernels_for_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(weight_dtype="released", numerics="native")
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(load, "is_hopper", lambda device: False)
+    with pytest.raises(ConfigError, match=r"compute capability 9\.0 .*Use --weight-dtype bfloat16"):
+        load._refuse_released(config, card)
+    load._refuse_released(config, torch.device("cpu"))
+    monkeypatch.setattr(load, "is_hopper", lambda device: True)
+    load._refuse_released(config, card)

@@ -34,6 +34,7 @@ from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
+from triptych.kernels.gpu import is_hopper
 from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
@@ -71,11 +72,8 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     device = device_for(config)
     config = with_defaults(config, device)
     _refuse_too_much(reader, config, device)
-    if config.weight_dtype == "released" and config.numerics != "native":
-        raise ConfigError(
-            "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
-            "Add --numerics native, or use --weight-dtype bfloat16.",
-        )
+    if config.weight_dtype == "released":
+        _refuse_released(config, device)
     weights = _weights(reader, _DTYPES[config.weight_dtype], device)
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
@@ -202,6 +200,20 @@ def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> 
     if missing:
         raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
     return store.weights
+
+
+def _refuse_released(config: EngineConfig, device: torch.device) -> None:
+    """ConfigError where weights in the released formats cannot be multiplied."""
+    if config.numerics != "native":
+        raise ConfigError(
+            "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
+            "Add --numerics native, or use --weight-dtype bfloat16.",
+        )
+    if kind_of(device) == "cuda" and not is_hopper(device):
+        raise ConfigError(
+            "The kernels for released weights need a GPU of compute capability 9.0 (H100, H200).",
+            "Use --weight-dtype bfloat16.",
+        )
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
