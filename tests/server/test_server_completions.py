@@ -76,6 +76,21 @@ def test_include_usage(client: openai.OpenAI) -> None:
     assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 4
 
 
+def test_continuous_usage_counts_each_choice_and_its_own_prompt(client: openai.OpenAI, engine: FakeEngine) -> None:
+    prompts = ["x", "a longer prompt of some words"]
+    lengths = [len(engine.tokenizer.encode(prompt)) for prompt in prompts]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.completions.create(
+        model="fake", prompt=prompts, max_tokens=9, n=2, stream=True, echo=True, stream_options=options
+    )
+    for index in range(4):
+        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts[0] == 0 and counts[-1] == 9 and counts == sorted(counts)  # the echo comes first
+        assert {usage.prompt_tokens for usage in usages} == {lengths[index // 2]}
+    assert last.choices == [] and last.usage.total_tokens == sum(lengths) + 4 * 9
+
+
 def test_fields_that_ask_for_nothing_special_are_fine(client: openai.OpenAI) -> None:
     client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)
 
