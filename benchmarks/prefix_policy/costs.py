@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.prefix_policy.traffic import ANSWER, OFFSET, QUESTION, Cell, Traffic
+from benchmarks.prefix_policy.traffic import ANSWER, QUESTION, Cell, Traffic
 from triptych.cache.geometry import CacheGeometry
 from triptych.cache.jobs import Done, Jobs
 from triptych.cache.rates import TierRate
@@ -90,9 +90,9 @@ def settings_of(geometry: CacheGeometry, cell: Cell, policy: str, tier: str, pre
     Above a lower tier lies a device that holds all snapshots of four prompts even under "full", so that no policy is
     hindered, and a quarter of the texts' pages.
     """
-    pages = -(-(cell.length + OFFSET) // PAGE)
+    pages = -(-cell.length // PAGE)
     memory = int(cell.live * pages * geometry.page_bytes / pressure)
-    longest = pages + -(-int(cell.uses * 10 * (QUESTION + ANSWER)) // PAGE) + 1
+    longest = pages * 5 // 4 + -(-int(cell.uses * 10 * (QUESTION + ANSWER)) // PAGE) + 2
     device = IN_FLIGHT * (geometry.slot_bytes + longest * geometry.page_bytes)
     device += memory if tier == "device" else 4 * pages * (1 + geometry.snapshot_frames) * geometry.page_bytes
     host = memory if tier == "host" else 0

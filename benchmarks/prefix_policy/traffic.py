@@ -1,7 +1,7 @@
 """Made-up traffic with one knob for each thing that a prefix policy may depend on.
 
-`shared`: prompts that begin with one of N texts of equal length and end with a question of their own. Nothing tells
-where the text ends. A text is asked about a few times, then another takes its place.
+`shared`: prompts that begin with one of N texts of similar length and end with a question of their own. Nothing tells
+where a text ends. A text is asked about a few times, then another takes its place.
 
 `turns`: N conversations at once, each turn of which repeats everything before it, the answer included, and adds to it.
 Ends of turns are known, as a chat encoding knows them.
@@ -23,19 +23,23 @@ from triptych.words import TokenIds
 from triptych.workload.traces import TraceRequest, synthetic_tokens
 
 SCENARIOS = ("shared", "turns")
-QUESTION, ANSWER, OFFSET = 512, 128, 37
-"""Tokens of a question and of an answer; a text ends `OFFSET` tokens beyond a page boundary."""
+QUESTION, ANSWER = 512, 128
+"""Tokens of a question and of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point: prompts of about `length` tokens, `live` texts or conversations, each used `uses` times on average."""
+    """One point: `live` texts of `length` tokens on average, or conversations that begin so, each used `uses` times."""
 
     scenario: str
     length: int
     live: int
     uses: float = 8.0
     requests: int = 200
+
+    def text(self, number: int) -> int:
+        """Tokens of text `number`: 0.75 to 1.25 times the average, so that no period meets all their ends."""
+        return round(self.length * random.Random(number).uniform(0.75, 1.25))
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Traffic:
             text = texts[place]
             self.again.append(text in seen)
             seen.add(text)
-            prompt = np.concatenate([_tokens(text, cell.length + OFFSET), _tokens(-number, QUESTION)])
+            prompt = np.concatenate([_tokens(text, cell.text(text)), _tokens(-number, QUESTION)])
             yield TraceRequest(float(number), prompt, _tokens(-number - (1 << 20), ANSWER))
 
     def _turns(self) -> Iterator[TraceRequest]:
@@ -82,7 +86,7 @@ class Traffic:
                 talk = None
             self.again.append(talk is not None)
             if talk is None:
-                talk, fresh = (fresh, _tokens(fresh, cell.length + OFFSET), ()), fresh + 1
+                talk, fresh = (fresh, _tokens(fresh, cell.text(fresh)), ()), fresh + 1
             name, before, marks = talk
             prompt = np.concatenate([before, _tokens(-number, QUESTION)])
             answer = _tokens(-number - (1 << 20), ANSWER)
