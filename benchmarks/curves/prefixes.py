@@ -113,8 +113,8 @@ def _text(cells: Cells, lengths: Sequence[int], row: Row, spots: Sequence[Row]) 
     return f"""A token costs {token:,.0f} bytes, the windows that make one place resumable {window:.1f} MB. Keeping
 all of them (`full`) makes every return free and the cache seven times smaller; keeping none recomputes at every return.
 Which is better depends on how long the prefix is, how often it comes back, and how far away the cache lies. The real
-cache manager replayed made-up traffic ([traffic.py](../benchmarks/prefix_policy/traffic.py)); what is left to do is priced
-with the planner's prefill rate and each tier's latency and bandwidth.
+cache manager replayed made-up traffic ([traffic.py](../benchmarks/prefix_policy/traffic.py)); what is left to do is
+priced with the planner's prefill rate and each tier's latency and bandwidth.
 
 - *shared text*: prompts that ask about one of many texts; nothing tells where the text ends. *conversations*: turns
   that repeat all before them.

@@ -27,7 +27,7 @@ def curve() -> Curve:
         for axes, row in zip(sheet.axes[0], made_from, strict=True):
             _draw(axes, row)
         notes = [
-            "Bars: geometric mean over rounds, dots: each round. Dark: the profile that `triptych profile fit` recommends."
+            "Bars: geometric mean of the rounds, dots: each one. Dark: the profile that `triptych profile fit` recommends."
         ]
         picture = sheet.finish(made_from, notes)
     return Curve("profiles", _TITLE, _text(made_from), picture)
@@ -65,8 +65,8 @@ def _text(made_from: Sequence[Row]) -> str:
     )
     absent = sorted({"chat", "coding-agent", "research-agent", "rl-rollout"} - {row["workload"] for row in made_from})
     missing = f"\n\nNot measured yet: {', '.join(absent)}." if absent else ""
-    return f"""Each profile ran each workload with the bundled checkpoint in an engine of this machine, in turns; compared by the
-workload's own objective, round by round.
+    return f"""Each profile ran each workload with the bundled checkpoint in an engine of one process, in turns; compared
+by the workload's own objective, round by round.
 
 {meanings}
 
