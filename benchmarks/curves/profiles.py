@@ -26,9 +26,7 @@ def curve() -> Curve:
     with Sheet(1, len(made_from), (max(5.0, 3.1 * len(made_from)), 4.2)) as sheet:
         for axes, row in zip(sheet.axes[0], made_from, strict=True):
             _draw(axes, row)
-        notes = [
-            "Bars: geometric mean of the rounds, dots: each one. Dark: the profile that `triptych profile fit` recommends."
-        ]
+        notes = ["Bars: geometric mean of the rounds, dots: each one. Dark: what `triptych profile fit` recommends."]
         picture = sheet.finish(made_from, notes)
     return Curve("profiles", _TITLE, _text(made_from), picture)
 
@@ -65,8 +63,8 @@ def _text(made_from: Sequence[Row]) -> str:
     )
     absent = sorted({"chat", "coding-agent", "research-agent", "rl-rollout"} - {row["workload"] for row in made_from})
     missing = f"\n\nNot measured yet: {', '.join(absent)}." if absent else ""
-    return f"""Each profile ran each workload with the bundled checkpoint in an engine of one process, in turns; compared
-by the workload's own objective, round by round.
+    return f"""Each profile ran each workload with the bundled checkpoint in an engine of one process, in turns;
+compared by the workload's own objective, round by round.
 
 {meanings}
 
