@@ -61,9 +61,10 @@ class OutputText:
         return replace(last, finish_reason=reason, usage=usage, error=error, stop=self._stops.matched)
 
     def _release(self, text: str) -> Delta:
-        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs))
+        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs) if self._logprobs else ())
         self._tokens.clear()
-        self._logprobs.clear()
+        if self._logprobs:
+            self._logprobs.clear()
         return delta
 
     def _rest(self) -> str:
