@@ -14,6 +14,7 @@ import typer
 
 from triptych import __version__
 from triptych.cli.sizes import format_size
+from triptych.config import KernelBackend
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -77,7 +78,8 @@ class Report:
 @app.command()
 def doctor(
     kernel_backend: Annotated[
-        Literal["auto", "ref", "cpu", "triton"], typer.Option(help="Show the choice for this backend setting.")
+        KernelBackend,
+        typer.Option(help="Show the choice for this backend setting."),
     ] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Show the choice for this device setting.")
@@ -90,15 +92,17 @@ def doctor(
 
 
 def examine(
-    kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto", device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernel_backend: KernelBackend = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
     """Look at this machine. ConfigError if `kernel_backend` or `device` cannot run here."""
     from triptych.config import EngineConfig
-    from triptych.engine.device import device_for, kind_of
-    from triptych.kernels.registry import table
+    from triptych.engine.device import device_for, kernels_for, kind_of
 
-    chosen = kind_of(device_for(EngineConfig(device=device)))
-    kernels = tuple(asdict(row) for row in table(kernel_backend, device=chosen))
+    config = EngineConfig(device=device, kernel_backend=kernel_backend)
+    place = device_for(config)
+    chosen = kind_of(place)
+    kernels = tuple(asdict(row) for row in kernels_for(config, place))
     packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
     machine = _machine()
     return Report(machine, packages, kernels, advise(machine, packages), chosen, _steps(chosen))
