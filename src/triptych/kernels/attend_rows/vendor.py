@@ -136,9 +136,7 @@ def by_flash_mla(
         ROPE=2 * cos.shape[1],
         HEADS=_TILE_HEADS,
         KEYS=_TILE_KEYS,
-        BLOCK=BLOCK,
         BATCH=max(2, triton.next_power_of_2(rows)),
-        PLANNED=PLANNED,
         num_warps=4,
     )
     extra = (None, None, None) if far is None else (far.view, chosen, lengths)
@@ -163,22 +161,22 @@ def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor
 def grid_of(pool: PackedRows) -> Grid:
     """`pool` as FlashMLA reads it. ValueError if it cannot: entries of 584 bytes, values before scales, in one storage.
 
-    With n rows of a page and the pool's first at k0, its scales are 576 n - 568 k0 bytes behind its values; k0 is the
-    smallest number that makes this true for some n.
+    With n rows of a page and the pool's first at k0, its scales are 576 n - 568 k0 bytes behind its values. k0 is the
+    smallest number that makes this true for some n, or 72 more if the last page's rows would end behind the storage.
     """
     values, scales, rows = pool.values, pool.scales, pool.values.shape[1]
     behind = scales.storage_offset() - values.storage_offset()
-    first = behind % _VALUES // _SCALES
-    page = (behind + (_VALUES - _SCALES) * first) // _VALUES
-    stride = values.stride(0)
     regular = values.shape[2] == _VALUES and values.stride()[1:] == (_VALUES, 1) and scales.stride(1) == _SCALES
     one = values.untyped_storage().data_ptr() == scales.untyped_storage().data_ptr()
-    start = values.storage_offset() - _VALUES * first
-    if not one or behind <= 0 or behind % _SCALES or not regular or first + rows > page or start < 0:
-        raise ValueError("these rows do not lie as FlashMLA reads them")
-    row = _VALUES + _SCALES
-    view = torch.as_strided(values, (values.shape[0], page, 1, row), (stride, row, row, 1), start)
-    return Grid(view, page, first)
+    row, stride, end = _VALUES + _SCALES, values.stride(0), values.untyped_storage().nbytes()
+    for first in (behind % _VALUES // _SCALES, behind % _VALUES // _SCALES + _VALUES // _SCALES):
+        page = (behind + (_VALUES - _SCALES) * first) // _VALUES
+        start = values.storage_offset() - _VALUES * first
+        inside = start >= 0 and start + (values.shape[0] - 1) * stride + page * row <= end and first + rows <= page
+        if one and regular and behind > 0 and behind % _SCALES == 0 and inside:
+            view = torch.as_strided(values, (values.shape[0], page, 1, row), (stride, row, row, 1), start)
+            return Grid(view, page, first)
+    raise ValueError("these rows do not lie as FlashMLA reads them")
 
 
 @cache

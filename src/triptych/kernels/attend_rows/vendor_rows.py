@@ -22,6 +22,7 @@ BLOCK = 64
 """Keys that FlashMLA's programs take at once."""
 PLANNED = 32
 """Programs of FlashMLA that one program plans."""
+_BLOCK, _PLANNED = tl.constexpr(BLOCK), tl.constexpr(PLANNED)
 
 
 @triton.jit
@@ -49,13 +50,39 @@ def _shares(blocks, rows, parts):
 
 
 @triton.jit
-def _plan(pid, blocks, plan_ptr, splits_ptr, rows, parts, BATCH: tl.constexpr, PLANNED: tl.constexpr):
-    """Lines [PLANNED * pid, + PLANNED) of the plan; the first program writes `splits`, too."""
+def _seen(r, visible_ptr, chosen_count, mask, MODE: tl.constexpr):
+    """How many entries rows r read."""
+    if MODE == 0:
+        return r * 0
+    else:
+        seen = tl.load(visible_ptr + r, mask=mask, other=0).to(tl.int32)
+        if MODE == 1:
+            seen = tl.minimum(seen, chosen_count)
+        return seen
+
+
+@triton.jit
+def _plan(
+    pid,
+    visible_ptr,
+    chosen_count,
+    lengths_ptr,
+    plan_ptr,
+    splits_ptr,
+    rows,
+    parts,
+    MODE: tl.constexpr,
+    NEAR: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """Lines [PLANNED * pid, + PLANNED) of the plan; the first program writes `splits` and the lengths, too."""
     b = tl.arange(0, BATCH)
+    lengths = _seen(b, visible_ptr, chosen_count, b < rows, MODE)
+    blocks = tl.where(b < rows, NEAR + tl.cdiv(lengths, _BLOCK), 0)
     share, line = _shares(blocks, rows, parts)
     end = tl.cumsum(line, 0)
     start = end - line
-    i = pid * PLANNED + tl.arange(0, PLANNED)
+    i = pid * _PLANNED + tl.arange(0, _PLANNED)
     begin = i * share
     last = tl.minimum(begin + share, tl.sum(line, 0)) - 1
     there = (b < rows)[None, :]
@@ -81,18 +108,45 @@ def _plan(pid, blocks, plan_ptr, splits_ptr, rows, parts, BATCH: tl.constexpr, P
         pieces = tl.where(b < rows, (end - 1) // share - start // share + 1, 0)
         tl.store(splits_ptr + 1 + b, tl.cumsum(pieces, 0), mask=b < rows)
         tl.store(splits_ptr, 0)
+        if MODE > 0:
+            tl.store(lengths_ptr + b, lengths, mask=b < rows)
 
 
 @triton.jit
-def _seen(r, visible_ptr, chosen_count, mask, MODE: tl.constexpr):
-    """How many entries rows r read."""
-    if MODE == 0:
-        return r * 0
-    else:
-        seen = tl.load(visible_ptr + r, mask=mask, other=0).to(tl.int32)
-        if MODE == 1:
-            seen = tl.minimum(seen, chosen_count)
-        return seen
+def _queries(
+    heads_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    query_ptr,
+    r,
+    tile,
+    heads,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """A tile of HEADS heads of row r, normed and rotated."""
+    h = tile * HEADS + tl.arange(0, HEADS)
+    inside = (h < heads)[:, None]
+    at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    x = tl.load(heads_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+    pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
+    cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=0.0)[None, :]
+    even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
+    x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
+    tl.store(query_ptr + r * heads * DIM + at, x.to(query_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _near(ring, positions_ptr, lowest_ptr, near_ptr, r, RING: tl.constexpr, REACH: tl.constexpr):
+    """Places of the window rows of row r in its ring, whose first row has place `ring`; -1 behind them."""
+    position = tl.load(positions_ptr + r).to(tl.int32)
+    first = tl.maximum(tl.maximum(tl.load(lowest_ptr + r).to(tl.int32), position - (REACH - 1)), 0)
+    n = tl.arange(0, REACH)
+    tl.store(near_ptr + r * REACH + n, tl.where(first + n <= position, ring + (first + n) % RING, -1))
 
 
 @triton.jit
@@ -134,45 +188,25 @@ def prepare(
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
     BATCH: tl.constexpr,
-    PLANNED: tl.constexpr,
 ):
-    """The first `plans` programs share the plan, one writes the lengths; each other one has HEADS heads of a row."""
+    """The first `plans` programs share the plan; each other one has HEADS heads of a row."""
     pid = tl.program_id(0)
     if pid < plans:
-        b = tl.arange(0, BATCH)
-        lengths = _seen(b, visible_ptr, chosen_count, b < rows, MODE)
-        blocks = tl.where(b < rows, REACH // BLOCK + tl.cdiv(lengths, BLOCK), 0)
-        _plan(pid, blocks, plan_ptr, splits_ptr, rows, parts, BATCH, PLANNED)
-        if (pid == 0) & (MODE > 0):
-            tl.store(lengths_ptr + b, lengths, mask=b < rows)
+        near: tl.constexpr = REACH // _BLOCK
+        _plan(pid, visible_ptr, chosen_count, lengths_ptr, plan_ptr, splits_ptr, rows, parts, MODE, near, BATCH)
     else:
         tiles = tl.cdiv(heads, HEADS)
         r, tile = ((pid - plans) // tiles).to(tl.int64), (pid - plans) % tiles
-        h = tile * HEADS + tl.arange(0, HEADS)
-        at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
-        x = tl.load(heads_ptr + r * heads_row + at, mask=(h < heads)[:, None], other=0.0).to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
-        cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=1.0)[None, :]
-        sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=0.0)[None, :]
-        even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
-        x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
-        tl.store(query_ptr + r * heads * DIM + at, x.to(query_ptr.dtype.element_ty), mask=(h < heads)[:, None])
+        _queries(heads_ptr + r * heads_row, cos_ptr, sin_ptr, eps, query_ptr, r, tile, heads, DIM, ROPE, HEADS)
         if tile == 0:
-            position = tl.load(positions_ptr + r).to(tl.int32)
-            first = tl.maximum(tl.maximum(tl.load(lowest_ptr + r).to(tl.int32), position - (REACH - 1)), 0)
-            n = tl.arange(0, REACH)
-            place = tl.load(slots_ptr + r).to(tl.int32) * window_rows + window_first + (first + n) % RING
-            tl.store(near_ptr + r * REACH + n, tl.where(first + n <= position, place, -1))
+            ring = tl.load(slots_ptr + r).to(tl.int32) * window_rows + window_first
+            _near(ring, positions_ptr, lowest_ptr, near_ptr, r, RING, REACH)
         if MODE > 0:
             seen = _seen(r, visible_ptr, chosen_count, True, MODE)
             for start in range(tile * KEYS, seen, tiles * KEYS):
                 n = start + tl.arange(0, KEYS)
-                entry = n
-                if MODE == 1:
-                    entry = tl.load(chosen_ptr + r * chosen_row + n, mask=n < seen, other=0)
+                entry = tl.load(chosen_ptr + r * chosen_row + n, mask=n < seen, other=0) if MODE == 1 else n
                 page = tl.load(table_ptr + r * table_row + entry // PER_PAGE, mask=n < seen, other=0).to(tl.int32)
                 place = page * entry_rows + entry_first + entry % PER_PAGE
                 tl.store(far_ptr + r * far_row + n, place, mask=n < seen)
