@@ -135,7 +135,7 @@ def by_flash_mla(
         DIM=dim,
         ROPE=2 * cos.shape[1],
         HEADS=_TILE_HEADS,
-        KEYS=_TILE_KEYS,
+        KEYS=_TILE_KEYS if ids is None else triton.next_power_of_2(triton.cdiv(ids.shape[1], heads // _TILE_HEADS)),
         BATCH=max(2, triton.next_power_of_2(rows)),
         num_warps=4,
     )

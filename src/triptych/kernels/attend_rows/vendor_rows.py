@@ -113,31 +113,23 @@ def _plan(
 
 
 @triton.jit
-def _queries(
-    heads_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    query_ptr,
-    r,
-    tile,
-    heads,
-    DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """A tile of HEADS heads of row r, normed and rotated."""
-    h = tile * HEADS + tl.arange(0, HEADS)
-    inside = (h < heads)[:, None]
-    at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    x = tl.load(heads_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+def _normed(x, cos_ptr, sin_ptr, eps, DIM: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr):
+    """Raw queries x [HEADS, DIM] of a row, normed and rotated."""
     pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
-    cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=pair >= 0, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + pair, mask=pair >= 0, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + pair, mask=pair >= 0, other=0.0)[None, :]
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
     even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
-    x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
-    tl.store(query_ptr + r * heads * DIM + at, x.to(query_ptr.dtype.element_ty), mask=inside)
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
+
+
+@triton.jit
+def _page(table, entry, mask, PER_PAGE: tl.constexpr, MODE: tl.constexpr):
+    """Pages of entries of the sequence whose line of the page table begins at `table`."""
+    if MODE == 0:
+        return entry
+    else:
+        return tl.load(table + entry // PER_PAGE, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -190,7 +182,10 @@ def prepare(
     KEYS: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """The first `plans` programs share the plan; each other one has HEADS heads of a row."""
+    """The first `plans` programs share the plan; each other one has HEADS heads of a row and a share of its entries.
+
+    Loads come in the order in which they are waited for: of a chosen entry its page is, too.
+    """
     pid = tl.program_id(0)
     if pid < plans:
         near: tl.constexpr = REACH // _BLOCK
@@ -198,18 +193,25 @@ def prepare(
     else:
         tiles = tl.cdiv(heads, HEADS)
         r, tile = ((pid - plans) // tiles).to(tl.int64), (pid - plans) % tiles
-        _queries(heads_ptr + r * heads_row, cos_ptr, sin_ptr, eps, query_ptr, r, tile, heads, DIM, ROPE, HEADS)
+        seen = _seen(r, visible_ptr, chosen_count, True, MODE)
+        n = tile * KEYS + tl.arange(0, KEYS)
+        entry = tl.load(chosen_ptr + r * chosen_row + n, mask=n < chosen_count, other=0) if MODE == 1 else n
+        h = tile * HEADS + tl.arange(0, HEADS)
+        at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        x = tl.load(heads_ptr + r * heads_row + at, mask=(h < heads)[:, None], other=0.0).to(tl.float32)
+        page = _page(table_ptr + r * table_row, entry, n < seen, PER_PAGE, MODE)
+        x = _normed(x, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), eps, DIM, ROPE, HEADS)
+        tl.store(query_ptr + r * heads * DIM + at, x.to(query_ptr.dtype.element_ty), mask=(h < heads)[:, None])
         if tile == 0:
             ring = tl.load(slots_ptr + r).to(tl.int32) * window_rows + window_first
             _near(ring, positions_ptr, lowest_ptr, near_ptr, r, RING, REACH)
-        if MODE > 0:
-            seen = _seen(r, visible_ptr, chosen_count, True, MODE)
-            for start in range(tile * KEYS, seen, tiles * KEYS):
+        far = far_ptr + r * far_row
+        tl.store(far + n, page * entry_rows + entry_first + entry % PER_PAGE, mask=n < seen)
+        if MODE == 2:
+            for start in range((tiles + tile) * KEYS, seen, tiles * KEYS):
                 n = start + tl.arange(0, KEYS)
-                entry = tl.load(chosen_ptr + r * chosen_row + n, mask=n < seen, other=0) if MODE == 1 else n
-                page = tl.load(table_ptr + r * table_row + entry // PER_PAGE, mask=n < seen, other=0).to(tl.int32)
-                place = page * entry_rows + entry_first + entry % PER_PAGE
-                tl.store(far_ptr + r * far_row + n, place, mask=n < seen)
+                page = _page(table_ptr + r * table_row, n, n < seen, PER_PAGE, MODE)
+                tl.store(far + n, page * entry_rows + entry_first + n % PER_PAGE, mask=n < seen)
 
 
 @triton.jit
