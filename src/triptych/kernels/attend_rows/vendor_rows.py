@@ -113,7 +113,7 @@ def _plan(
 
 
 @triton.jit
-def _normed(x, cos_ptr, sin_ptr, eps, DIM: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr):
+def normed(x, cos_ptr, sin_ptr, eps, DIM: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr):
     """Raw queries x [HEADS, DIM] of a row, normed and rotated."""
     pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
     cos = tl.load(cos_ptr + pair, mask=pair >= 0, other=1.0)[None, :]
@@ -200,7 +200,7 @@ def prepare(
         at = h[:, None] * DIM + tl.arange(0, DIM)[None, :]
         x = tl.load(heads_ptr + r * heads_row + at, mask=(h < heads)[:, None], other=0.0).to(tl.float32)
         page = _page(table_ptr + r * table_row, entry, n < seen, PER_PAGE, MODE)
-        x = _normed(x, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), eps, DIM, ROPE, HEADS)
+        x = normed(x, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), eps, DIM, ROPE, HEADS)
         tl.store(query_ptr + r * heads * DIM + at, x.to(query_ptr.dtype.element_ty), mask=(h < heads)[:, None])
         if tile == 0:
             ring = tl.load(slots_ptr + r).to(tl.int32) * window_rows + window_first
