@@ -43,9 +43,8 @@ def product(
     SHARE: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """out = x [rows, depth] w [columns, depth]^T, rounded to bf16 if NARROW. WIDE divides 128 or is a multiple of it."""
-    at = tl.program_id(0)
-    split = tl.program_id(1)
+    """out = x [rows, depth] w [columns, depth]^T, in bf16 values if NARROW. WIDE divides 128 or is a multiple of it."""
+    at, split = tl.program_id(0), tl.program_id(1)
     down, across = tl.cdiv(rows, TALL), tl.cdiv(columns, WIDE)
     band = at // (SHARE * across) * SHARE  # tiles that share rows and weights run together
     height = tl.minimum(down - band, SHARE)
