@@ -43,7 +43,7 @@ def product(
     SHARE: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """out = x [rows, depth] w [columns, depth]^T, in bf16 values if NARROW. WIDE divides 128 or is a multiple of it."""
+    """out = x [rows, depth] w [columns, depth]^T, in bf16 values if NARROW. WIDE divides 128."""
     at, split = tl.program_id(0), tl.program_id(1)
     down, across = tl.cdiv(rows, TALL), tl.cdiv(columns, WIDE)
     band = at // (SHARE * across) * SHARE  # tiles that share rows and weights run together
@@ -59,16 +59,11 @@ def product(
     x_at = x_ptr + rr[:, None] * depth + split * width + d[None, :]
     w_at = w_ptr + cc[None, :] * depth + split * width + d[:, None]
     s_at = xs_ptr + rr * xs_row + split * (width // 128) * xs_group
-    f_at = ws_ptr + (cc // 128) * (depth // 128) + split * (width // 128)
-    f_one = ws_ptr + (c0 * WIDE // 128) * (depth // 128) + split * (width // 128)
+    f_at = ws_ptr + (c0 * WIDE // 128) * (depth // 128) + split * (width // 128)
     total = tl.zeros([TALL, WIDE], tl.float32)
     for k in range(0, width // 128):
         some = tl.dot(tl.load(x_at + k * 128, mask=there, other=0.0), tl.load(w_at + k * 128))
-        s = tl.load(s_at + k * xs_group)
-        if WIDE <= 128:
-            total += some * (s * tl.load(f_one + k))[:, None]
-        else:
-            total += some * s[:, None] * tl.load(f_at + k)[None, :]
+        total += some * (tl.load(s_at + k * xs_group) * tl.load(f_at + k))[:, None]
     keep = there & (c < columns)[None, :]
     place = r[:, None] * columns + c[None, :]
     out_ptr += r[:, None] * out_row + c[None, :]
