@@ -29,6 +29,19 @@ def test_decode_attention(model: str, kind: str, rows: int) -> None:
     assert cases.decode_error(vendor.attend_rows_forced(*case), case) < 4e-3
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
+@pytest.mark.parametrize("places", [1 << 24, 1 << 16])
+def test_prefill_attention(model: str, kind: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step rows of two sequences; with few places alive at once in slices."""
+    heads, topk = MODELS[model]
+    case = cases.heads_case(kind, 300, 1100, heads, ENTRY, topk, "cuda")
+    assert vendor.serves_step(*case[:3])
+    monkeypatch.setattr(vendor.vendor_chunks, "_PLACES", places)
+    poison()
+    assert cases.heads_error(vendor.attend_heads_forced(*case), case) < 4e-3
+
+
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
 def test_a_graph_follows_lengths_and_places(kind: str) -> None:
     """A graph that was captured for some rows computes others that are put into its tensors."""

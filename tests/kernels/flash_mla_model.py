@@ -1,4 +1,4 @@
-"""What FlashMLA's sparse decode does with places, lengths and a plan, in float64: it stands in for the package.
+"""What FlashMLA's sparse operations do with places, lengths and a plan, in float64: they stand in for the package.
 
 It follows the plan block by block as FlashMLA's programs do, so a plan that leaves out a block, does one twice or
 counts splits wrongly gives an error here. Run as a script under Triton's interpreter it prints a JSON line a case.
@@ -48,6 +48,18 @@ def sparse_decode_fwd(*given: Any) -> tuple[Tensor, None, Tensor, Tensor]:
     return out.to(q.dtype), None, plan, splits
 
 
+def sparse_prefill_fwd(*given: Any) -> list[Tensor]:
+    """Arguments and first result as FlashMLA's operation of this name has them."""
+    q, kv, places, scale, _, sink, lengths, *_ = given
+    assert places.shape[2] % (2 * BLOCK) == 0
+    out = torch.zeros_like(q)
+    for r, count in enumerate(lengths.tolist()):
+        keys = kv[places[r, 0, :count].long(), 0].double()
+        scores = torch.cat([q[r].double() @ keys.T * scale, sink.double()[:, None]], 1)
+        out[r] = (torch.softmax(scores, 1)[:, :-1] @ keys).to(q.dtype)
+    return [out]
+
+
 def _block(n: int, near: int, b: int, given: tuple[Any, ...]) -> Tensor:
     """Keys [64, 512] of one block of a row, NaN where there is none."""
     _, kv, places, _, _, _, _, more_kv, more_places, more_lengths, *_ = given
@@ -78,11 +90,11 @@ def read(view: Tensor, places: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Rows of every kind, with more programs than rows and fewer, against the reference of attend_rows."""
+    """Rows of every kind, with more programs than rows and fewer, and steps in slices, against the references."""
     import packed_cases as cases
     from interpreter_rounding import round_as_hardware
 
-    from triptych.kernels.attend_rows import vendor
+    from triptych.kernels.attend_rows import vendor, vendor_chunks
     from triptych.kernels.quant.formats import RowFormat
 
     round_as_hardware()
@@ -91,9 +103,14 @@ def main() -> None:
     for kind in ("csa", "hca", "swa"):
         for programs, visible in ((132, [700, 3, 64, 0, 65]), (3, [130, 0, 7, 64, 64, 1]), (4, [64] * 8), (132, [260])):
             vendor.multiprocessors = lambda device, programs=programs: programs  # type: ignore[assignment]
-            case = cases.decode_case(kind, visible, 64, form, 128, "cpu")
+            case = cases.decode_case(kind, visible, 8, form, 128, "cpu")
             far = cases.decode_error(vendor.by_flash_mla(*case), case)
             print(json.dumps({"what": f"{kind} {visible} by {programs}", "ok": far < 5e-3, "error": far}))
+        case = cases.heads_case(kind, 7, 150, 8, form, 96, "cpu")
+        vendor_chunks._PLACES = 1024
+        got = vendor_chunks.by_flash_mla(sparse_prefill_fwd, *case)
+        far = cases.heads_error(got, case)
+        print(json.dumps({"what": f"{kind} steps", "ok": far < 5e-3, "error": far}))
 
 
 if __name__ == "__main__":

@@ -140,5 +140,5 @@ def test_what_flash_mla_gets_gives_the_references_attention_in_the_interpreter()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 12
+    assert len(results) == 15
     assert not [result for result in results if not result["ok"]]

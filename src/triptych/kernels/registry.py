@@ -50,6 +50,7 @@ class KernelSet:
     select_rows: Any
     attend: Any
     attend_rows: Any
+    attend_heads: Any
     route: Any
     experts: Any
     shared_expert: Any
@@ -81,6 +82,7 @@ FOLDER = {
     "select_rows": "select_rows",
     "attend": "attend",
     "attend_rows": "attend_rows",
+    "attend_heads": "attend_rows",
     "route": "moe",
     "experts": "moe",
     "shared_expert": "moe",
@@ -241,7 +243,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "index": ("select_entries",),
         "select_rows": ("select_rows",),
         "attend": ("attend",),
-        "attend_rows": ("attend_rows",),
+        "attend_rows": ("attend_rows", "attend_heads"),
     },
 }
 # operations whose reference is fast enough, but whose rows then depend on their batch mates

@@ -1,4 +1,4 @@
-"""Attention of decode rows by FlashMLA (the package sgl-flash-mla) where that was measured faster, else by Triton.
+"""Attention by FlashMLA (the package sgl-flash-mla) where that was measured faster, else by Triton.
 
 FlashMLA takes pages of n rows as `quant/formats.py` packs them, n values and then n scales:
 
@@ -7,6 +7,8 @@ FlashMLA takes pages of n rows as `quant/formats.py` packs them, n values and th
 A view of ours with this n, and with rows from some k0 on, is found for any pool whose values and scales follow each
 other (`grid_of`): for the rows of one page, for one layer's entry between those of others, for a ring in a slot. So it
 reads the caches where they are. What else it needs, `vendor_rows.py` makes in a launch before and one after.
+
+Step rows of prefill go to another kernel of FlashMLA's, which reads bfloat16: see `vendor_chunks.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +24,19 @@ import triton
 from torch import Tensor
 
 from triptych.config import WINDOW
-from triptych.kernels.attend.ref import Attention
+from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.attend_rows import triton as own
+from triptych.kernels.attend_rows import vendor_chunks
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.attend_rows.vendor_rows import BLOCK, PLANNED, prepare, turn_back
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.quant.formats import PackedRows
+from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
 _HEADS = (64, 128)
 _MOST_ROWS = 256  # of the plan, which one warp group makes
+_FEWEST_STEP_ROWS = 256
 _TILE_HEADS, _TILE_KEYS, _TURNED = 4, 256, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
@@ -71,12 +75,48 @@ def attend_rows_forced(
     return own.attend_rows(queries, window, entries, ids, attention)
 
 
+def attend_heads(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads and triton.attend_heads; by FlashMLA where it can serve and is faster."""
+    rows = len(queries.heads)
+    if rows >= _FEWEST_STEP_ROWS and serves_step(queries, window, entries):
+        return vendor_chunks.by_flash_mla(prefill(), queries, window, entries, ids, attention)
+    return own.attend_heads(queries, window, entries, ids, attention)
+
+
+def attend_heads_forced(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads; by FlashMLA wherever it can serve."""
+    if serves_step(queries, window, entries):
+        return vendor_chunks.by_flash_mla(prefill(), queries, window, entries, ids, attention)
+    return own.attend_heads(queries, window, entries, ids, attention)
+
+
 def serves(queries: Queries, window: RingRows) -> bool:
     """Whether FlashMLA has a kernel for these caches, this model and this GPU."""
-    ring = window.ring
-    fits = isinstance(ring, PackedRows) and queries.dim == 512 and ring.format.rope == 64
+    return len(queries.heads) <= _MOST_ROWS and _known(queries, window.ring)
+
+
+def serves_step(queries: Queries, window: WindowRows, entries: PagedEntries | None) -> bool:
+    """As `serves` for step rows, whose entries must fit into the workspace, too."""
+    rows = len(queries.heads)
+    return rows > 0 and _known(queries, window.rows) and vendor_chunks.fits(rows, entries)
+
+
+def _known(queries: Queries, rows: Rows) -> bool:
+    fits = isinstance(rows, PackedRows) and queries.dim == 512 and rows.format.rope == 64
     fits = fits and queries.count in _HEADS and queries.heads.dtype == torch.bfloat16
-    return fits and len(queries.heads) <= _MOST_ROWS and is_hopper(queries.heads.device)
+    return fits and is_hopper(queries.heads.device)
 
 
 def faster(heads: int, rows: int, reach: int, chosen: bool) -> bool:
@@ -113,7 +153,7 @@ def by_flash_mla(
         far = grid_of(entries.pool)
     else:
         mode = _NO_ENTRIES
-    parts = max(1, multiprocessors(device) // (heads // 64))
+    parts = max(1, multiprocessors(device) // max(1, heads // 64))
     q = torch.empty(rows, 1, heads, dim, dtype=torch.bfloat16, device=device)
     places = torch.empty(rows, 1, WINDOW, dtype=torch.int32, device=device)
     chosen = torch.empty(rows, 1, max(width, 1), dtype=torch.int32, device=device)
@@ -177,6 +217,13 @@ def grid_of(pool: PackedRows) -> Grid:
             view = torch.as_strided(values, (values.shape[0], page, 1, row), (stride, row, row, 1), start)
             return Grid(view, page, first)
     raise ValueError("these rows do not lie as FlashMLA reads them")
+
+
+@cache
+def prefill() -> Callable[..., Any]:
+    """FlashMLA's sparse prefill operation; errors as those of `load`."""
+    loader = importlib.import_module("flash_mla._loader")
+    return loader.get_ops(True).sparse_prefill_fwd  # type: ignore[no-any-return]
 
 
 @cache

@@ -24,7 +24,10 @@ from triptych.kernels.quant.triton_rows import place_of
 
 _STRIDE = 128  # places of a row come in whole ones of these
 _PLACES = 1 << 24  # places alive at once: 64 MiB
-_ALONE, _TOGETHER = 32, 8  # entries that the workspace may hold for each row of the step, of one sequence and of several
+_ALONE, _TOGETHER = (
+    32,
+    8,
+)  # entries that the workspace may hold for each row of the step, of one sequence and of several
 _TILE_HEADS, _TILE_KEYS, _TILE_ROWS, _TURNED = 4, 128, 16, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
