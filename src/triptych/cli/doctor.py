@@ -23,6 +23,7 @@ PACKAGES = (
     ("torch", "", "tensors and matrix products"),
     ("numba", "cpu", "kernels compiled for this processor"),
     ("triton", "gpu", "kernels for NVIDIA GPUs"),
+    ("sgl-flash-mla", "flashmla", "FlashMLA, faster attention on Hopper GPUs"),
     ("starlette", "server", "the HTTP server"),
     ("uvicorn", "server", "the HTTP server"),
     ("httptools", "server", "faster HTTP parsing"),
@@ -169,7 +170,12 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _remedy(package: Package) -> str:
-    return "" if package.version else f"pip install 'triptych[{package.extra}]'"
+    if package.version:
+        return ""
+    from triptych.kernels.vendors import VENDORS
+
+    remedies = {vendor.package: vendor.remedy for vendor in VENDORS.values()}
+    return remedies.get(package.name, f"pip install 'triptych[{package.extra}]'")
 
 
 def _version(distribution: str) -> str | None:
@@ -218,6 +224,8 @@ def _processor() -> str:
 
 def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
     """What makes this machine slower than it need be, one sentence each with the remedy."""
+    from triptych.kernels.vendors import VENDORS
+
     missing = {package.name for package in packages if package.version is None}
     advice = []
     if "numba" in missing and not machine.gpus:
@@ -228,6 +236,9 @@ def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
         advice.append(f"{machine.gpu_problem} The processor is used.")
     elif machine.gpus and "triton" in missing:
         advice.append("The reference kernels will run on the GPU, many times slower: pip install 'triptych[gpu]'.")
+    elif "sgl-flash-mla" in missing and any("compute capability 9.0" in gpu for gpu in machine.gpus):
+        remedy = VENDORS["attend_rows"].remedy
+        advice.append(f"Attention would be faster with FlashMLA beside our own kernels: {remedy}.")
     if machine.load is not None and machine.load > machine.cores / 2:
         busy = f"{machine.load:.1f} of {machine.cores} cores"
         advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")

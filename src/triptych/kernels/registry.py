@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from triptych.config import KernelBackend as Backend
 from triptych.errors import ConfigError
-from triptych.kernels.vendors import VENDORS, problem_of
+from triptych.kernels.vendors import UNUSED, VENDORS, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ def _fast_choice(op: str, own: Literal["cpu", "triton"], backend: Backend, capab
     """Our own kernel, or a vendor's, with what decided."""
     vendor = VENDORS.get(op) if own == "triton" else None
     if vendor is None:
-        return Choice(op, own, _COMPILED[own])
+        other = f"; {UNUSED[op]}" if own == "triton" and op in UNUSED else ""
+        return Choice(op, own, _COMPILED[own] + other)
     if backend == "triton":
         return Choice(op, own, f"{_COMPILED[own]}; {vendor.name} was not asked for")
     problem = problem_of(vendor, capability)

@@ -36,6 +36,14 @@ VENDORS = {
 }
 
 
+UNUSED = {
+    "select_rows": "DeepGEMM reads pages of 64 keys, and ours hold 32",
+    "experts": "Marlin and humming want the weights in an order of their own",
+    "moe_rows": "Marlin and humming want the weights in an order of their own",
+}
+"""Why an operation of which a vendor has a kernel has no adapter for it (docs/kernels.md)."""
+
+
 def problem_of(vendor: Vendor, capability: tuple[int, int] | None) -> str | None:
     """Why a vendor's kernel cannot run on a GPU of this compute capability, or None."""
     try:

@@ -28,7 +28,7 @@ _ALONE, _TOGETHER = (
     32,
     8,
 )  # entries that the workspace may hold for each row of the step, of one sequence and of several
-_TILE_HEADS, _TILE_KEYS, _TILE_ROWS, _TURNED = 4, 128, 16, 16
+_TILE_HEADS, _TILE_KEYS, _TILE_ROWS, _TURNED = 4, 128, 8, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
 
