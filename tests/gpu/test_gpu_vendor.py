@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_gpu_decode as decode
 import torch
 from test_gpu_packed import ENTRY, MODELS, VISIBLE, poison
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import packed_cases as cases
+
+from triptych.kernels.registry import select
 
 vendor: Any = pytest.importorskip("triptych.kernels.attend_rows.vendor")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("flash_mla") is None, reason="sgl-flash-mla is not installed")
@@ -40,6 +43,21 @@ def test_prefill_attention(model: str, kind: str, places: int, monkeypatch: pyte
     monkeypatch.setattr(vendor.vendor_chunks, "_PLACES", places)
     poison()
     assert cases.heads_error(vendor.attend_heads_forced(*case), case) < 4e-3
+
+
+def test_decode_steps_are_those_of_our_own_kernels() -> None:
+    start = decode.prompted("fp8")
+    runners = {name: decode.runner_on("cuda", "released", "fp8", "fp8") for name in ("triton", "vendor")}
+    for name, runner in runners.items():
+        runner.model.use_kernels(select(name, device="cuda", capability=torch.cuda.get_device_capability()))  # type: ignore[arg-type]
+        decode.copy_pools(start, runner)
+    rows, seen = len(decode.LENGTHS), {name: [] for name in runners}
+    for step in range(5):
+        for name, runner in runners.items():
+            logits = runner.model.decode(decode.batch(step, 2, decode.CUDA), runner.pools.layers)
+            seen[name].append(logits[:rows].clone())
+    assert runners["vendor"].model.kernels.attend_rows is vendor.attend_rows_forced
+    decode.near(seen["vendor"], [logits.cpu() for logits in seen["triton"]])
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
