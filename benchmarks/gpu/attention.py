@@ -34,8 +34,8 @@ from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.triton import ordered_scores, select_rows
 
 READ, BF16, FP8 = 4.42e12, 757e12, 1475e12  # bytes/s and FLOP/s of one H200, measured (docs/log.md)
-CONTEXTS = {"8K": 1 << 13, "128K": 1 << 17, "1M": 1 << 20}
-BATCHES = (1, 8, 32, 64, 128)
+CONTEXTS = {"8K": 1 << 13, "32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 RING = 260
 ROTATED = 120 << 20  # bytes that one graph reads at least
 DEVICE = torch.device("cuda")

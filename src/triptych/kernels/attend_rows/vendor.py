@@ -35,8 +35,12 @@ from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
 _HEADS = (64, 128)
+_FEWEST_ROWS = ((128, 16), (384, 8), (2048, 2), (1 << 62, 1))
+"""Entries that a row reads at most, and from how many rows of 64 heads on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
-_FEWEST_STEP_ROWS = 256
+_FEWEST_STEP_ROWS = 1024  # over the window alone; a quarter of it with entries
+EARLY = not own.INTERPRETED
+LATE = False
 _TILE_HEADS, _TILE_KEYS, _TURNED = 4, 256, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
@@ -57,7 +61,7 @@ def attend_rows(
     attention: Attention,
 ) -> Tensor:
     """See ref.attend_rows and triton.attend_rows; by FlashMLA where it can serve and is faster."""
-    if serves(queries, window) and faster(queries.count, len(queries.heads), _reach(entries, ids), ids is not None):
+    if serves(queries, window) and faster(queries.count, len(queries.heads), _reach(entries, ids)):
         return by_flash_mla(queries, window, entries, ids, attention)
     return own.attend_rows(queries, window, entries, ids, attention)
 
@@ -83,8 +87,8 @@ def attend_heads(
     attention: Attention,
 ) -> Tensor:
     """See ref.attend_heads and triton.attend_heads; by FlashMLA where it can serve and is faster."""
-    rows = len(queries.heads)
-    if rows >= _FEWEST_STEP_ROWS and serves_step(queries, window, entries):
+    fewest = _FEWEST_STEP_ROWS if entries is None else _FEWEST_STEP_ROWS // 4
+    if len(queries.heads) >= fewest and serves_step(queries, window, entries):
         return vendor_chunks.by_flash_mla(prefill(), queries, window, entries, ids, attention)
     return own.attend_heads(queries, window, entries, ids, attention)
 
@@ -119,9 +123,13 @@ def _known(queries: Queries, rows: Rows) -> bool:
     return fits and is_hopper(queries.heads.device)
 
 
-def faster(heads: int, rows: int, reach: int, chosen: bool) -> bool:
-    """Whether FlashMLA with its launches around it beats our own kernels, by `reach`, the most entries of a row."""
-    return True
+def faster(heads: int, rows: int, reach: int) -> bool:
+    """Whether FlashMLA with its launches around it beats our own kernels where a row reads at most `reach` entries.
+
+    As measured on an H200 (benchmarks/results/gpu_attention.jsonl): short lists of few rows are over before they are
+    prepared, and 128 heads count as two rows of 64.
+    """
+    return rows * heads // 64 >= next(least for most, least in _FEWEST_ROWS if reach <= most)
 
 
 def _reach(entries: PagedEntries | None, ids: Tensor | None) -> int:
@@ -177,6 +185,8 @@ def by_flash_mla(
         HEADS=_TILE_HEADS,
         KEYS=_TILE_KEYS if ids is None else triton.next_power_of_2(triton.cdiv(ids.shape[1], heads // _TILE_HEADS)),
         BATCH=max(2, triton.next_power_of_2(rows)),
+        EARLY=EARLY,
+        launch_pdl=EARLY,
         num_warps=4,
     )
     extra = (None, None, None) if far is None else (far.view, chosen, lengths)
@@ -184,7 +194,13 @@ def by_flash_mla(
         0
     ].view(rows, heads, dim)
     turn_back[(rows, triton.cdiv(heads, _TURNED))](
-        *(out, cos, sin, heads), DIM=dim, ROPE=2 * cos.shape[1], HEADS=_TURNED, num_warps=1
+        *(out, cos, sin, heads),
+        DIM=dim,
+        ROPE=2 * cos.shape[1],
+        HEADS=_TURNED,
+        EARLY=LATE,
+        num_warps=1,
+        launch_pdl=LATE,
     )
     return out  # type: ignore[no-any-return]
 
