@@ -20,7 +20,7 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of, with_defaults
+from triptych.engine.device import device_for, free_device_memory, kernels_for, kind_of, with_defaults
 from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
@@ -35,7 +35,6 @@ from triptych.engine.warmup import prepare, warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
-from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
@@ -99,7 +98,8 @@ def build_loop(
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
-    space = namespace(identity, geometry, config, exact=places.exact)
+    vendors = [row.op for row in kernels_for(config, weights.embed.device) if row.backend == "vendor"]
+    space = namespace(identity, geometry, config, exact=places.exact, vendors=vendors)
     stores = open_stores(wanted, space)
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
@@ -218,7 +218,7 @@ def _refuse_released(config: EngineConfig, device: torch.device) -> None:
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
     """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
-    if any(row.backend == "cpu" for row in table(config.kernel_backend, device=kind_of(device))):
+    if any(row.backend == "cpu" for row in kernels_for(config, device)):
         parallel.set_threads(config.threads)
     elif config.threads is not None:
         torch.set_num_threads(config.threads)

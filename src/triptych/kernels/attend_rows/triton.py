@@ -1,4 +1,4 @@
-"""Attention of decode rows for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches.
+"""Attention for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches, or in one for many step rows.
 
     keys of a row    | window rows from the ring | entries: the chosen ones, or all visible ones |
     its splits        [------ span ------][------ span ------][------ span ------][-- rest --]
@@ -90,15 +90,52 @@ def attend_packed(
     `fixed`: a row's bits do not depend on its batch mates.
     """
     rows, heads, dim = q.shape
-    if entries is not None and selected is None and entries.most == 0:
-        entries = None
-    out = torch.empty_like(q)
     assert isinstance(window.rows, PackedRows)
     none = torch.empty(1, window.rows.format.rope // 2, device=q.device)
     queries = Queries(q.contiguous().view(rows, heads * dim), heads, dim, (none, none), 0.0)
+    return _step_rows(queries, window, entries, selected, attention, fixed=fixed)
+
+
+def attend_heads(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads. `entries.most` must be known; ids that are not -1 come first."""
+    return _step_rows(queries, window, entries, ids, attention)
+
+
+def attend_heads_deterministic(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads; a row's bits do not depend on its batch mates."""
+    return _step_rows(queries, window, entries, ids, attention, fixed=True)
+
+
+def _step_rows(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    *,
+    fixed: bool = False,
+) -> Tensor:
+    """Attention of rows whose window is a stretch of a flat workspace: [R, H, c] in the queries' dtype."""
+    if entries is not None and ids is None and entries.most == 0:
+        entries = None
+    heads, rows = queries.heads, len(queries.heads)
+    out = torch.empty(rows, queries.count, queries.dim, dtype=heads.dtype, device=heads.device)
     slots = window.first if entries is None else entries.seq
     ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
-    _launch(queries, ring, entries, selected, attention, out, _fixed(queries, ring) if fixed else None)
+    if rows:
+        _launch(queries, ring, entries, ids, attention, out, _fixed(queries, ring) if fixed else None)
     return out
 
 
@@ -114,9 +151,9 @@ def _launch(
     """Both launches into `out` [R, H, c].
 
     A stride of 0 stands for step rows, whose window is a stretch of a flat workspace; of a single split of theirs the
-    first launch writes the result itself.
+    first launch writes the result itself. An eps of 0 stands for queries that are normed and rotated already.
     """
-    flat = window.stride == 0
+    flat, raw = window.stride == 0, queries.eps > 0
     rows, heads, dim = out.shape
     mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
     most = WINDOW
@@ -137,6 +174,7 @@ def _launch(
         *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
+        RAW=raw,
         WHOLE=whole,
         PER_PAGE=1 if entries is None else entries.pool.shape[1],
         RING=window.size,
@@ -150,6 +188,7 @@ def _launch(
         *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
+        RAW=raw,
         REACH=WINDOW,
         DIM=dim,
         ROPE=rope,
@@ -267,6 +306,7 @@ def _combine(
     span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
+    RAW: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
@@ -275,8 +315,7 @@ def _combine(
     TAKEN: tl.constexpr,
 ):
     """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
-    r = tl.program_id(2).to(tl.int64)
-    h, start = tl.program_id(1), tl.program_id(0) * WIDTH
+    r, h, start = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
     used = tl.cdiv(total, span)
@@ -288,8 +327,8 @@ def _combine(
     highest = tl.maximum(tl.max(peaks, 0), sink)
     weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
     at = d - (DIM - ROPE)
-    turns = (at >= 0) & (d < DIM) & (not FLAT)
-    partner = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
+    turns = (at >= 0) & (d < DIM) & RAW
+    mate = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
     acc, turned = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     for first in range(0, used, TAKEN):
         t = first + tl.arange(0, TAKEN)
@@ -298,8 +337,8 @@ def _combine(
         there = (t < used)[:, None] & (d < DIM)[None, :]
         x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
         acc += tl.sum(x * factor, 0)
-        if start + WIDTH > DIM - ROPE and not FLAT:
-            y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
+        if start + WIDTH > DIM - ROPE and RAW:
+            y = tl.load(part_ptr + row[:, None] * DIM + mate[None, :], mask=there & turns[None, :], other=0.0)
             turned += tl.sum(y * factor, 0)
     turn = r * (ROPE // 2) + at // 2
     cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)

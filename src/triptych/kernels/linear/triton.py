@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.linear import ref
-from triptych.kernels.linear.many import grouped, product, round_rows
+from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 _FEW = 8
@@ -50,9 +50,10 @@ def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
     out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
     if len(x) <= _FEW:
         return _stream(x, front.latent, front.rest, out, columns, rounded=True)
-    out[:, :cut] = linear(x.to(torch.bfloat16), front.latent)
+    x = x.to(torch.bfloat16)
+    _many(quantize(x), front.latent, out[:, :cut], narrow=True)
     if cut < columns:
-        out[:, cut:] = torch.mm(x.to(torch.bfloat16), front.rest.T, out_dtype=torch.float32)
+        torch.mm(x, front.rest.T, out_dtype=torch.float32, out=out[:, cut:])
     return out
 
 
@@ -66,10 +67,23 @@ def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
         return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
     if len(x) <= _MANY and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
-    blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, min(rank, 128)))
-    dense = (blocks * weight.scales.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
-    y = torch.bmm(x.transpose(0, 1).to(torch.bfloat16), dense.transpose(1, 2))
-    return y.transpose(0, 1).flatten(1).to(x.dtype)
+    x = x.to(torch.bfloat16)
+    y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
+    torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(len(x), groups, rank).transpose(0, 1))
+    return y.to(out.dtype)
+
+
+def _dense(weight: Fp8Matrix) -> Tensor:
+    """Matrices [G, N, K] in bf16."""
+    rank, depth = weight.shape[1:]
+    dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
+    block = 4096
+    dequantised[(triton.cdiv(dense.numel(), block),)](
+        *(weight.values, weight.scales, dense, dense.numel(), depth, rank, min(rank, 128), weight.scales.shape[1]),
+        BLOCK=block,
+        num_warps=8,
+    )
+    return dense
 
 
 def _fits(weight: Fp8Matrix) -> bool:
@@ -137,7 +151,8 @@ def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     return out
 
 
-def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
+def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -> Tensor:
+    """Into out, a matrix of any row stride; `narrow`: values rounded to bf16, whatever it keeps."""
     rows, columns = out.shape
     depth = weight.shape[1]
     tall, wide, warps, stages = _tiles(rows, columns)
@@ -149,11 +164,12 @@ def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     product[(blocks, split)](
         *(x.values, x.scales, weight.values, weight.scales, out, part, _counters(out.device)),
-        *(rows, columns, depth, *x.scales.stride()),
+        *(rows, columns, depth, *x.scales.stride(), out.stride(0)),
         SPLIT=split,
         TALL=tall,
         WIDE=wide,
         SHARE=16,
+        NARROW=narrow,
         num_warps=warps,
         num_stages=stages,
     )

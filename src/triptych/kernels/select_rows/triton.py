@@ -25,16 +25,32 @@ from triptych.kernels.select_rows.highest import GROUP, highest
 from triptych.kernels.select_rows.ref import IndexQueries
 
 _TILE = 128  # keys of one product
+_ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
 
 def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
-    """See ref.select_rows. `keys.most` must bound what any row sees."""
+    """See ref.select_rows. `keys.most` must bound what any row sees.
+
+    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
+    """
     assert keys.most is not None
-    scores, tops = ordered_scores(queries, keys)
-    return highest(scores, tops, keys.visible, topk)
+    rows = len(queries.heads)
+    step = max(_ALONE, _SCORES // (4 * max(keys.most, _TILE)))
+    if rows <= step:
+        scores, tops = ordered_scores(queries, keys)
+        return highest(scores, tops, keys.visible, topk)
+    out = torch.empty(rows, topk, dtype=torch.int32, device=queries.heads.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
+        angles = (queries.angles[0][part], queries.angles[1][part])
+        mine = queries._replace(heads=queries.heads[part], angles=angles, weights=queries.weights[part])
+        scores, tops = ordered_scores(mine, some)
+        out[part] = highest(scores, tops, some.visible, topk)
+    return out
 
 
 def ordered_scores(
@@ -129,7 +145,7 @@ def _hopper_scores(
     assert isinstance(pool, PackedRows)
     total = scores.shape[1]
     launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    shared = 1 if queries.rounds else 4  # rows of a prefill chunk read the same keys
+    shared = 1 if rows <= _ALONE else 4  # rows of a prefill chunk read the same keys
     launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
         *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
