@@ -33,6 +33,9 @@ class Sequence:
         self.failed = False
         self.starved = False
         self.ended = False
+        self.shared = False
+        self.weights = 0  # the version of the weights that it runs on
+        self._by_weights: dict[int, int] = {}
         self.ahead = 0
         self._reached = 0
         self._first: ResumePlan | None = None
@@ -84,8 +87,8 @@ class Sequence:
 
     @property
     def holds_up_forks(self) -> bool:
-        """True until the prompt has run once, so that its pages and its last boundary are cached."""
-        return not self.ended and not self.generated
+        """True until the prompt has run, so that its pages and its last boundary are cached."""
+        return not self.ended and not self.shared
 
     def admit(self, plan: ResumePlan) -> int:
         """Start running by `plan`. Returns how many tokens will run again that had run before a preemption."""
@@ -114,7 +117,8 @@ class Sequence:
         self._buffer[self.length] = token
         self.length += 1
         self.ahead -= 1
-        self.prefilled = True
+        self._by_weights[self.weights] = self._by_weights.get(self.weights, 0) + 1
+        self.prefilled = self.shared = True
 
     def suspend(self) -> None:
         """Preempted: tokens stay, what has run is only what the cache will remember."""
@@ -136,4 +140,5 @@ class Sequence:
             cached_by_tier=plan.by_tier,
             resume=plan.kind,
             approximate=plan.kind == "bounded",
+            completion_by_weights=dict(self._by_weights),
         )
