@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -443,6 +443,33 @@ class Facts:
     waiting: int = 0
     remembered: int = 0
     seconds: float = 0.0
+
+
+Running = Literal["drain", "abort", "recompute"]
+"""What becomes of requests that are there when the weights are replaced:
+
+drain      they end on the old weights; the update waits, and so does who comes meanwhile
+abort      they end at once, with what they have
+recompute  they keep their tokens, run all of them again on the new weights and go on from there
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsUpdate:
+    """What an update did. `version`: 1 for the first, and so on; `identity` tells contents apart, in hexadecimal.
+
+    `staged_seconds` went by while requests ran, `stopped_seconds` while none could. `aborted` requests were ended and
+    `recomputed` ones, those that ran and not those that waited, started again.
+    """
+
+    version: int
+    identity: str
+    tensors: int
+    bytes: int
+    staged_seconds: float
+    stopped_seconds: float
+    aborted: int = 0
+    recomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

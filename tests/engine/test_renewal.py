@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triptych.checkpoint import CheckpointReader, write_checkpoint
+from triptych.checkpoint import CheckpointReader, safetensors_stream, write_checkpoint
 from triptych.checkpoint.names import fused_name, transformers_name
 from triptych.config import EngineConfig
 from triptych.engine import async_engine
@@ -122,6 +122,31 @@ def _as_transformers(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Te
     for name, parts in stacks.items():
         count = engine.shape.num_experts
         yield name, torch.stack([torch.cat([parts[at] for at in sorted(parts) if at[0] == e]) for e in range(count)])
+
+
+def test_a_file_may_come_in_pieces_of_any_size(engine: Engine, directory: Path, wanted: list[tuple[Any, ...]]) -> None:
+    [file] = directory.glob("*.safetensors")
+    raw = file.read_bytes()
+    pieces = [raw[:3], raw[3:1000], raw[1000:1001], b"", raw[1001:]]
+    engine.update_weights(safetensors_stream(pieces))
+    assert told(ask(engine)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda raw: raw[:-5], "end early: 5 bytes"),
+        (lambda raw: raw[:5], "end early"),
+        (lambda raw: b"GET / HTTP/1.1 and so on", "no safetensors file"),
+        (lambda raw: raw[:8] + b"x" + raw[9:], "no header"),
+        (lambda raw: raw.replace(b'"F32"', b'"F64"', 1), "cannot be"),
+        (lambda raw: b"", "end early"),
+    ],
+)
+def test_a_damaged_file_is_refused(directory: Path, damage: Callable[[bytes], bytes], sentence: str) -> None:
+    [file] = directory.glob("*.safetensors")
+    with pytest.raises(CheckpointError, match=sentence):
+        list(safetensors_stream([damage(file.read_bytes())]))
 
 
 def test_there_and_back_finds_nothing_in_between(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from triptych.checkpoint.container import DTYPES
 from triptych.checkpoint.names import FUSED, official_name
 from triptych.checkpoint.reader import near
 from triptych.checkpoint.table import TensorSpec, tensor_table
@@ -17,7 +20,7 @@ from triptych.kernels.quant import ref as quant
 
 _PACKED = (torch.int8, torch.uint8)
 _E4M3_NAN = 0x7F  # beside the sign: the only code of float8_e4m3fn that is no number
-_SCALE = ".scale"
+_HEADER_BYTES = 100 << 20  # as the format's own library allows
 
 
 class Named(NamedTuple):
@@ -60,6 +63,62 @@ def official_tensors(tensors: Iterable[tuple[str, Tensor]], shape: ModelShape) -
     for name in waiting:
         lacks = f"its scales {table[name].scale_name}" if name in table else f"the quantised tensor {scales[name].name}"
         raise CheckpointError(f"Tensor {name} came without {lacks}.")
+
+
+def safetensors_stream(pieces: Iterable[bytes]) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, tensor) of a safetensors file that arrives in pieces; one tensor is held at a time.
+
+    CheckpointError where the bytes are no such file, or end too early.
+    """
+    source = _Bytes(pieces)
+    length = int.from_bytes(source.take(8), "little")
+    if length > _HEADER_BYTES:
+        raise CheckpointError("What was sent is no safetensors file.", "Send the bytes of one, from its first on.")
+    at = 0
+    for start, end, name, code, shape in _entries(source.take(length)):
+        dtype = DTYPES.get(code)
+        if dtype is None or start != at or end - start != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(f"Tensor {name} is {code} {shape} in bytes {start} to {end}, which cannot be.")
+        data = source.take(end - start)
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        yield name, flat.view(dtype).reshape(shape)
+        at = end
+
+
+def _entries(header: bytearray) -> list[tuple[int, int, str, str, list[int]]]:
+    """(first byte, last byte + 1, name, dtype, shape) of each tensor, in the order in which they lie."""
+    try:
+        rows = json.loads(header)
+        rows.pop("__metadata__", None)
+        found = []
+        for name, row in rows.items():
+            first, last = map(int, row["data_offsets"])
+            found.append((first, last, str(name), str(row["dtype"]), list(map(int, row["shape"]))))
+        return sorted(found)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise CheckpointError("What was sent has no header of a safetensors file.") from None
+
+
+class _Bytes:
+    """Exactly as many bytes as one asks for, out of pieces of any size."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = memoryview(b"")
+
+    def take(self, count: int) -> bytearray:
+        out, filled = bytearray(count), 0
+        while filled < count:
+            if not self._rest:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    raise CheckpointError(f"The weights end early: {count - filled:,} bytes of a tensor are missing.")
+                self._rest = memoryview(piece)
+            part = self._rest[: count - filled]
+            out[filled : filled + len(part)] = part
+            self._rest = self._rest[len(part) :]
+            filled += len(part)
+        return out
 
 
 def check_numbers(name: str, data: Tensor) -> None:

@@ -17,7 +17,7 @@ from triptych.config import EngineConfig
 from triptych.engine.async_engine import AsyncEngine
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.outputs import OutputText
-from triptych.engine.renewal import Source, WeightsUpdate, stage, swap
+from triptych.engine.renewal import Source, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
@@ -32,6 +32,7 @@ from triptych.words import (
     TokenIds,
     TokenLogprob,
     Usage,
+    WeightsUpdate,
     token_ids,
 )
 

@@ -14,21 +14,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from triptych.checkpoint import safetensors_stream
 from triptych.config import EngineConfig
 from triptych.engine.facts import Watch, panels
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
-from triptych.engine.renewal import Running, Source, Staged, WeightsUpdate, check_running, stage, swap
+from triptych.engine.renewal import Source, Staged, check_running, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
 from triptych.text.grammar import GrammarCache
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, FinishReason, SamplingParams, TokenIds
+from triptych.words import (
+    NO_HINTS,
+    CacheHints,
+    Delta,
+    EngineStats,
+    Facts,
+    FinishReason,
+    Running,
+    SamplingParams,
+    TokenIds,
+    WeightsUpdate,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -130,7 +142,7 @@ class AsyncEngine:
         while self._commands:  # requests that came too late to be stepped still have to be told
             self._commands.popleft()()
         self._withdraw(self._update, Unavailable("The engine was stopped."))
-        self._deliver(self._loop.end_all(FinishReason.ABORT, "The engine was stopped."))
+        self._deliver(self._loop.end_all(FinishReason.ABORT, "The request was ended because the server stops."))
         if not await asyncio.to_thread(self._loop.settle, _FLUSH_SECONDS):
             logger.warning("copies to lower tiers were not finished in %.0f s and are lost", _FLUSH_SECONDS)
         self._loop.close()
@@ -170,6 +182,12 @@ class AsyncEngine:
             return await self._swap(staged, running, timeout)
         finally:
             self._updating.release()
+
+    async def upload_weights(
+        self, pieces: Iterable[bytes], *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """As `update_weights`, from the bytes of a safetensors file that holds all tensors, as they arrive."""
+        return await self.update_weights(safetensors_stream(pieces), running=running, timeout=timeout)
 
     async def _swap(self, staged: Staged, running: Running, timeout: float | None) -> WeightsUpdate:
         """Hand the new weights to the engine thread and wait until they are in place."""

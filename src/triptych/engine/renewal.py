@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 import xxhash
@@ -30,37 +30,12 @@ from triptych.engine.memory import free_memory
 from triptych.engine.stores import namespace
 from triptych.errors import CheckpointError, ConfigError, Unsupported, nearest
 from triptych.model.weights import WeightStore
+from triptych.words import Running, WeightsUpdate
 
 Source = str | Path | Iterable[tuple[str, Tensor]]
 """A checkpoint directory, or tensors under any name that checkpoints have."""
 
-Running = Literal["drain", "abort", "recompute"]
-"""What becomes of requests that were there before an update:
-
-drain      they end on the old weights; the update waits, and so does who comes meanwhile
-abort      they end at once, with what they have
-recompute  they keep their tokens, run all of them again on the new weights and go on from there
-"""
-
-RUNNING: tuple[Running, ...] = ("drain", "abort", "recompute")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsUpdate:
-    """What an update did. `version`: 1 for the first, and so on; `identity` tells contents apart, in hexadecimal.
-
-    `staged_seconds` went by while requests ran, `stopped_seconds` while none could. `aborted` requests were ended and
-    `recomputed` ones, those that ran and not those that waited, started again.
-    """
-
-    version: int
-    identity: str
-    tensors: int
-    bytes: int
-    staged_seconds: float
-    stopped_seconds: float
-    aborted: int = 0
-    recomputed: int = 0
+RUNNING: tuple[Running, ...] = get_args(Running)
 
 
 @dataclass(frozen=True, slots=True)

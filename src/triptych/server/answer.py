@@ -42,7 +42,7 @@ async def _good_deltas(
         async for choice, delta in deltas:
             record.saw_delta(choice, delta)
             if delta.finish_reason is FinishReason.ABORT:
-                raise Unavailable("The request was ended because the server stops.", "Retry later.")
+                raise Unavailable(delta.error or "The request was ended because the server stops.", "Retry later.")
             if delta.error is not None or delta.finish_reason is FinishReason.ERROR:
                 raise TriptychError(delta.error or "The engine could not continue this request.")
             if delta.usage is not None:
