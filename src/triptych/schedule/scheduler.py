@@ -276,7 +276,7 @@ class Scheduler:
                 aside.append(self._waiting.popleft())
                 continue
             request = sequence.request
-            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, request.hints)
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, sequence.hints)
             if plan is None:
                 break
             self._waiting.popleft()

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from triptych.cache.resume import ResumePlan
-from triptych.words import Request, TokenIds, Usage
+from triptych.words import CacheHints, Request, TokenIds, Usage
 
 
 class Sequence:
@@ -24,6 +26,9 @@ class Sequence:
         self.request = request
         self.limit = limit
         self.parent = parent
+        self._forked = False
+        if parent is not None:
+            parent._forked = True
         self.prompt = len(request.prompt_ids)
         self.length = self.prompt
         self.processed = 0
@@ -54,6 +59,12 @@ class Sequence:
         view = self._buffer[: self.length]
         view.flags.writeable = False
         return view
+
+    @property
+    def hints(self) -> CacheHints:
+        """What is known about reuse; if others are to fork from it, that they will leave at the end of its prompt."""
+        hints = self.request.hints
+        return replace(hints, marks=(*hints.marks, self.prompt)) if self._forked else hints
 
     @property
     def running(self) -> bool:
