@@ -40,7 +40,7 @@ def _watch(choice: int, delta: Delta, record: Record, bill: _Bill) -> None:
     if delta.finish_reason is None and delta.error is None and delta.usage is None:
         return
     if delta.finish_reason is FinishReason.ABORT:
-        raise Unavailable("The request was ended because the server stops.", "Retry later.")
+        raise Unavailable(delta.error or "The request was ended because the server stops.", "Retry later.")
     if delta.error is not None or delta.finish_reason is FinishReason.ERROR:
         raise TriptychError(delta.error or "The engine could not continue this request.")
     if delta.usage is not None:

@@ -43,6 +43,9 @@ _CACHE_COUNTERS = {
 }
 
 
+STATES = ("running", "paused", "updating")
+
+
 class Recent:
     """A histogram that also remembers its last values, for people who want a median now and not a bucket."""
 
@@ -131,6 +134,13 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"triptych_{name}_requests", text, value=getattr(stats, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"triptych_{name}", text, value=getattr(stats, name))
+        state = GaugeMetricFamily("triptych_engine_state", "1 for the state that the engine is in.", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], stats.state == name)
+        yield state
+        yield CounterMetricFamily(
+            "triptych_weights_updates", "How often the weights were replaced.", value=stats.weights
+        )
         yield from self._labelled(stats)
         for name, text in _CACHE_COUNTERS.items():
             yield CounterMetricFamily(f"triptych_{name}", text, value=stats.cache.get(name, 0))
