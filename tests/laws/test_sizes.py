@@ -16,6 +16,7 @@ _KERNEL = "one kernel: its registers flow through all of its stages, and a stage
 EXCEPTIONS: dict[str, str] = {
     "src/triptych/kernels/attend_rows/portable.py:partial": _KERNEL,
     "src/triptych/kernels/attend_rows/hopper.py:partial": _KERNEL,
+    "src/triptych/kernels/select_rows/chunk.py:scores": _KERNEL,
     "src/triptych/kernels/select_rows/hopper.py:scores": _KERNEL,
     "src/triptych/kernels/select_rows/triton.py:_scores": _KERNEL,
 }
