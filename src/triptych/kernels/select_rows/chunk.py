@@ -74,7 +74,7 @@ def prepare(
 
 
 @gluon.jit
-def scores(
+def scores(  # noqa: C901  (branches that the compiler resolves)
     q_ptr, power_ptr, weight_ptr, weight_row, pool_ptr, pool_page, pool_row, scales_ptr, scales_page, scales_row,
     table_ptr, table_row, seq_ptr, visible_ptr, out_ptr, tops_ptr, total, heads, stretch, count,
     KIND: gl.constexpr, PER_PAGE: gl.constexpr, STAGES: gl.constexpr,
