@@ -13,6 +13,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import packed_cases as cases
 
+from triptych.kernels.attend.ref import WindowRows
+from triptych.kernels.attend_rows import chunk
 from triptych.kernels.attend_rows import ref as attend_ref
 from triptych.kernels.attend_rows import triton as attend
 from triptych.kernels.attend_rows.ref import Queries
@@ -47,9 +49,12 @@ def heads_case(kind: str, count: int, g: torch.Generator) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
-@pytest.mark.parametrize("count", [1, 200, 400])
-def test_attention_of_raw_queries(kind: str, count: int, g: torch.Generator) -> None:
+@pytest.mark.parametrize(("count", "converted"), [(1, False), (200, False), (200, True), (400, True)])
+def test_attention_of_raw_queries(
+    kind: str, count: int, converted: bool, g: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, window, entries, ids, core = heads_case(kind, count, g)
+    monkeypatch.setattr(chunk, "fits", lambda *_: converted)
     got = attend.attend_heads(queries, window, entries, ids, core)
     wide = queries._replace(heads=queries.heads.double(), angles=tuple(turn.double() for turn in queries.angles))
     want = attend_ref.attend_heads(wide, window, entries, ids, core._replace(sink=core.sink.double()))
@@ -98,6 +103,22 @@ def test_a_site_of_many_rows(rows: int, g: torch.Generator) -> None:
         mhc.mhc_first(ids, table, site, norm), mhc_ref.mhc_first(ids, table, site, norm), strict=True
     ):
         assert cases.error(one, truth) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
+def test_attention_of_a_row_does_not_depend_on_its_chunk(kind: str, g: torch.Generator) -> None:
+    queries, window, entries, ids, core = heads_case(kind, 300, g)
+    got = attend.attend_heads(queries, window, entries, ids, core)
+    some = torch.arange(131, 300, device="cuda")
+    assert chunk.fits(queries, entries)
+    alone = attend.attend_heads(
+        queries._replace(heads=queries.heads[some], angles=tuple(turn[some] for turn in queries.angles)),
+        WindowRows(window.rows, window.first[some], window.count[some]),
+        None if entries is None else entries._replace(seq=entries.seq[some], visible=entries.visible[some]),
+        None if ids is None else ids[some],
+        core,
+    )
+    assert torch.equal(alone, got[some])
 
 
 def fp8(g: torch.Generator, *size: int) -> Fp8Matrix:
