@@ -18,6 +18,9 @@ from triptych.kernels.attend_rows import chunk
 from triptych.kernels.attend_rows import ref as attend_ref
 from triptych.kernels.attend_rows import triton as attend
 from triptych.kernels.attend_rows.ref import Queries
+from triptych.kernels.compress import ref as compress_ref
+from triptych.kernels.compress import triton as compress
+from triptych.kernels.compress.ref import Compressor, CompressPlan
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear import triton as linear
 from triptych.kernels.mhc import ref as mhc_ref
@@ -119,6 +122,19 @@ def test_attention_of_a_row_does_not_depend_on_its_chunk(kind: str, g: torch.Gen
         core,
     )
     assert torch.equal(alone, got[some])
+
+
+def test_long_groups_are_pooled(g: torch.Generator) -> None:
+    """Three HCA groups, of which the first begins in the ring."""
+    weights = Compressor(randn(g, 128, 512), randn(g, 512), False, 1e-6)
+    front, ring = randn(g, 300, 1100), randn(g, 128, 1024)
+    positions = torch.arange(-84, 300, device="cuda").view(3, 128)
+    src = torch.where(positions >= 0, positions, -1 - (positions % 128))
+    none = src[:0, 0]
+    plan = CompressPlan(src, none, none, (torch.arange(300, device="cuda") + 84) % 128, none, none)
+    turns = randn(g, 3, 32)
+    given = (front, 76, ring, plan, weights, (turns.cos(), turns.sin()))
+    assert cases.error(compress.compress(*given), compress_ref.compress(*given)) < 1e-5
 
 
 def fp8(g: torch.Generator, *size: int) -> Fp8Matrix:
