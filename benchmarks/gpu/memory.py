@@ -11,6 +11,7 @@ was left free says how far the plan was off.
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from typing import Any
 
@@ -20,13 +21,12 @@ import torch
 from benchmarks import rows
 from benchmarks.gpu import made
 from triptych.cache.geometry import plan_capacity
-from triptych.config import PAGE
 from triptych.engine.api import Engine
 from triptych.engine.load import LoadedEngine, build_loop
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner
 from triptych.engine.warmup import prefill
-from triptych.words import Chunk, SamplingParams, StepPlan
+from triptych.words import SamplingParams
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--most-gib", type=float, default=0.0, help="caches take no more than this")
     given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = measure(given.model, given.layers, given.context, given.batch, int(given.most_gib * 2**30))
     print(out, flush=True)
     values = {"command": "python -m benchmarks.gpu.memory", "table": [out]}
@@ -78,24 +79,14 @@ def measure(model: str, layers: int, context: int, batch: int, most: int) -> dic
         **{"room_gib": round(room / 2**30, 2), "tokens": capacity.tokens},
         **{f"{name}_ready": value for name, value in start.items()},
         **{f"{name}_after": value for name, value in end.items()},
-        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
 
 
 def _largest(runner: DeviceRunner, step: int, context: int, batch: int) -> None:
     """Full chunks at both ends of the context, one step of many chunks, and every graph."""
-    for position in (0, context - step):
-        prefill(runner, step, position)
-    many, each = min(batch, 16), step // min(batch, 16)
-    chunks = []
-    for slot in range(many):
-        end = context - slot * each
-        pages = np.zeros(-(-end // PAGE), np.int32)
-        tokens = np.arange(each, dtype=np.int32)
-        chunks.append(Chunk(f"r{slot}", slot, end - each, end, tokens, pages, end - each, end - each, samples=True))
-    runner.logits(StepPlan(0, tuple(chunks)))
-    torch.cuda.synchronize()
-    print(f"largest steps: {_state()}", flush=True)
+    for position, requests in ((0, 1), (context - step, 1), (context - step, min(batch, 16)), (context // 2, 3)):
+        prefill(runner, step, position, requests)
+        print(f"{step} rows of {requests} at {position}: {_state()}", flush=True)
     for key in [(r, p) for r in runner.steps.rows for p in runner.steps.pages]:
         runner.steps._pad(key[0])
         runner.steps.replay(key)
@@ -111,8 +102,15 @@ def _prompts(engine: Engine) -> None:
 
 def _state() -> dict[str, float]:
     torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
-    return {"free_gib": round(free / 2**30, 3), "reserved_gib": round(torch.cuda.memory_reserved() / 2**30, 3)}
+    stats = torch.cuda.memory_stats()
+    sizes = {
+        "free": torch.cuda.mem_get_info()[0],
+        "reserved": torch.cuda.memory_reserved(),
+        "peak": torch.cuda.max_memory_allocated(),
+    }
+    return {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()} | {
+        "retries": stats["num_alloc_retries"]
+    }
 
 
 if __name__ == "__main__":

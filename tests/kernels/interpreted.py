@@ -12,8 +12,9 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index.triton import highest
+from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
-from triptych.kernels.registry import table
+from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
 
 
@@ -25,6 +26,13 @@ def main() -> None:
             for rows in (1, 3, 17):
                 result = verify(row.op, "triton", rows, rows)
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
+    mhc_fixed.ROWS = 8  # the interpreter is slow
+    for row in table("auto", device="cuda", deterministic=True):
+        file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
+        if file == "fixed" or row.op == "attend":
+            for rows in (1, 17):
+                result = verify(row.op, file, rows, rows, deterministic=file != "fixed")
+                print(json.dumps({"what": f"{row.op} fixed {rows}", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))

@@ -126,11 +126,10 @@ def _refuse(backend: Backend, own: Literal["cpu", "triton"], have: bool, determi
         raise ConfigError(
             f"The {own} kernels need {_LIBRARY[own]}.", f"Install it with: pip install 'triptych[{extra}]'."
         )
-    if deterministic and own == "triton":
-        raise ConfigError("Deterministic mode does not run on a GPU yet.", "Add --device cpu or drop --deterministic.")
     if deterministic and (backend == "ref" or not have):
+        extra = {"cpu": "cpu", "triton": "gpu"}[own]
         raise ConfigError(
-            "Deterministic mode needs the cpu kernels.", "Install triptych[cpu] and drop --kernel-backend ref."
+            f"Deterministic mode needs the {own} kernels.", f"Install triptych[{extra}] and drop --kernel-backend ref."
         )
 
 
@@ -140,7 +139,10 @@ def select(
     """The KernelSet for a backend. `deterministic`: results of a row do not depend on its batch mates."""
     chosen: dict[str, Any] = {}
     for row in table(backend, deterministic=deterministic, device=device):
-        module = importlib.import_module(f"triptych.kernels.{FOLDER[row.op]}.{row.backend}")
+        folder, file = FOLDER[row.op], row.backend
+        if deterministic and row.backend == "triton" and row.op in FIXED.get(folder, ()):
+            file = "fixed"
+        module = importlib.import_module(f"triptych.kernels.{folder}.{file}")
         name = row.op + "_deterministic" if deterministic and hasattr(module, row.op + "_deterministic") else row.op
         chosen[row.op] = getattr(module, name)
     assert set(chosen) == {f.name for f in fields(KernelSet)}
@@ -177,6 +179,13 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "attend_rows": ("attend_rows",),
     },
 }
+FIXED: dict[str, tuple[str, ...]] = {
+    "mhc": ("mhc_pre", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
+    "linear": ("linear", "front_linear", "grouped_linear"),
+    "moe": ("route", "experts", "shared_expert", "moe_rows"),
+}
+"""Operations with a fixed.py, which serves a GPU in deterministic mode: tiles of one size for any number of rows."""
+
 # operations whose reference is fast enough, but whose rows then depend on their batch mates
 _DETERMINISTIC_ONLY = {"norm": ("rms_norm",)}
 
