@@ -34,7 +34,6 @@ from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, prepare_chunks, warm_up
 from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
-from triptych.kernels.gpu import is_hopper
 from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
@@ -216,11 +215,6 @@ def _refuse_released(config: EngineConfig, device: torch.device) -> None:
         raise ConfigError(
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
-        )
-    if kind_of(device) == "cuda" and not is_hopper(device):
-        raise ConfigError(
-            "The kernels for released weights need a GPU of compute capability 9.0 (H100, H200).",
-            "Use --weight-dtype bfloat16.",
         )
 
 

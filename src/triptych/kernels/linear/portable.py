@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 FIXED_ROWS = 64
@@ -89,23 +90,6 @@ def _launch(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, tall:
         num_warps=4,
         num_stages=3,
     )
-
-
-@triton.jit
-def e4m3_values(codes):
-    """float32 values of e4m3 bytes: sign, exponent and mantissa moved into place lack 2^120, the biases' difference."""
-    b = codes.to(tl.int32)
-    return (((b & 127) << 20) | ((b & 128) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-
-
-@triton.jit
-def on_e4m3(x):
-    """x, at most 448 in size, at the nearest value of e4m3, ties to the even one; NaN stays."""
-    bits = x.to(tl.int32, bitcast=True)
-    near = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    # below 2^-6 the grid is of equal steps, 2^-9, which is what float32 keeps of 1.5 * 2^14
-    y = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, near)
-    return tl.where(x == x, y, x)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from triptych.kernels.linear import fixed
 from triptych.kernels.linear.portable import FIXED_ROWS
-from triptych.kernels.moe import portable
+from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe import triton as usual
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
@@ -32,5 +32,7 @@ def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Ro
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
     """See ref.moe_rows."""
+    if not isinstance(moe.w13, Mxfp4Matrix):
+        return ref.moe_rows(x, token_ids, router, moe, shared)
     ids, weights = route(x, token_ids, router)
     return portable.experts(x, ids, weights, moe, FIXED_ROWS) + shared_expert(x, *shared, moe.limit)
