@@ -11,9 +11,10 @@ from interpreter_rounding import round_as_hardware
 from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
-from triptych.kernels.index.triton import highest
+from triptych.kernels.index import triton as index
+from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
-from triptych.kernels.registry import table
+from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
 
 
@@ -25,16 +26,26 @@ def main() -> None:
             for rows in (1, 3, 17):
                 result = verify(row.op, "triton", rows, rows)
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
+    mhc_fixed.ROWS = 8  # the interpreter is slow
+    for row in table("auto", device="cuda", deterministic=True):
+        file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
+        if file == "fixed" or row.op == "attend":
+            for rows in (1, 17):
+                result = verify(row.op, file, rows, rows, deterministic=file != "fixed")
+                print(json.dumps({"what": f"{row.op} fixed {rows}", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
+    index.SCORES = 256  # a few rows at a time
+    result = verify("select_entries", "triton", 17, 17)
+    print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :600]
     order = torch.where(order < visible.unsqueeze(1), order, 9999).sort(dim=1).values
     want = torch.where(order < 9999, order, -1)
-    got = highest(scores, visible, 600)
+    got = index.highest(scores, visible, 600)
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
 
 

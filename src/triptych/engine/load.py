@@ -31,10 +31,9 @@ from triptych.engine.rates import starting_rates
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import prepare, warm_up
+from triptych.engine.warmup import prepare, prepare_chunks, warm_up
 from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels import parallel
-from triptych.kernels.gpu import is_hopper
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
@@ -134,13 +133,21 @@ def build_loop(
 
 
 def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
-    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step.
+
+    In deterministic mode decode rows run as prompts do, of the same kernels and so to the same bits.
+    """
     device = weights.embed.device
     if kind_of(device) == "cpu":
         return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
-    runner = DeviceRunner(weights, config, Pools(weights.shape, geometry, capacity, device, spare=1), capture=True)
-    prepare(runner, config)
-    return runner
+    pools = Pools(weights.shape, geometry, capacity, device, spare=1)
+    if config.deterministic:
+        runner = Runner(weights, config, pools)
+        prepare_chunks(runner, config)
+        return runner
+    fast = DeviceRunner(weights, config, pools, capture=True)
+    prepare(fast, config)
+    return fast
 
 
 def _find(model: str | Path) -> tuple[str, Path]:
@@ -218,11 +225,6 @@ def _refuse_released(config: EngineConfig, device: torch.device) -> None:
         raise ConfigError(
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
-        )
-    if kind_of(device) == "cuda" and not is_hopper(device):
-        raise ConfigError(
-            "The kernels for released weights need a GPU of compute capability 9.0 (H100, H200).",
-            "Use --weight-dtype bfloat16.",
         )
 
 

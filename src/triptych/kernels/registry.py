@@ -184,11 +184,10 @@ def _refuse(backend: Backend, own: Literal["cpu", "triton"], have: bool, determi
         raise ConfigError(
             f"The {own} kernels need {_LIBRARY[own]}.", f"Install it with: pip install 'triptych[{extra}]'."
         )
-    if deterministic and own == "triton":
-        raise ConfigError("Deterministic mode does not run on a GPU yet.", "Add --device cpu or drop --deterministic.")
     if deterministic and (backend == "ref" or not have):
+        extra = {"cpu": "cpu", "triton": "gpu"}[own]
         raise ConfigError(
-            "Deterministic mode needs the cpu kernels.", "Install triptych[cpu] and drop --kernel-backend ref."
+            f"Deterministic mode needs the {own} kernels.", f"Install triptych[{extra}] and drop --kernel-backend ref."
         )
 
 
@@ -205,7 +204,10 @@ def select(
         row = loaded(row, backend)
         if row.backend == "vendor":
             logger.info("%s: %s", row.op, row.reason)
-        module = importlib.import_module(f"triptych.kernels.{FOLDER[row.op]}.{row.backend}")
+        folder, file = FOLDER[row.op], row.backend
+        if deterministic and row.backend == "triton" and row.op in FIXED.get(folder, ()):
+            file = "fixed"
+        module = importlib.import_module(f"triptych.kernels.{folder}.{file}")
         chosen[row.op] = _function(module, row.op, deterministic, forced=backend == "vendor")
     assert set(chosen) == {f.name for f in fields(KernelSet)}
     return KernelSet(**chosen)
@@ -247,6 +249,13 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "attend_rows": ("attend_rows", "attend_heads"),
     },
 }
+FIXED: dict[str, tuple[str, ...]] = {
+    "mhc": ("mhc_pre", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
+    "linear": ("linear", "front_linear", "grouped_linear"),
+    "moe": ("route", "experts", "shared_expert", "moe_rows"),
+}
+"""Operations with a fixed.py, which serves a GPU in deterministic mode: tiles of one size for any number of rows."""
+
 # operations whose reference is fast enough, but whose rows then depend on their batch mates
 _DETERMINISTIC_ONLY = {"norm": ("rms_norm",)}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
-from triptych.kernels.attend_rows import portable
+from triptych.kernels.attend_rows import ordered, portable
 from triptych.kernels.attend_rows.portable import extent
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.gpu import is_hopper, multiprocessors
@@ -33,7 +33,7 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
 _LOG2E = 1.4426950408889634
-_FIXED_SPAN = 512  # keys of a split in deterministic mode
+FIXED_SPAN = 512  # keys of a split in deterministic mode
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter has no bfloat16 arithmetic."""
 
@@ -41,13 +41,17 @@ _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
 
 class Tiling(NamedTuple):
-    """Heads and keys of a tile, keys of a split, warps and pipeline stages of a program."""
+    """Heads and keys of a tile, keys of a split, warps and pipeline stages of a program.
+
+    `fixed`: splits are added up one after the other, so that a row's bits do not depend on how many others have.
+    """
 
     heads: int
     keys: int
     span: int
     warps: int
     stages: int
+    fixed: bool = False
 
 
 def attend_rows(
@@ -174,7 +178,7 @@ def _launch(
         most += entries.most if ids is None else ids.shape[1]
     t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
     splits = triton.cdiv(most, t.span)
-    whole = flat and splits == 1
+    whole = flat and splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
     stats = attention.sink if whole else torch.empty(2, rows, splits, heads, device=out.device)
     cos, sin = queries.angles
@@ -194,6 +198,12 @@ def _launch(
         **_choices(t, window, dim, rope),
     )
     if whole:
+        return
+    if t.fixed:
+        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](
+            *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
+            **dict(MODE=mode, FLAT=flat, REACH=WINDOW, DIM=dim, ROPE=rope, num_warps=1),
+        )
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
@@ -243,8 +253,8 @@ def _choices(t: Tiling, window: RingRows, dim: int, rope: int) -> dict[str, Any]
 def _fixed(queries: Queries, window: RingRows) -> Tiling:
     """The one tiling of deterministic mode."""
     if _on_hopper(queries, window):
-        return Tiling(64, 64, _FIXED_SPAN, 0, 0)
-    return Tiling(min(64, _tile(queries.count)), 32, _FIXED_SPAN, 4, 2)
+        return Tiling(64, 64, FIXED_SPAN, 0, 0, True)
+    return Tiling(min(64, _tile(queries.count)), 32, FIXED_SPAN, 4, 2, True)
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: bool = False) -> Tiling:

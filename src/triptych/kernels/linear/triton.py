@@ -3,7 +3,7 @@
     up to _FEW rows   one launch that streams the weights (few.py), rounding the inputs itself
     more              rows rounded to e4m3 first, then products on the FP8 tensor cores; each 128 columns are summed
                       apart and scaled in float32, since the tensor cores keep few bits of an e4m3 sum
-Dense weights go to the library.
+Dense weights go to the library, released ones on other GPUs than Hopper to portable.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import ref
+from triptych.kernels.linear import portable, ref
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
@@ -33,7 +33,7 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
             return torch.mm(x.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
         return ref.linear(x, weight)
     if not _fits(weight):
-        return ref.linear(x, weight)
+        return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     if isinstance(x, Tensor) and len(x) <= _FEW:
         out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
         return _stream(x, weight, None, out, weight.shape[0], rounded=True)
@@ -47,7 +47,7 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
 def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
     """See ref.front_linear."""
     if not _fits(front.latent):
-        return ref.front_linear(x, front)
+        return portable.front_linear(x, front) if x.is_cuda else ref.front_linear(x, front)
     cut, columns = front.latent.shape[0], front.shape[0]
     out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
     if len(x) <= _FEW:
@@ -62,7 +62,8 @@ def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
 def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     """See ref.grouped_linear."""
     if isinstance(weight, Tensor) or not _fits(weight):
-        return ref.grouped_linear(x, weight)
+        own = isinstance(weight, Fp8Matrix) and x.is_cuda
+        return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
     if len(x) <= _FEW_WHOLE:
@@ -115,8 +116,8 @@ def _by_library(x: Fp8Rows, weight: Fp8Matrix) -> Tensor:
 
 
 def _fits(weight: Fp8Matrix) -> bool:
-    """Whether the kernels can multiply it: on a GPU, in whole blocks of columns and tiles of outputs."""
-    return weight.values.is_cuda and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
+    """Whether Hopper's kernels can multiply it: there, in whole blocks of columns and tiles of outputs."""
+    return is_hopper(weight.values.device) and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
 
 
 def quantize(x: Tensor) -> Fp8Rows:

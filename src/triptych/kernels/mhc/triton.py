@@ -6,6 +6,8 @@ run on an n x n tile in registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,12 +17,17 @@ from triptych.kernels.mhc import many, sites
 from triptych.kernels.mhc.few import expand_narrow
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""x W^T; deterministic mode has one of its own."""
 
-def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def mhc_pre(
+    streams: Tensor, site: MhcSite, norm: Tensor, product: Product = torch.nn.functional.linear
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ref.mhc_pre."""
     rows, n, dim = streams.shape
     streams = streams.contiguous()
-    maps = torch.nn.functional.linear(streams.flatten(1), site.fn)
+    maps = product(streams.flatten(1), site.fn)
     x, post, comb = streams.new_empty(rows, dim), streams.new_empty(rows, n), streams.new_empty(rows, n, n)
     width = triton.next_power_of_2(dim)
     _pre[(rows,)](
@@ -43,11 +50,11 @@ def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out
 
 
-def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
+def mhc_head(streams: Tensor, head: MhcHead, product: Product = torch.nn.functional.linear) -> Tensor:
     """See ref.mhc_head."""
     rows, n, dim = streams.shape
     streams = streams.contiguous()
-    maps = torch.nn.functional.linear(streams.flatten(1), head.fn)
+    maps = product(streams.flatten(1), head.fn)
     out = streams.new_empty(rows, dim)
     width = triton.next_power_of_2(dim)
     _head[(rows,)](

@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.e4m3 import e4m3_values
 from triptych.kernels.quant.formats import PackedRows, Rows
 from triptych.kernels.select_rows.highest import GROUP, highest
 from triptych.kernels.select_rows.ref import IndexQueries
@@ -291,7 +293,7 @@ def _scores(
     x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE)
     weight = tl.load(weight_ptr + r * weight_row + h, mask=h < heads, other=0.0).to(tl.float32)
     weight = weight * ((127 + power) << 23).to(tl.float32, bitcast=True)
-    eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE
+    eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE and cuda_capability_geq(8, 9)
     kind: tl.constexpr = tl.float32 if WIDE else tl.float8e4nv if eighth else tl.bfloat16
     q = x.to(kind)
     line = table_ptr + tl.load(seq_ptr + r).to(tl.int64) * table_row
@@ -307,7 +309,10 @@ def _scores(
         if KIND == 1:
             place = tl.multiple_of(place, 16)
             k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0)
-            k = k.to(tl.float8e4nv, bitcast=True).to(kind)
+            if eighth:  # noqa: SIM108  (resolved by the compiler)
+                k = k.to(tl.float8e4nv, bitcast=True)
+            else:
+                k = e4m3_values(k).to(kind)
             scales = tl.multiple_of(scales, 4)
             factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
         elif KIND == 2:
