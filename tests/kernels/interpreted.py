@@ -30,9 +30,8 @@ def main() -> None:
     for row in table("auto", device="cuda", deterministic=True):
         file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
         if file == "fixed" or row.op == "attend":
-            for rows in (1, 17):
-                result = verify(row.op, file, rows, rows, deterministic=file != "fixed")
-                print(json.dumps({"what": f"{row.op} fixed {rows}", "ok": result.ok, "error": result.error}))
+            result = verify(row.op, file, 9, 9, deterministic=file != "fixed")
+            print(json.dumps({"what": f"{row.op} fixed", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))

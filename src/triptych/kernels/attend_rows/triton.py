@@ -28,12 +28,14 @@ from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.attend_rows import ordered, portable
 from triptych.kernels.attend_rows.portable import extent
 from triptych.kernels.attend_rows.ref import Queries, RingRows
-from triptych.kernels.gpu import is_hopper, multiprocessors
+from triptych.kernels.gpu import is_hopper, multiprocessors, shared_memory
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
 _LOG2E = 1.4426950408889634
 FIXED_SPAN = 512  # keys of a split in deterministic mode
+_SMALL = 16 * 32  # heads times keys of a tile that every GPU has room for
+_SHARED = 165888  # bytes of shared memory that larger tiles want
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter has no bfloat16 arithmetic."""
 
@@ -177,6 +179,8 @@ def _launch(
         assert entries.most is not None
         most += entries.most if ids is None else ids.shape[1]
     t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+        t = t._replace(heads=16, keys=32, warps=4, stages=3)
     splits = triton.cdiv(most, t.span)
     whole = flat and splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
@@ -254,7 +258,7 @@ def _fixed(queries: Queries, window: RingRows) -> Tiling:
     """The one tiling of deterministic mode."""
     if _on_hopper(queries, window):
         return Tiling(64, 64, FIXED_SPAN, 0, 0, True)
-    return Tiling(min(64, _tile(queries.count)), 32, FIXED_SPAN, 4, 2, True)
+    return Tiling(16, 32, FIXED_SPAN, 4, 2, True)
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: bool = False) -> Tiling:

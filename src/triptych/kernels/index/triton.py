@@ -50,10 +50,10 @@ def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) ->
     """See ref.select_entries. Some rows at a time, so that their scores take at most a quarter of a gigabyte."""
     if isinstance(keys.pool, PackedRows):
         return select_packed(q, weights, keys, topk)
-    if keys.most is None:
-        keys = keys._replace(most=int(keys.visible.max()))
-    rows, k = len(q), min(topk, keys.most)
-    step = max(1, SCORES // (4 * max(keys.most, 1)))
+    most = keys.most if keys.most is not None else int(keys.visible.max())
+    keys = keys._replace(most=most)
+    rows, k = len(q), min(topk, most)
+    step = max(1, SCORES // (4 * max(most, 1)))
     if step >= rows:
         return highest(index_scores(q, weights, keys), keys.visible, k)
     out = torch.empty(rows, k, dtype=torch.int64, device=q.device)

@@ -36,8 +36,8 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix, tall: int | None = None) -> Tens
 
 def front_linear(x: Tensor, front: FrontMatrix, tall: int | None = None) -> Tensor:
     """See ref.front_linear."""
-    latent = linear(x.to(torch.bfloat16), front.latent, tall)
-    rest = _product(x.to(front.rest.dtype), front.rest, None, torch.float32, tall)
+    latent = linear(x, front.latent, tall).to(torch.bfloat16)
+    rest = _product(x, front.rest.to(x.dtype), None, torch.float32, tall)
     return torch.cat([latent.float(), rest], dim=1)
 
 
