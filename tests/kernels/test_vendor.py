@@ -65,6 +65,15 @@ def test_vendors_kernels_are_refused_on_a_processor() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_deterministic_results_are_not_left_to_a_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_refuse", lambda *given: None)  # whatever else it minds
+    row = chosen(capability=HOPPER, deterministic=True)
+    assert row.backend == "triton" and "not deterministic" in row.reason
+    with pytest.raises(ConfigError, match="FlashMLA is not deterministic"):
+        chosen(backend="vendor", capability=HOPPER, deterministic=True)
+
+
+@pytest.mark.usefixtures("installed")
 def test_another_version_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
     assert "9.9 is installed, and 1.0.0 is what is supported" in chosen(capability=HOPPER).reason
