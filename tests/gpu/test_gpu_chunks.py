@@ -13,9 +13,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import packed_cases as cases
 
+from triptych.kernels.attend.ref import WindowRows
+from triptych.kernels.attend_rows import chunk
 from triptych.kernels.attend_rows import ref as attend_ref
 from triptych.kernels.attend_rows import triton as attend
 from triptych.kernels.attend_rows.ref import Queries
+from triptych.kernels.compress import ref as compress_ref
+from triptych.kernels.compress import triton as compress
+from triptych.kernels.compress.ref import Compressor, CompressPlan
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear import triton as linear
 from triptych.kernels.mhc import ref as mhc_ref
@@ -47,9 +52,12 @@ def heads_case(kind: str, count: int, g: torch.Generator) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
-@pytest.mark.parametrize("count", [1, 200, 400])
-def test_attention_of_raw_queries(kind: str, count: int, g: torch.Generator) -> None:
+@pytest.mark.parametrize(("count", "converted"), [(1, False), (200, False), (200, True), (400, True)])
+def test_attention_of_raw_queries(
+    kind: str, count: int, converted: bool, g: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, window, entries, ids, core = heads_case(kind, count, g)
+    monkeypatch.setattr(chunk, "fits", lambda *_: converted)
     got = attend.attend_heads(queries, window, entries, ids, core)
     wide = queries._replace(heads=queries.heads.double(), angles=tuple(turn.double() for turn in queries.angles))
     want = attend_ref.attend_heads(wide, window, entries, ids, core._replace(sink=core.sink.double()))
@@ -68,7 +76,7 @@ def test_selection_of_a_chunk(kind: str, g: torch.Generator) -> None:
     seq = (torch.arange(count, device="cuda") >= 149).long()
     visible = torch.where(seq == 0, 2000 + 2 * torch.arange(count, device="cuda"), 1500 + torch.arange(count).cuda())
     visible = torch.minimum(visible, torch.tensor([2500, 1800], device="cuda")[seq])
-    visible[7], visible[200] = 300, 0
+    visible[7], visible[200], visible[148] = 300, 0, 2500
     keys = keys._replace(seq=seq, visible=visible)
     ordered, _ = select.ordered_scores(queries, keys)
     far, scores = cases.index_errors(queries, keys, ordered)
@@ -77,7 +85,7 @@ def test_selection_of_a_chunk(kind: str, g: torch.Generator) -> None:
     one = slice(100, 101)
     alone = queries._replace(heads=raw[one], angles=(turns.cos()[one], turns.sin()[one]), weights=weights[one])
     mine, _ = select.ordered_scores(alone, keys._replace(seq=seq[one], visible=visible[one]))
-    assert torch.equal(mine[0, :2000], ordered[100, :2000])
+    assert torch.equal(mine[0, :2100], ordered[100, :2100])
 
 
 @pytest.mark.parametrize("rows", [512, 777])
@@ -98,6 +106,35 @@ def test_a_site_of_many_rows(rows: int, g: torch.Generator) -> None:
         mhc.mhc_first(ids, table, site, norm), mhc_ref.mhc_first(ids, table, site, norm), strict=True
     ):
         assert cases.error(one, truth) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
+def test_attention_of_a_row_does_not_depend_on_its_chunk(kind: str, g: torch.Generator) -> None:
+    queries, window, entries, ids, core = heads_case(kind, 300, g)
+    got = attend.attend_heads(queries, window, entries, ids, core)
+    some = torch.arange(131, 300, device="cuda")
+    assert chunk.fits(queries, entries)
+    alone = attend.attend_heads(
+        queries._replace(heads=queries.heads[some], angles=tuple(turn[some] for turn in queries.angles)),
+        WindowRows(window.rows, window.first[some], window.count[some]),
+        None if entries is None else entries._replace(seq=entries.seq[some], visible=entries.visible[some]),
+        None if ids is None else ids[some],
+        core,
+    )
+    assert torch.equal(alone, got[some])
+
+
+def test_long_groups_are_pooled(g: torch.Generator) -> None:
+    """Three HCA groups, of which the first begins in the ring."""
+    weights = Compressor(randn(g, 128, 512), randn(g, 512), False, 1e-6)
+    front, ring = randn(g, 300, 1100), randn(g, 128, 1024)
+    positions = torch.arange(-84, 300, device="cuda").view(3, 128)
+    src = torch.where(positions >= 0, positions, -1 - (positions % 128))
+    none = src[:0, 0]
+    plan = CompressPlan(src, none, none, (torch.arange(300, device="cuda") + 84) % 128, none, none)
+    turns = randn(g, 3, 32)
+    given = (front, 76, ring, plan, weights, (turns.cos(), turns.sin()))
+    assert cases.error(compress.compress(*given), compress_ref.compress(*given)) < 1e-5
 
 
 def fp8(g: torch.Generator, *size: int) -> Fp8Matrix:

@@ -32,7 +32,7 @@ from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, warm_up
-from triptych.errors import ConfigError, nearest
+from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
 from triptych.model.weights import ModelWeights, Storage, WeightStore
@@ -51,7 +51,10 @@ _DTYPES: dict[str, Storage] = {"float32": torch.float32, "bfloat16": torch.bfloa
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """Everything an engine consists of; `banner` says in a few lines what was loaded and planned."""
+    """Everything an engine consists of; `banner` says in a few lines what was loaded and planned.
+
+    `store` knows where each tensor of the weights lies; without it they cannot be replaced.
+    """
 
     name: str
     shape: ModelShape
@@ -60,6 +63,7 @@ class LoadedEngine:
     loop: EngineLoop
     max_context: int
     banner: str
+    store: WeightStore | None = None
 
 
 def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
@@ -73,7 +77,9 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
         _refuse_released(config, device)
-    weights = _weights(reader, _DTYPES[config.weight_dtype], device)
+    store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device=device)
+    fill(store, reader)
+    weights = store.weights
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
     _set_threads(config, device)
@@ -87,7 +93,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     if tokenizer is not None:
         loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
     banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
-    return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner)
+    return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner, store)
 
 
 def build_loop(
@@ -188,18 +194,22 @@ def _refuse_too_much(reader: CheckpointReader, config: EngineConfig, device: tor
         )
 
 
-def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> ModelWeights:
-    store = WeightStore(reader.shape, dtype, mtp=reader.has_mtp, device=device)
-    if dtype == "released":
-        for raw in reader.raw_tensors():
+def fill(store: WeightStore, reader: CheckpointReader) -> None:
+    """Place all tensors of a checkpoint. CheckpointError that names the first one that is missing or wrong."""
+    if store.released:
+        for raw in reader.raw_tensors(mtp=store.has_mtp):
             store.place(raw.spec.name, raw.data, raw.scale)
     else:
-        for name, tensor in reader.tensors(dtype=torch.float32):
+        for name, tensor in reader.tensors(dtype=torch.float32, mtp=store.has_mtp):
             store.place(name, tensor)
+    check_complete(store)
+
+
+def check_complete(store: WeightStore) -> None:
+    """CheckpointError if a tensor was not placed."""
     missing = store.missing()
     if missing:
-        raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
-    return store.weights
+        raise CheckpointError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
 
 
 def _refuse_released(config: EngineConfig, device: torch.device) -> None:

@@ -9,7 +9,8 @@ its own number of keys, so short rows leave their part of the chip to long ones.
 takes from the batch so that it fills the chip, a row's sums may depend on its batch mates in the last bits; with a
 fixed one they do not.
 
-hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else.
+hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else; chunk.py takes the
+many rows of a prefill chunk there.
 """
 
 from __future__ import annotations
@@ -131,12 +132,23 @@ def _step_rows(
     if entries is not None and ids is None and entries.most == 0:
         entries = None
     heads, rows = queries.heads, len(queries.heads)
+    if not fixed and _converts(queries, window, entries):
+        chunk = importlib.import_module("triptych.kernels.attend_rows.chunk")
+        return chunk.attend_chunk(queries, window, entries, ids, attention)  # type: ignore[no-any-return]
     out = torch.empty(rows, queries.count, queries.dim, dtype=heads.dtype, device=heads.device)
     slots = window.first if entries is None else entries.seq
     ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
     if rows:
         _launch(queries, ring, entries, ids, attention, out, _fixed(queries, ring) if fixed else None)
     return out
+
+
+def _converts(queries: Queries, window: WindowRows, entries: PagedEntries | None) -> bool:
+    """Whether chunk.py serves, and its way of converting keys once pays."""
+    ring = RingRows(window.rows, 0, 1, window.first, window.first, window.count)
+    if not _on_hopper(queries, ring) or queries.heads.dtype != torch.bfloat16:
+        return False
+    return bool(importlib.import_module("triptych.kernels.attend_rows.chunk").fits(queries, entries))
 
 
 def _launch(

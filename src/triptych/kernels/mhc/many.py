@@ -1,8 +1,12 @@
-"""Hyper-connection sites of many rows (prefill chunks) in three launches; `triton.py` chooses them.
+"""Hyper-connection sites of many rows (prefill chunks) in five launches; `triton.py` chooses them.
 
-    expand   programs over (64 rows, slice of d)  new streams; their share of the 24 dot products
-    maps     a thread a row                       sum of the shares, sigmoids, Sinkhorn: sixteen scalars a thread
-    mix      a program a row                      collapses the streams and norms
+    expand    a program half a row             new streams and their squares
+    parted                                     the float32 maps as two bf16 parts, side by side
+    products  programs over (64 rows, slice)   streams times maps, a narrow product that reads the streams again
+    maps      a thread a row                   sum of the slices, sigmoids, Sinkhorn: sixteen scalars a thread
+    mix       a program a row                  collapses the streams and norms
+
+Reading streams thrice at the full rate of memory beats few.py, which reads them twice, 64 bytes of a row at a time.
 
 Few rows take sites.py, where all warps of a row's program do the Sinkhorn steps again: that is issue slots, which are
 what is short here. A row's results depend on nothing but its own values, whatever rows share its tile.
@@ -16,16 +20,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
-from triptych.kernels.mhc.few import offsets, squares, times, wide
 from triptych.kernels.mhc.ref import MhcSite
 from triptych.kernels.mhc.sites import sinkhorn4
 
-ROWS = 64
-"""Rows of a tile."""
-_SLICES = 8
+_BLOCK = 2048  # dims of a row that one program expands
+_SLICES = 8  # of the products' columns
 _MAPS = 32
 
 
@@ -39,21 +39,28 @@ def site(given: tuple[Any, ...], first: bool, weights: MhcSite, norm: Tensor) ->
     y, ids, before, old_post, old_comb = given
     rows, n, dim = before.shape
     streams, x = torch.empty_like(before), before.new_empty(rows, dim)
-    share = torch.empty(rows, _SLICES, _MAPS, device=x.device)
-    expand[(_SLICES, triton.cdiv(rows, ROWS))](
-        *(y, ids, before, old_post, old_comb, streams, weights.fn, share, rows, dim),
-        FIRST=first,
-        PART=dim // _SLICES,
-        ROWS=ROWS,
-        SLICES=_SLICES,
+    blocks = triton.cdiv(dim, _BLOCK)
+    square = torch.empty(rows, blocks, device=x.device)
+    expand[(rows, blocks)](
+        y, ids, before, old_post, old_comb, streams, square, dim, FIRST=first, BLOCK=_BLOCK, num_warps=4
+    )
+    fn = torch.empty(n * dim, 2 * _MAPS, dtype=torch.bfloat16, device=x.device)
+    parted[(triton.cdiv(n * dim, 128),)](weights.fn, fn, n * dim, BLOCK=128, MAPS=_MAPS, num_warps=4)
+    share = torch.empty(rows, _SLICES, 2 * _MAPS, device=x.device)
+    products[(_SLICES, triton.cdiv(rows, 64))](
+        *(streams, fn, share, rows, n * dim),
+        PART=n * dim // _SLICES,
+        ROWS=64,
         MAPS=_MAPS,
         num_warps=4,
+        num_stages=3,
     )
     pre, post = torch.empty(rows, n, device=x.device), torch.empty(rows, n, device=x.device)
     comb = torch.empty(rows, n, n, device=x.device)
     maps[(triton.cdiv(rows, 32),)](
-        *(share, weights.base, weights.scale, pre, post, comb, rows, dim, weights.eps, weights.norm_eps),
+        *(share, square, weights.base, weights.scale, pre, post, comb, rows, dim, weights.eps, weights.norm_eps),
         ITERS=weights.iters,
+        BLOCKS=blocks,
         ROWS=32,
         SLICES=_SLICES,
         MAPS=_MAPS,
@@ -63,136 +70,84 @@ def site(given: tuple[Any, ...], first: bool, weights: MhcSite, norm: Tensor) ->
     return x, streams, post, comb
 
 
-@gluon.constexpr_function
-def _of_rows():
-    """[64 rows, 4 threads, 8 dims] of four warps: as in few.py, a warp has rows 8w and 8w + 32 on."""
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    deep, apart = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [32, 0, 0]], [[8, 0, 0], [16, 0, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, apart, [], [64, 4, 8])
+@triton.jit
+def parted(fn_ptr, out_ptr, columns, BLOCK: tl.constexpr, MAPS: tl.constexpr):
+    """fn [24, columns] turned over, in two bf16 parts: out [columns, 2 MAPS], the high parts first."""
+    d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    m = tl.arange(0, MAPS)[None, :]
+    fn = tl.load(fn_ptr + m * columns + d, mask=(m < 24) & (d < columns), other=0.0)
+    high = fn.to(tl.bfloat16)
+    low = (fn - high.to(tl.float32)).to(tl.bfloat16)
+    tl.store(out_ptr + d * (2 * MAPS) + m, high, mask=d < columns)
+    tl.store(out_ptr + d * (2 * MAPS) + MAPS + m, low, mask=d < columns)
 
 
-@gluon.constexpr_function
-def _of_maps(maps):
-    """[maps, 4 threads, 8 dims], in each of four warps."""
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    more = [[8 << i, 0, 0] for i in range((maps // 8).bit_length() - 1)]
-    deep, apart = [[0, 0, 1], [0, 0, 2], [0, 0, 4], *more], [[0, 0, 0], [0, 0, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, apart, [], [maps, 4, 8])
+@triton.jit
+def _kept(streams_ptr, x, d, dim):
+    """Store values x of a stream; returns the sum of their squares as stored."""
+    x = x.to(streams_ptr.dtype.element_ty)
+    tl.store(streams_ptr + d, x, mask=d < dim)
+    x = x.to(tl.float32)
+    return tl.sum(x * x, 0)
 
 
-@gluon.jit
-def _column(ptr, r, live, STEP: gl.constexpr, AT: gl.constexpr):
-    """Column AT of rows r of a matrix that is STEP wide, as [ROWS, 1, 1]."""
-    return wide(gl.load(ptr + r * STEP + AT, mask=live, other=0.0))
-
-
-@gluon.jit
+@triton.jit
 def expand(
-    y_ptr,
-    ids_ptr,
-    before_ptr,
-    post_ptr,
-    comb_ptr,
-    streams_ptr,
-    fn_ptr,
-    share_ptr,
-    rows,
-    dim,
-    FIRST: gl.constexpr,
-    PART: gl.constexpr,
-    ROWS: gl.constexpr,
-    SLICES: gl.constexpr,
-    MAPS: gl.constexpr,
-):
-    """New streams of PART dims, and their share of the maps and, last of MAPS, of the sum of squares.
-
-    As few.py, by four warps of 16 rows each, which share what they read of the maps, and over many dims.
-    """
-    gl.static_assert(ROWS == 64)
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
-    X: gl.constexpr = _of_rows()
-    F: gl.constexpr = _of_maps(MAPS)
-    first = gl.program_id(0) * PART
-    m = gl.arange(0, MAPS, gl.SliceLayout(1, gl.SliceLayout(2, F)))
-    fn_ptr += offsets(m, 4 * dim, F) + first
-    known = wide(m < 24)
-    r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-    live = r < rows
-    inside = wide(live)
-    far = r.to(gl.int64)
-    streams_ptr += offsets(far, 4 * dim, X) + first
-    before_ptr += offsets(far, 4 * dim, X) + first
-    source = far
+    y_ptr, ids_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, square_ptr, dim,
+    FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """New streams of a row in BLOCK dims, and the sum of their squares."""
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = r
     if FIRST:  # y is the embedding table
-        source = gl.load(ids_ptr + r, mask=live, other=0)
-    y_ptr += offsets(source, dim, X) + first
-    if not FIRST:
-        p0 = _column(post_ptr, r, live, 4, 0)
-        p1 = _column(post_ptr, r, live, 4, 1)
-        p2 = _column(post_ptr, r, live, 4, 2)
-        p3 = _column(post_ptr, r, live, 4, 3)
-        c00 = _column(comb_ptr, r, live, 16, 0)
-        c01 = _column(comb_ptr, r, live, 16, 1)
-        c02 = _column(comb_ptr, r, live, 16, 2)
-        c03 = _column(comb_ptr, r, live, 16, 3)
-        c10 = _column(comb_ptr, r, live, 16, 4)
-        c11 = _column(comb_ptr, r, live, 16, 5)
-        c12 = _column(comb_ptr, r, live, 16, 6)
-        c13 = _column(comb_ptr, r, live, 16, 7)
-        c20 = _column(comb_ptr, r, live, 16, 8)
-        c21 = _column(comb_ptr, r, live, 16, 9)
-        c22 = _column(comb_ptr, r, live, 16, 10)
-        c23 = _column(comb_ptr, r, live, 16, 11)
-        c30 = _column(comb_ptr, r, live, 16, 12)
-        c31 = _column(comb_ptr, r, live, 16, 13)
-        c32 = _column(comb_ptr, r, live, 16, 14)
-        c33 = _column(comb_ptr, r, live, 16, 15)
-    share = gl.zeros([MAPS, ROWS], gl.float32, MMA)
-    square = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-    for at in range(0, PART, 32):
-        if FIRST:
-            x0 = gl.load(y_ptr + at, mask=inside, other=0.0)
-            x1 = x0
-            x2 = x0
-            x3 = x0
-        else:
-            y = gl.load(y_ptr + at, mask=inside, other=0.0)
-            b0 = gl.load(before_ptr + at, mask=inside, other=0.0)
-            b1 = gl.load(before_ptr + at + dim, mask=inside, other=0.0)
-            b2 = gl.load(before_ptr + at + 2 * dim, mask=inside, other=0.0)
-            b3 = gl.load(before_ptr + at + 3 * dim, mask=inside, other=0.0)
-            y = y.to(gl.float32)
-            b0 = b0.to(gl.float32)
-            b1 = b1.to(gl.float32)
-            b2 = b2.to(gl.float32)
-            b3 = b3.to(gl.float32)
-            x0 = (p0 * y + c00 * b0 + c10 * b1 + c20 * b2 + c30 * b3).to(gl.bfloat16)
-            x1 = (p1 * y + c01 * b0 + c11 * b1 + c21 * b2 + c31 * b3).to(gl.bfloat16)
-            x2 = (p2 * y + c02 * b0 + c12 * b1 + c22 * b2 + c32 * b3).to(gl.bfloat16)
-            x3 = (p3 * y + c03 * b0 + c13 * b1 + c23 * b2 + c33 * b3).to(gl.bfloat16)
-        gl.store(streams_ptr + at, x0, mask=inside)
-        gl.store(streams_ptr + at + dim, x1, mask=inside)
-        gl.store(streams_ptr + at + 2 * dim, x2, mask=inside)
-        gl.store(streams_ptr + at + 3 * dim, x3, mask=inside)
-        square += squares(x0) + squares(x1) + squares(x2) + squares(x3)
-        share = times(share, gl.load(fn_ptr + at, mask=known, other=0.0), x0, ROWS, MAPS, MMA)
-        share = times(share, gl.load(fn_ptr + at + dim, mask=known, other=0.0), x1, ROWS, MAPS, MMA)
-        share = times(share, gl.load(fn_ptr + at + 2 * dim, mask=known, other=0.0), x2, ROWS, MAPS, MMA)
-        share = times(share, gl.load(fn_ptr + at + 3 * dim, mask=known, other=0.0), x3, ROWS, MAPS, MMA)
-    gl.store(share_ptr + (far * SLICES + gl.program_id(0)) * MAPS + MAPS - 1, square, mask=live)
-    at_m = gl.arange(0, MAPS, gl.SliceLayout(1, MMA))
-    at_r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, MMA))
-    place = (at_r.to(gl.int64) * SLICES + gl.program_id(0)) * MAPS
-    kept = (at_m < MAPS - 1)[:, None] & (at_r < rows)[None, :]
-    gl.store(share_ptr + place[None, :] + at_m[:, None], share, mask=kept)
+        source = tl.load(ids_ptr + r).to(tl.int64)
+    y = tl.load(y_ptr + source * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    streams_ptr += r * (4 * dim)
+    square = 0.0
+    if FIRST:
+        for k in tl.static_range(4):
+            square += _kept(streams_ptr + k * dim, y, d, dim)
+    else:
+        before_ptr += r * (4 * dim) + d
+        b0 = tl.load(before_ptr, mask=d < dim, other=0.0).to(tl.float32)
+        b1 = tl.load(before_ptr + dim, mask=d < dim, other=0.0).to(tl.float32)
+        b2 = tl.load(before_ptr + 2 * dim, mask=d < dim, other=0.0).to(tl.float32)
+        b3 = tl.load(before_ptr + 3 * dim, mask=d < dim, other=0.0).to(tl.float32)
+        comb_ptr += r * 16
+        for k in tl.static_range(4):
+            x = tl.load(post_ptr + r * 4 + k) * y + tl.load(comb_ptr + k) * b0 + tl.load(comb_ptr + 4 + k) * b1
+            x += tl.load(comb_ptr + 8 + k) * b2
+            x += tl.load(comb_ptr + 12 + k) * b3
+            square += _kept(streams_ptr + k * dim, x, d, dim)
+    tl.store(square_ptr + r * tl.num_programs(1) + tl.program_id(1), square)
+
+
+@triton.jit
+def products(streams_ptr, maps_ptr, share_ptr, rows, width, PART: tl.constexpr, ROWS: tl.constexpr, MAPS: tl.constexpr):
+    """Share [rows, slices, 2 MAPS] of PART columns: streams [rows, width] times both parts of the maps."""
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, 2 * MAPS)
+    d = tl.arange(0, 128)
+    first = tl.program_id(0) * PART
+    x_at = streams_ptr + tl.minimum(r, rows - 1).to(tl.int64)[:, None] * width + first + d[None, :]
+    m_at = maps_ptr + (first + d)[:, None] * (2 * MAPS) + m[None, :]
+    total = tl.zeros([ROWS, 2 * MAPS], tl.float32)
+    for _ in range(0, PART, 128):
+        total = tl.dot(tl.load(x_at), tl.load(m_at), total)
+        x_at += 128
+        m_at += 128 * 2 * MAPS
+    place = (r * tl.num_programs(0) + tl.program_id(0)) * (2 * MAPS)
+    tl.store(share_ptr + place[:, None] + m[None, :], total, mask=(r < rows)[:, None])
 
 
 @triton.jit
 def _sum_of(share_ptr, r, live, at: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr):
-    """Column `at` of all slices together [ROWS]."""
-    x = tl.load(share_ptr + r * (SLICES * MAPS) + at, mask=live, other=0.0)
-    for s in tl.static_range(1, SLICES):
-        x += tl.load(share_ptr + r * (SLICES * MAPS) + s * MAPS + at, mask=live, other=0.0)
+    """Column `at` of all slices together, and the column of its low part [ROWS]."""
+    x = tl.zeros_like(r).to(tl.float32)
+    for s in range(SLICES):
+        here = share_ptr + (r * SLICES + s) * (2 * MAPS) + at
+        x += tl.load(here, mask=live, other=0.0) + tl.load(here + MAPS, mask=live, other=0.0)
     return x
 
 
@@ -207,6 +162,7 @@ def _map(share_ptr, base_ptr, scale_ptr, shrink, r, live, at: tl.constexpr, SLIC
 @triton.jit
 def maps(
     share_ptr,
+    square_ptr,
     base_ptr,
     scale_ptr,
     pre_ptr,
@@ -217,6 +173,7 @@ def maps(
     eps,
     norm_eps,
     ITERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     SLICES: tl.constexpr,
     MAPS: tl.constexpr,
@@ -224,7 +181,9 @@ def maps(
     """pre [rows, 4], post [rows, 4] and comb [rows, 4, 4] of ROWS rows, each of which is one lane."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = r < rows
-    square = _sum_of(share_ptr, r, live, MAPS - 1, SLICES, MAPS)
+    square = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        square += tl.load(square_ptr + r * BLOCKS + i, mask=live, other=0.0)
     shrink = tl.rsqrt(square / (4 * dim) + norm_eps)
     for i in tl.static_range(4):
         z = _map(share_ptr, base_ptr, scale_ptr, shrink, r, live, i, SLICES, MAPS)

@@ -60,7 +60,7 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_rows; two launches, or three of many.py."""
+    """See ref.mhc_rows; two launches, or those of many.py."""
     return _site(y, y, before, site, norm, first=False)
 
 

@@ -69,7 +69,8 @@ def ordered_scores(
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
         programs = max(1, 3 * multiprocessors(device) // rows)
-        stretch = min(2048, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        longest = 2048 if rows <= _ALONE else 8192
+        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
@@ -133,29 +134,25 @@ def _hopper_scores(
     cos, sin = queries.angles
     q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
     power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
-    _prepare[(rows, triton.cdiv(heads, 16))](
-        *(raw, raw.stride(0), cos, sin, q, power, heads),
-        ROUNDS=queries.rounds,
-        HEADS=16,
-        DIM=dim,
-        ROPE=2 * cos.shape[1],
-        num_warps=4,
-    )
-    pool = keys.pool
+    pool, total = keys.pool, scores.shape[1]
     assert isinstance(pool, PackedRows)
-    total = scores.shape[1]
-    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    shared = 1 if rows <= _ALONE else 4  # rows of a prefill chunk read the same keys
-    launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
+    reads = (
         *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
-        *(keys.visible, scores, tops, total, q.shape[1], stretch, len(q)),
-        KIND=1 if pool.format.kind == "fp8" else 2,
-        PER_PAGE=pool.shape[1],
-        STAGES=4,
-        ROWS=shared,
-        num_warps=4,
+        *(keys.visible, scores, tops, total, heads, stretch, rows),
     )
+    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1], "num_warps": 4}
+    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "num_warps": 4}
+    if rows > _ALONE:  # rows of a chunk read the same keys
+        chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
+        chunk.prepare[(triton.cdiv(rows, 8),)](
+            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size
+        )
+        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](*reads, STAGES=3, **how)
+        return
+    _prepare[(rows, triton.cdiv(heads, 16))](raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size)
+    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
+    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, **how)
 
 
 @triton.jit
@@ -164,7 +161,7 @@ def _round_even(x):
 
 
 @triton.jit
-def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
+def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
     """x [HEADS, DIM] on the e2m1 grid, groups of 32: values divided by 2^(p_max - 6) and p_max [HEADS].
 
     2^p is a group's scale, p_max the largest of a row; so values are at most 6 * 2^6.
@@ -218,7 +215,7 @@ def _queries(
         signs = (1 - 2 * (i & 1)).to(kind)
         x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
         x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
-        x, power = _rounded_e2m1(x, HEADS, DIM)
+        x, power = rounded_e2m1(x, HEADS, DIM)
         power -= 6
     return x, power
 
