@@ -38,7 +38,7 @@ _HEADS = (64, 128)
 _FEWEST_ROWS = ((128, 8), (384, 4), (2048, 2), (1 << 62, 1))
 """Entries that a row reads at most, and from how many rows of 64 heads on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
-_FEWEST_STEP_ROWS = 1024  # over the window alone; a quarter of it with entries
+_FEWEST_STEP_ROWS, _LEAST_STEP_REACH = 256, 256
 _TILE_HEADS, _TILE_KEYS, _TURNED = 4, 256, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
@@ -85,8 +85,8 @@ def attend_heads(
     attention: Attention,
 ) -> Tensor:
     """See ref.attend_heads and triton.attend_heads; by FlashMLA where it can serve and is faster."""
-    fewest = _FEWEST_STEP_ROWS if entries is None else _FEWEST_STEP_ROWS // 4
-    if len(queries.heads) >= fewest and serves_step(queries, window, entries):
+    pays = len(queries.heads) >= _FEWEST_STEP_ROWS and _reach(entries, ids) >= _LEAST_STEP_REACH
+    if pays and serves_step(queries, window, entries):
         return vendor_chunks.by_flash_mla(prefill(), queries, window, entries, ids, attention)
     return own.attend_heads(queries, window, entries, ids, attention)
 
