@@ -65,6 +65,15 @@ def test_vendors_kernels_are_refused_on_a_processor() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_deterministic_results_are_not_left_to_a_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_refuse", lambda *given: None)  # whatever else it minds
+    row = chosen(capability=HOPPER, deterministic=True)
+    assert row.backend == "triton" and "not deterministic" in row.reason
+    with pytest.raises(ConfigError, match="FlashMLA is not deterministic"):
+        chosen(backend="vendor", capability=HOPPER, deterministic=True)
+
+
+@pytest.mark.usefixtures("installed")
 def test_another_version_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
     assert "9.9 is installed, and 1.0.0 is what is supported" in chosen(capability=HOPPER).reason
@@ -82,6 +91,37 @@ def test_a_package_that_does_not_load_leaves_our_kernel(caplog: pytest.LogCaptur
     with pytest.raises(ConfigError, match="cannot be loaded"):
         registry.select("vendor", device="cuda", capability=HOPPER)
     registry._cannot_load.cache_clear()
+
+
+@pytest.mark.parametrize("visible", [[3], [3] * 16, [2000], [2000] * 2])
+def test_each_call_goes_where_its_shape_was_measured_faster(
+    visible: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    import packed_cases as cases
+
+    from triptych.kernels.attend_rows import triton, vendor
+
+    case = cases.decode_case("hca", visible, 64, FORM, 512, "cpu")
+    assert not vendor.serves(*case[:2]), "it needs a Hopper GPU"
+    monkeypatch.setattr(vendor, "serves", lambda *given: True)
+    monkeypatch.setattr(vendor, "by_flash_mla", lambda *given: "vendor")
+    monkeypatch.setattr(triton, "attend_rows", lambda *given: "ours")
+    want = vendor.faster(64, len(visible), max(visible))
+    assert want == (len(visible) > 1), "short lists of few rows are ours"
+    assert vendor.attend_rows(*case) == ("vendor" if want else "ours")
+    assert vendor.attend_rows_forced(*case) == "vendor"
+
+
+def test_more_rows_and_longer_lists_never_make_flash_mla_the_slower_one() -> None:
+    pytest.importorskip("triton")
+    from triptych.kernels.attend_rows.vendor import faster
+
+    reaches, rows = (0, 64, 256, 640, 1024, 8192), (1, 2, 4, 8, 16, 64, 200)
+    for heads in (64, 128):
+        table = [[faster(heads, n, reach) for n in rows] for reach in reaches]
+        for line in (*table, *map(list, zip(*table, strict=True))):
+            assert line == sorted(line)
 
 
 def filled(pool: PackedRows) -> PackedRows:

@@ -88,7 +88,12 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 def kernels_for(config: EngineConfig, device: torch.device) -> tuple[Choice, ...]:
     """Which kernels serve each operation on `device`. ConfigError if those asked for cannot."""
-    rows = table(config.kernel_backend, device=kind_of(device), capability=capability_of(device))
+    rows = table(
+        config.kernel_backend,
+        deterministic=config.deterministic,
+        device=kind_of(device),
+        capability=capability_of(device),
+    )
     return tuple(loaded(row, config.kernel_backend) for row in rows)
 
 

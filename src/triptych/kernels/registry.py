@@ -120,7 +120,7 @@ def table(
     for op, folder in FOLDER.items():
         fast = have and backend != "ref" and op in _fast_ops(own, folder, deterministic)
         if fast:
-            rows.append(_fast_choice(op, own, backend, capability))
+            rows.append(_fast_choice(op, own, backend, capability, deterministic))
         elif backend == "ref":
             rows.append(Choice(op, "ref", "the reference was asked for"))
         elif not have:
@@ -128,12 +128,14 @@ def table(
         else:
             rows.append(Choice(op, "ref", _NOT_NEEDED[own]))
     if backend == "vendor" and not any(row.backend == "vendor" for row in rows):
-        why = "; ".join(sorted({str(problem_of(vendor, capability)) for vendor in VENDORS.values()}))
+        why = "; ".join(sorted({row.reason.partition("; ")[2] for row in rows if row.op in VENDORS}))
         raise ConfigError(f"No vendor's kernel can run here: {why}.", "Drop --kernel-backend vendor.")
     return tuple(rows)
 
 
-def _fast_choice(op: str, own: Literal["cpu", "triton"], backend: Backend, capability: Capability | None) -> Choice:
+def _fast_choice(
+    op: str, own: Literal["cpu", "triton"], backend: Backend, capability: Capability | None, deterministic: bool
+) -> Choice:
     """Our own kernel, or a vendor's, with what decided."""
     vendor = VENDORS.get(op) if own == "triton" else None
     if vendor is None:
@@ -141,7 +143,7 @@ def _fast_choice(op: str, own: Literal["cpu", "triton"], backend: Backend, capab
         return Choice(op, own, _COMPILED[own] + other)
     if backend == "triton":
         return Choice(op, own, f"{_COMPILED[own]}; {vendor.name} was not asked for")
-    problem = problem_of(vendor, capability)
+    problem = f"{vendor.name} is not deterministic" if deterministic else problem_of(vendor, capability)
     if problem is not None:
         return Choice(op, own, f"{_COMPILED[own]}; {problem}")
     where = f"{vendor.name} wherever it can serve" if backend == "vendor" else f"{vendor.name} {vendor.faster}"

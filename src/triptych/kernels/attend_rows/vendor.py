@@ -35,12 +35,10 @@ from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
 _HEADS = (64, 128)
-_FEWEST_ROWS = ((128, 16), (384, 8), (2048, 2), (1 << 62, 1))
+_FEWEST_ROWS = ((128, 8), (384, 4), (2048, 2), (1 << 62, 1))
 """Entries that a row reads at most, and from how many rows of 64 heads on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
-_FEWEST_STEP_ROWS = 1024  # over the window alone; a quarter of it with entries
-EARLY = not own.INTERPRETED
-LATE = False
+_FEWEST_STEP_ROWS, _LEAST_STEP_REACH = 256, 256
 _TILE_HEADS, _TILE_KEYS, _TURNED = 4, 256, 16
 _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
@@ -87,8 +85,8 @@ def attend_heads(
     attention: Attention,
 ) -> Tensor:
     """See ref.attend_heads and triton.attend_heads; by FlashMLA where it can serve and is faster."""
-    fewest = _FEWEST_STEP_ROWS if entries is None else _FEWEST_STEP_ROWS // 4
-    if len(queries.heads) >= fewest and serves_step(queries, window, entries):
+    pays = len(queries.heads) >= _FEWEST_STEP_ROWS and _reach(entries, ids) >= _LEAST_STEP_REACH
+    if pays and serves_step(queries, window, entries):
         return vendor_chunks.by_flash_mla(prefill(), queries, window, entries, ids, attention)
     return own.attend_heads(queries, window, entries, ids, attention)
 
@@ -151,64 +149,66 @@ def by_flash_mla(
     No wait for the GPU and no memory but the allocator's, so that a CUDA graph can hold it.
     """
     rows, heads, dim = len(queries.heads), queries.count, queries.dim
-    device = queries.heads.device
     assert isinstance(window.ring, PackedRows) and window.stride == window.ring.stretch
-    mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
-    near, far = grid_of(window.ring), None
-    width = -(-_reach(entries, ids) // BLOCK) * BLOCK
-    if entries is not None and width:
-        assert isinstance(entries.pool, PackedRows)
-        far = grid_of(entries.pool)
-    else:
-        mode = _NO_ENTRIES
-    parts = max(1, multiprocessors(device) // max(1, heads // 64))
-    q = torch.empty(rows, 1, heads, dim, dtype=torch.bfloat16, device=device)
-    places = torch.empty(rows, 1, WINDOW, dtype=torch.int32, device=device)
-    chosen = torch.empty(rows, 1, max(width, 1), dtype=torch.int32, device=device)
-    lengths = torch.empty(rows, dtype=torch.int32, device=device)
-    plan = torch.empty(parts, 8, dtype=torch.int32, device=device)
-    splits = torch.empty(rows + 1, dtype=torch.int32, device=device)
+    if _reach(entries, ids) == 0:
+        entries = None
+    q, near, far = _prepared(queries, window, entries, ids)
+    done = load()(q, near[0], near[1], None, attention.sink, *near[2:], *far, dim, attention.scale, None)
+    out: Tensor = done[0].view(rows, heads, dim)
     cos, sin = queries.angles
-    plans = triton.cdiv(parts, PLANNED)
-    prepare[(plans + rows * triton.cdiv(heads, _TILE_HEADS),)](
+    turn_back[(rows, triton.cdiv(heads, _TURNED))](
+        *(out, cos, sin, heads),
+        DIM=dim,
+        ROPE=2 * cos.shape[1],
+        HEADS=_TURNED,
+        num_warps=1,
+    )
+    return out
+
+
+def _prepared(
+    queries: Queries, window: RingRows, entries: PagedEntries | None, ids: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Queries; the rings, places in them, plan and splits; the entries, places in them and how many count."""
+    rows, heads, dim = len(queries.heads), queries.count, queries.dim
+    device = queries.heads.device
+    assert isinstance(window.ring, PackedRows)
+    ring, pool = grid_of(window.ring), None
+    if entries is not None:
+        assert isinstance(entries.pool, PackedRows)
+        pool = grid_of(entries.pool)
+    parts = max(1, multiprocessors(device) // max(1, heads // 64))
+    width = max(1, triton.cdiv(_reach(entries, ids), BLOCK)) * BLOCK
+    q = torch.empty(rows, 1, heads, dim, dtype=torch.bfloat16, device=device)
+    near, far = q.new_empty(rows, 1, WINDOW, dtype=torch.int32), q.new_empty(rows, 1, width, dtype=torch.int32)
+    lengths, splits = q.new_empty(rows, dtype=torch.int32), q.new_empty(rows + 1, dtype=torch.int32)
+    plan = q.new_empty(parts, 8, dtype=torch.int32)
+    cos, sin = queries.angles
+    plans, tiles = triton.cdiv(parts, PLANNED), triton.cdiv(heads, _TILE_HEADS)
+    prepare[(plans + rows * tiles,)](
         *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps),
-        *(window.slots, window.positions, window.lowest, near.rows, near.first),
-        *_entry_arguments(window, entries, ids, mode),
-        *((0, 0) if far is None else far[1:]),
-        *(q, places, chosen, chosen.shape[2], lengths, plan, splits, rows, parts, heads, plans),
-        MODE=mode,
+        *(window.slots, window.positions, window.lowest, ring.rows, ring.first),
+        *_entry_arguments(window, entries, ids),
+        *((0, 0) if pool is None else pool[1:]),
+        *(q, near, far, width, lengths, plan, splits, rows, parts, heads, plans),
+        MODE=_NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN,
         RING=window.size,
         PER_PAGE=1 if entries is None else entries.pool.shape[1],
         REACH=WINDOW,
         DIM=dim,
         ROPE=2 * cos.shape[1],
         HEADS=_TILE_HEADS,
-        KEYS=_TILE_KEYS if ids is None else triton.next_power_of_2(triton.cdiv(ids.shape[1], heads // _TILE_HEADS)),
+        KEYS=_TILE_KEYS if ids is None else triton.next_power_of_2(triton.cdiv(ids.shape[1], tiles)),
         BATCH=max(2, triton.next_power_of_2(rows)),
-        EARLY=EARLY,
-        launch_pdl=EARLY,
         num_warps=4,
     )
-    extra = (None, None, None) if far is None else (far.view, chosen, lengths)
-    out = load()(*(q, near.view, places, None, attention.sink, plan, splits, *extra, dim, attention.scale, None))[
-        0
-    ].view(rows, heads, dim)
-    turn_back[(rows, triton.cdiv(heads, _TURNED))](
-        *(out, cos, sin, heads),
-        DIM=dim,
-        ROPE=2 * cos.shape[1],
-        HEADS=_TURNED,
-        EARLY=LATE,
-        num_warps=1,
-        launch_pdl=LATE,
-    )
-    return out  # type: ignore[no-any-return]
+    return q, (ring.view, near, plan, splits), (None, None, None) if pool is None else (pool.view, far, lengths)
 
 
-def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor | None, mode: int) -> tuple[Any, ...]:
+def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor | None) -> tuple[Any, ...]:
     """Page table and its stride, visible, ids, their stride and number."""
     some = window.positions
-    if entries is None or mode == _NO_ENTRIES:
+    if entries is None:
         return (some, 0, some, some, 0, 0)
     chosen = (some, 0, 0) if ids is None else (ids, ids.stride(0), ids.shape[1])
     return (entries.page_table, entries.page_table.stride(0), entries.visible, *chosen)

@@ -80,7 +80,7 @@ def by_flash_mla(
         )
         out = prefill(q, wide, places, attention.scale, dim, attention.sink, lengths, False, False)[0]
         turn_back[(count, triton.cdiv(heads, _TURNED))](
-            *(out, *angles, heads), DIM=dim, ROPE=2 * angles[0].shape[1], HEADS=_TURNED, EARLY=False, num_warps=1
+            *(out, *angles, heads), DIM=dim, ROPE=2 * angles[0].shape[1], HEADS=_TURNED, num_warps=1
         )
         parts.append(out)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

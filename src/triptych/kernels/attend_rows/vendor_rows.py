@@ -186,15 +186,11 @@ def prepare(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     BATCH: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The first `plans` programs share the plan; each other one has HEADS heads of a row and a share of its entries.
 
-    Loads come in the order in which they are waited for: of a chosen entry its page is, too. EARLY: it may have been
-    started before the launch before it was done.
+    Loads come in the order in which they are waited for: of a chosen entry its page is, too.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     pid = tl.program_id(0)
     if pid < plans:
         near: tl.constexpr = REACH // _BLOCK
@@ -224,12 +220,8 @@ def prepare(
 
 
 @triton.jit
-def turn_back(
-    out_ptr, cos_ptr, sin_ptr, heads, DIM: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, EARLY: tl.constexpr
-):
+def turn_back(out_ptr, cos_ptr, sin_ptr, heads, DIM: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr):
     """The last ROPE dims of HEADS heads of a row of out [B, H, DIM], rotated back in place."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     here = out_ptr + (r * heads + h[:, None]) * DIM + (DIM - ROPE) + tl.arange(0, ROPE)[None, :]
