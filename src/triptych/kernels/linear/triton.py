@@ -22,6 +22,8 @@ from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mat
 _FEW = 8
 _FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
 _MANY = 512  # rows from which on dequantising a matrix for the library's product pays
+_WARPS = 2
+"""Warps that share 64 outputs of few rows. Each rounds the inputs for itself, which is half of its work with four."""
 _COUNTERS = 1 << 16
 
 
@@ -139,7 +141,8 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
     rows, columns, depth = len(x), out.shape[1], weight.shape[-1]
     n = 8 if rows <= 8 else 16
     chunks, tiles, blocks = triton.cdiv(rows, n), triton.cdiv(columns, 64), depth // 128
-    want = 4 * multiprocessors(x.device)
+    warps = _WARPS if n == 8 else 4
+    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
     split = 1
     while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
         split *= 2
@@ -156,7 +159,8 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
         TALL=min(128, group),
         ROUND=rounded,
         N=n,
-        num_warps=4,
+        WARPS=warps,
+        num_warps=warps,
     )
     return out
 
