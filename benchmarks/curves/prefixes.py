@@ -21,7 +21,14 @@ from triptych.planner.rates import prefill_rates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAIRS = (("full", "none"), ("full", "periodic:1024"), ("periodic:1024", "periodic:8192"), ("periodic:8192", "none"))
+PAIRS = (
+    ("full", "adaptive"),
+    ("none", "adaptive"),
+    ("full", "none"),
+    ("full", "periodic:1024"),
+    ("periodic:1024", "periodic:8192"),
+    ("periodic:8192", "none"),
+)
 TIE = 0.03
 """Costs that differ by less are called equal."""
 _TITLE = "Which windows to keep: prefix policies against each other"
@@ -46,10 +53,11 @@ def curve() -> Curve:
             for one, length in zip(axes, lengths, strict=True):
                 _draw(one, cells, scenario, length)
                 one.set_title(f"{_NAMES[scenario]}, {length // 1024}K")
-            axes[0].set_ylabel("seconds a returning prompt waits for")
+            axes[0].set_ylabel("ms that a returning prompt waits for")
         for one in sheet.axes[-1]:
-            one.set_xlabel("pressure: pages of all live texts / memory")
-        sheet.axes[0][0].legend()
+            one.set_xlabel("pressure: live pages / memory")
+        handles, labels = sheet.axes[0][0].get_legend_handles_labels()
+        sheet.figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
         picture = sheet.finish(
             [*replays, *spots],
             [f"V4-Flash FP8, all in device memory; time by the planner's rates for {replays[-1]['hardware']}."],
@@ -92,20 +100,24 @@ def _second(pair: tuple[float, float]) -> float:
 
 
 def _draw(axes: Axes, cells: Cells, scenario: str, length: int) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     pressures: list[float] = []
     for policy in ("full", "periodic:1024", "periodic:8192", "none", "adaptive"):
         points = series(cells, scenario, "device", length, policy)
         pressures = [x for x, _ in points]
         axes.plot(
-            pressures, [y for _, y in points], "o-", color=COLOURS[policy], label=policy,
+            pressures, [1e3 * y for _, y in points], "o-", color=COLOURS[policy], label=policy,
             linewidth=2.2 if policy == "adaptive" else 1.2,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(pressures, [f"{x:g}" for x in pressures])
     axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    shown = [tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    axes.set_yticks(shown, [str(tick) for tick in shown])
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _text(cells: Cells, lengths: Sequence[int], row: Row, spots: Sequence[Row]) -> str:

@@ -141,7 +141,7 @@ def _text(tiny: Sequence[Row], prefills: Mapping[Any, Row], decodes: Mapping[Any
             f"prefill of {context:,}",
             f"{line['ktokens_s'] * 1e3:,.0f} tok/s",
             f"{1e3 * VLLM_PREFILL[context]:,.0f} tok/s" if context in VLLM_PREFILL else "–",
-            str(line["measured"]),
+            f"{line['measured']}, {line.get('chunk', 8192):,} rows each",
         )
         for (context,), line in sorted(prefills.items())
     ]

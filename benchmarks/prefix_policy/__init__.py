@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.prefix_policy.costs import TIERS, Costs, costs, settings_of
+from benchmarks.prefix_policy.costs import TIERS, Costs, priced, settings_of
 from benchmarks.prefix_policy.spot import spot_checks
 from benchmarks.prefix_policy.traffic import SCENARIOS, Cell
 from triptych.cache.geometry import CacheGeometry
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     begun = time.monotonic()
     for tier, pressure, cell in _grid(given.tiers, given.scenarios, given.short):
         for policy in POLICIES:
-            result = costs(settings_of(geometry, cell, policy, tier, pressure), cell, tier, rates)
+            result = priced(settings_of(geometry, cell, policy, tier, pressure), cell, tier, rates)
             found.append(_row(tier, pressure, cell, policy, result))
         _show(found[-len(POLICIES) :], time.monotonic() - begun)
     if not given.short:

@@ -100,7 +100,7 @@ def settings_of(geometry: CacheGeometry, cell: Cell, policy: str, tier: str, pre
     return ReplaySettings(geometry, device, policy, host_memory=host, disk=disk, in_flight=IN_FLIGHT)
 
 
-def costs(settings: ReplaySettings, cell: Cell, tier: str, rates: tuple[float, float]) -> Costs:
+def priced(settings: ReplaySettings, cell: Cell, tier: str, rates: tuple[float, float]) -> Costs:
     """Replay `cell`; the first quarter of the requests only warms up."""
     geometry, traffic = settings.geometry, Traffic(cell)
     replayed = PricedReplay(settings, rates, TIERS[tier])
