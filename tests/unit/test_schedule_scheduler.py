@@ -115,7 +115,7 @@ def test_usage_adds_up() -> None:
     engine.add("b", text(600), max_tokens=3)
     engine.step()
     usage = engine.finish("b")
-    assert usage == Usage(600, cached_tokens=508, recomputed_tokens=4, completion_tokens=1, resume="snapshot")
+    assert usage == Usage(600, 508, 4, 1, resume="snapshot", completion_by_weights={0: 1})
     assert usage.computed_tokens == 88
     stats = engine.scheduler.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.recomputed_tokens) == (1200, 508, 4)
@@ -191,7 +191,7 @@ def test_the_newest_is_preempted_and_loses_nothing() -> None:
     assert preempted_at
     assert list(ends) == ["old", "new"]
     assert (ends["old"].completion_tokens, ends["new"].completion_tokens) == (300, 140)
-    assert ends["new"] == Usage(250, 0, 0, 140)
+    assert ends["new"] == Usage(250, 0, 0, 140, completion_by_weights={0: 140})
     stats = engine.scheduler.stats()
     assert stats.rerun_tokens > 0 and stats.prompt_tokens == 500
     assert stats.generated_tokens == 440

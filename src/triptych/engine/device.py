@@ -13,6 +13,7 @@ from torch import Tensor
 from triptych.config import EngineConfig
 from triptych.engine.memory import free_memory
 from triptych.errors import ConfigError
+from triptych.kernels.registry import Choice, loaded, table
 from triptych.model.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,22 @@ def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
 def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
     """The kind of device, as the kernel registry names it."""
     return "cuda" if device.type == "cuda" else "cpu"
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for the processor."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def kernels_for(config: EngineConfig, device: torch.device) -> tuple[Choice, ...]:
+    """Which kernels serve each operation on `device`. ConfigError if those asked for cannot."""
+    rows = table(
+        config.kernel_backend,
+        deterministic=config.deterministic,
+        device=kind_of(device),
+        capability=capability_of(device),
+    )
+    return tuple(loaded(row, config.kernel_backend) for row in rows)
 
 
 def free_device_memory(device: torch.device) -> int:

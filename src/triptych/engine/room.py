@@ -10,16 +10,19 @@ workspaces of libraries) is gone from the free memory that is asked for at the e
 from __future__ import annotations
 
 import gc
+import logging
 
 import torch
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.config import PAGE, EngineConfig
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.warmup import prefill
 from triptych.errors import ConfigError
 from triptych.model.weights import ModelWeights
+
+logger = logging.getLogger(__name__)
 
 _MARGIN = 512 << 20  # of allocators' rounding, and of what other processes may take
 
@@ -29,6 +32,7 @@ def room_for_caches(weights: ModelWeights, config: EngineConfig, geometry: Cache
     device = weights.embed.device
     torch.cuda.empty_cache()
     transients, graphs = _measure(weights, config, geometry)
+    logger.info("steps take up to %.2f GiB, decode graphs %.2f GiB", transients / 2**30, graphs / 2**30)
     gc.collect()
     torch.cuda.empty_cache()
     free = int(torch.cuda.mem_get_info(device)[0])
@@ -50,13 +54,18 @@ def _measure(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometr
     pools = Pools(weights.shape, geometry, CacheCapacity(frames, config.max_running), device, spare=1)
     held = torch.cuda.memory_reserved(device)
     # page buckets are those of a request as long as may come, not those of these few frames
-    runner = DeviceRunner(weights, config, pools, capture=True, most_pages=-(-most // PAGE))
+    runner: Runner = Runner(weights, config, pools)
+    if not config.deterministic:
+        runner = DeviceRunner(weights, config, pools, capture=True, most_pages=-(-most // PAGE))
     static = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     for position in sorted({0, max(0, most - rows)}):
         prefill(runner, min(rows, most), position)
+    prefill(runner, min(rows, most), max(0, most - rows), min(config.max_running, rows))
     torch.cuda.synchronize()
     transients = torch.cuda.max_memory_reserved(device) - static
+    if not isinstance(runner, DeviceRunner):
+        return transients, static - held
     steps = runner.steps
     before = _free(device)
     steps.record((steps.rows[-1], steps.pages[-1]))

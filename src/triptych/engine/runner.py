@@ -17,7 +17,7 @@ from torch import Tensor
 from triptych.cache.geometry import LOOKBACK
 from triptych.config import PAGE, EngineConfig
 from triptych.engine.batching import build_batch, is_decode
-from triptych.engine.device import kind_of, on_device
+from triptych.engine.device import capability_of, kind_of, on_device
 from triptych.engine.device_sampler import DeviceSampler, Draw, Drawn
 from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
@@ -45,7 +45,12 @@ class Runner:
     """Steps that may be under way when the next is planned."""
 
     def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools) -> None:
-        kernels = select(config.kernel_backend, deterministic=config.deterministic, device=kind_of(pools.device))
+        kernels = select(
+            config.kernel_backend,
+            deterministic=config.deterministic,
+            device=kind_of(pools.device),
+            capability=capability_of(pools.device),
+        )
         self.model = Transformer(weights, kernels, config.numerics)
         self.pools = pools
 

@@ -64,9 +64,7 @@ def warm_up(config: EngineConfig) -> None:
 
 def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     """Compile for a GPU by running chunks of several sizes, and record decode steps of every size."""
-    rows = config.step_tokens or PAGE
-    for count in sorted({1, min(rows, PAGE + 2), rows}):
-        prefill(runner, count, 0)
+    prepare_chunks(runner, config)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Recording decode steps", total=None)
         runner.steps.record_all(
@@ -75,13 +73,24 @@ def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     torch.cuda.synchronize()
 
 
-def prefill(runner: Runner, rows: int, position: int) -> None:
-    """Run a chunk of `rows` tokens at `position` in the spare slot; every page of it is page 0: results mean nothing.
+def prepare_chunks(runner: Runner, config: EngineConfig) -> None:
+    """Compile for a GPU by running chunks of several sizes."""
+    rows = config.step_tokens or PAGE
+    for count in sorted({1, min(rows, PAGE + 2), rows}):
+        prefill(runner, count, 0)
 
-    Whatever it writes lies where nothing is kept yet.
+
+def prefill(runner: Runner, rows: int, position: int, requests: int = 1) -> None:
+    """Run `rows` tokens at `position`, of several requests if so many; all pages are page 0: results mean nothing.
+
+    All run in the spare slot. Whatever they write lies where nothing is kept yet.
     """
-    end = position + rows
-    pages = np.zeros(-(-end // PAGE), np.int32)
-    tokens = np.arange(rows, dtype=np.int32) % runner.model.shape.vocab_size
-    chunk = Chunk("warm-up", runner.pools.spare_slot, position, end, tokens, pages, position, position, samples=True)
-    runner.logits(StepPlan(0, (chunk,)))
+    each = rows // requests
+    pages = np.zeros(-(-(position + each) // PAGE), np.int32)
+    tokens = np.arange(each, dtype=np.int32) % runner.model.shape.vocab_size
+    slot, end = runner.pools.spare_slot, position + each
+    chunks = [
+        Chunk(f"warm-up {n}", slot, position, end, tokens, pages, position, position, samples=True)
+        for n in range(requests)
+    ]
+    runner.logits(StepPlan(0, tuple(chunks)))

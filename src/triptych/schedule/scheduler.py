@@ -67,6 +67,8 @@ class Scheduler:
         self._saves: list[SlotSave] = []
         self._flights: deque[_Flight] = deque()
         self._counters = Counters()
+        self.weights = 0
+        """How often the weights were replaced: whoever is admitted runs on this version of them."""
 
     # ---- what the engine asks
 
@@ -233,6 +235,23 @@ class Scheduler:
                 return False
         return True
 
+    def suspend_all(self) -> int:
+        """All running requests give their memory back and return to the front of the queue, in their order.
+
+        For weights that change: call it with no step under way, after `CacheManager.renew`, so that nothing of what
+        they computed is kept. They keep their tokens, and run all of them again. Returns how many there were.
+        """
+        assert not self._flights, "a step is under way"
+        running, self._running = self._running, []
+        for sequence in reversed(running):
+            self._leave(sequence)
+            sequence.suspend()
+            sequence.shared = False
+            self._waiting.appendleft(sequence)
+        self._saves = []  # of requests that had ended: nobody will resume there
+        self._counters.preemptions += len(running)
+        return len(running)
+
     def _preempt(self, sequence: Sequence) -> None:
         """Give up a running request's memory; it returns to the front of the queue with all its tokens."""
         assert len(self._running) > 1, "the only running request always fits, see `add`"
@@ -257,11 +276,12 @@ class Scheduler:
                 aside.append(self._waiting.popleft())
                 continue
             request = sequence.request
-            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, request.hints)
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, sequence.hints)
             if plan is None:
                 break
             self._waiting.popleft()
             self._running.append(sequence)
+            sequence.weights = self.weights
             self._count_admission(sequence, sequence.admit(plan))
         self._waiting.extendleft(reversed(aside))
 

@@ -103,6 +103,11 @@ class Ask:
             )
             for i, prompt in enumerate(self.prompts)
         ]
+        if len(streams) == 1:  # the usual case: each generator in between costs every token
+            async with aclosing(streams[0]) as only:
+                async for delta in only:
+                    yield delta.index, delta
+            return
         async with aclosing(merged(streams)) as deltas:
             async for at, delta in deltas:
                 yield at * n + delta.index, delta

@@ -159,6 +159,11 @@ FIELDS: dict[str, dict[str, Json]] = {
         "return_token_strs": _FLAG,
     },
     "/v1/completions": {"logprobs": _integer(0, 20)},
+    "/admin/update_weights": {
+        "path": {"type": "string", "minLength": 1},
+        "running": _one_of("drain", "abort", "recompute"),
+        "timeout": {"type": "number", "exclusiveMinimum": 0},
+    },
     "/v1/messages": {"messages": _list(_TURN, 100_000, 1)},
     "/v1/messages/count_tokens": {"messages": _list(_TURN, 100_000, 1)},
     "/tokenize": {"prompt": _STRING},
@@ -221,6 +226,10 @@ SHAPES: dict[str, Json] = {
     "ItemList": _answer("object", "data", "first_id", "last_id", "has_more"),
     "Deleted": _answer("id", "object", "deleted"),
     "Health": _answer("status", status=_STRING),
+    "EngineState": _answer(
+        *("state", "weights", "running", "waiting"), state=_one_of("running", "paused", "updating"), weights=_COUNT
+    ),
+    "WeightsUpdate": _answer("version", "identity", "tensors", "bytes", version=_COUNT, identity=_STRING, bytes=_COUNT),
     "Error": _answer("error", error=_answer("message", "type", "param", "code", message=_STRING, type=_STRING)),
     "AnthropicError": _answer(
         "type", "error", type=_one_of("error"), error=_answer("type", "message", message=_STRING)
