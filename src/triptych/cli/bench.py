@@ -195,6 +195,13 @@ class _Run:
     closed: int
     load: LoadFlags
 
+    @property
+    def _temperature(self) -> float:
+        """Samples of one prompt must differ; everything else is greedy."""
+        from triptych.workload.load import are_rollouts, prompt_of
+
+        return 1.0 if are_rollouts([prompt_of(request) for request in self.requests]) else 0.0
+
     def in_process(self, model: str, flags: EngineFlags) -> list[Timing]:
         """Load an engine, run, stop it."""
         from triptych.engine.async_engine import AsyncEngine
@@ -205,7 +212,7 @@ class _Run:
         async def run() -> list[Timing]:
             await engine.start()
             try:
-                return await self._run(InProcess(engine), engine.tokenizer.encode)
+                return await self._run(InProcess(engine, self._temperature), engine.tokenizer.encode)
             finally:
                 await engine.stop()
 
@@ -217,7 +224,9 @@ class _Run:
 
         name = model or _served(url, key)
         counting = _tokenizer(tokenizer or ("tiny" if name == "tiny" else "deepseek"))
-        return asyncio.run(self._run(OverHttp(url, name, counting.decode, key), counting.encode))
+        return asyncio.run(
+            self._run(OverHttp(url, name, counting.decode, key, temperature=self._temperature), counting.encode)
+        )
 
     async def _run(self, client: Any, encode: Callable[[str], Any]) -> list[Timing]:
         from triptych.workload.load import Load, LoadSettings

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from triptych.workload.load import Timing
+from triptych.workload.load import Timing, are_rollouts
 
 _RESAMPLES, _SEED = 400, 0
 
@@ -57,6 +57,8 @@ def summary(timings: Sequence[Timing], slo: Slo, hourly: float | None = None) ->
         "cache": cache_figures(good),
         "late_s": spread([one.sent - one.intended for one in timings], interval=False),
     }
+    if are_rollouts([one.prompt for one in timings]):
+        found["rollouts"] = rollout_figures(good, seconds, hourly)
     if hourly is not None:
         spent = seconds / 3600 * hourly
         found["cost"] = {
@@ -66,6 +68,36 @@ def summary(timings: Sequence[Timing], slo: Slo, hourly: float | None = None) ->
             "usd_per_million_output_tokens": _over(1e6 * spent, output),
         }
     return found
+
+
+def rollout_figures(good: Sequence[Timing], seconds: float, hourly: float | None) -> dict[str, Any]:
+    """What a trainer wants to know of trajectories: how many a second, when the last of them came, what one costs.
+
+    Rewards are not among it: nothing here judges an answer.
+    """
+    ends = sorted(one.end for one in good)
+    begin = min((one.intended for one in good), default=0.0)
+    found: dict[str, Any] = {
+        "trajectories": len(good),
+        "prompts": len({one.prompt for one in good}),
+        "trajectories_per_s": _over(len(good), seconds),
+        "tokens_per_trajectory": _over(sum(one.counts.output for one in good), len(good)),
+        "half_done_s": ends[(len(ends) - 1) // 2] - begin if ends else 0.0,
+        "all_done_s": ends[-1] - begin if ends else 0.0,
+    }
+    if hourly is not None:
+        found["usd_per_trajectory"] = _over(seconds / 3600 * hourly, len(good))
+    return found
+
+
+def rollout_line(found: dict[str, Any]) -> str:
+    """`rollout_figures` as a sentence."""
+    cost = f", {found['usd_per_trajectory']:.3g} USD each" if "usd_per_trajectory" in found else ""
+    return (
+        f"rollouts {found['trajectories_per_s']:.3g} a second: {found['trajectories']:,} trajectories of "
+        f"{found['prompts']:,} prompts, {found['tokens_per_trajectory']:,.0f} tokens on average{cost}; half were done "
+        f"after {found['half_done_s']:.1f} s, all after {found['all_done_s']:.1f} s"
+    )
 
 
 def cache_figures(timings: Sequence[Timing]) -> dict[str, Any]:
@@ -143,6 +175,7 @@ def table(found: dict[str, Any]) -> str:
         f"prompt tokens {cache['prompt_tokens']:,}: cached {cache['cached_tokens']:,} ({rate}), recomputed "
         f"{cache['recomputed_tokens']:,}, computed {cache['computed_tokens']:,}",
     ]
+    lines += [rollout_line(found["rollouts"])] if "rollouts" in found else []
     below = {tier: tokens for tier, tokens in cache["cached_by_tier"].items() if tier != "device"}
     lines += (
         [f"  from lower tiers: {', '.join(f'{tier} {tokens:,}' for tier, tokens in below.items())}"] if below else []
