@@ -49,7 +49,7 @@ def rollouts(engine: Engine, samples: int, tokens: int, seed: int) -> list[list[
 
 
 def step(weights: dict[str, Tensor], groups: list[list[Output]], size: float, seed: int) -> dict[str, Tensor]:
-    """Weights after something like a step of training: the row of each token that better answers used grows a little."""
+    """Weights after something like a step of training: rows of tokens that better answers used grow a little."""
     rng = torch.Generator().manual_seed(seed)
     gain = torch.zeros(len(weights["head.weight"]), 1)
     for group in groups:
