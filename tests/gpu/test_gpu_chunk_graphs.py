@@ -1,4 +1,4 @@
-"""A small chunk by a graph: what it computes without one, the first time, when it is recorded and when it is replayed."""
+"""A small chunk by a graph: as without one, the first time, when it is recorded and when it is replayed."""
 
 from __future__ import annotations
 
