@@ -33,7 +33,7 @@ def test_a_chunk_by_a_graph_is_the_chunk() -> None:
     memory = [value for value in vars(pools).values() if isinstance(value, Tensor)]
     for value in memory:
         value.zero_()
-    runner._chunks([chunk(s, 0, tokens(s, 0, 250)) for s in (0, 1)])
+    runner.chunks([chunk(s, 0, tokens(s, 0, 250)) for s in (0, 1)])
     before = [value.clone() for value in memory]
     new = [chunk(0, 250, tokens(0, 250, 291)), chunk(1, 250, tokens(1, 250, 340))]
     plain = runner.model.forward(on_device(build_batch(new, pools), pools.device), pools.layers).clone()
@@ -41,7 +41,7 @@ def test_a_chunk_by_a_graph_is_the_chunk() -> None:
     for _ in range(4):
         for value, old in zip(memory, before, strict=True):
             value.copy_(old)
-        got.append(runner._chunks(new).clone())
+        got.append(runner.chunks(new).clone())
         caches.append([value.clone() for value in memory])
     assert runner._graphs is not None and len(runner._graphs._graphs) == 1 and runner._graphs._works
     near(got[:1], [plain.cpu()])

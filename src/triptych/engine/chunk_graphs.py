@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 512
 """Rows of a step up to which the host is slower than the GPU."""
+MOST_GRAPHS = 24
+"""Graphs at most; the one that was not used for longest goes."""
 _ROWS = 32
-_KEPT = 24  # graphs at most; the one that was not used for longest goes
 
 Key = tuple[object, ...]
 
@@ -122,7 +123,7 @@ class ChunkGraphs:
 
     def _record(self, key: Key, batch: Batch) -> None:
         """Record a graph, whose kernels a run of the same signature has compiled. Without one the host goes on."""
-        if len(self._graphs) >= _KEPT:
+        if len(self._graphs) >= MOST_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
         there = staged(batch).to(self._device)
         graph = torch.cuda.CUDAGraph()

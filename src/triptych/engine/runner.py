@@ -131,7 +131,7 @@ class DeviceRunner(Runner):
                 rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
 
         decoded = self.steps.run(decodes) if decodes else None
-        prefilled = self._chunks(rest) if rest else None
+        prefilled = self.chunks(rest) if rest else None
         ready()
         if decoded is not None:
             take(*decoded, decodes)
@@ -147,7 +147,8 @@ class DeviceRunner(Runner):
         logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
         return Flight(plan, draws, finish, logits)
 
-    def _chunks(self, chunks: Sequence[Chunk]) -> Tensor:
+    @torch.inference_mode()
+    def chunks(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits of chunks; small ones run by graphs of their own."""
         batch = build_batch(chunks, self.pools)
         if self._graphs is not None and batch.rows <= MOST_ROWS:

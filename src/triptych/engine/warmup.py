@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.cache.geometry import RESTORED, CacheCapacity, CacheGeometry
 from triptych.config import PAGE, EngineConfig, ModelShape
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner, Runner
@@ -80,8 +80,17 @@ def prefill(runner: Runner, rows: int, position: int) -> None:
 
     Whatever it writes lies where nothing is kept yet.
     """
+    runner.logits(StepPlan(0, (_chunk(runner, rows, position, position),)))
+
+
+def record_chunk(runner: DeviceRunner, rows: int, position: int) -> None:
+    """Have a small chunk behind a past recorded as a graph, as `prefill` otherwise."""
+    for _ in range(2):
+        runner.chunks([_chunk(runner, rows, position, max(0, position - RESTORED))])
+
+
+def _chunk(runner: Runner, rows: int, position: int, read_from: int) -> Chunk:
     end = position + rows
     pages = np.zeros(-(-end // PAGE), np.int32)
     tokens = np.arange(rows, dtype=np.int32) % runner.model.shape.vocab_size
-    chunk = Chunk("warm-up", runner.pools.spare_slot, position, end, tokens, pages, position, position, samples=True)
-    runner.logits(StepPlan(0, (chunk,)))
+    return Chunk("warm-up", runner.pools.spare_slot, position, end, tokens, pages, position, read_from, samples=True)
