@@ -176,6 +176,9 @@ def test_every_form_of_weights_is_replaced(tiny: Path, directory: Path, options:
     fresh, engine = Engine.load(directory, **given), Engine.load(tiny, **given)
     engine.update_weights(directory)
     assert told(engine.generate([LONG[:300]], DRAWS)) == told(fresh.generate([LONG[:300]], DRAWS))
+    assert engine._loaded.store is not None
+    decoder, weights = engine._loop.model._decoder, engine._loaded.store.weights
+    assert torch.equal(decoder.embed, weights.embed.to(decoder.embed.dtype)), "what a GPU's decode steps read"
 
 
 def _without(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Tensor]]:

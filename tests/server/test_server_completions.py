@@ -122,3 +122,19 @@ def test_echo_puts_the_prompt_first(client: openai.OpenAI, engine: FakeEngine) -
     assert texts == [c.text for c in echoed.choices]
     with pytest.raises(openai.BadRequestError, match="logprobs of the prompt"):
         client.completions.create(**ask, echo=True, logprobs=1)
+
+
+def test_sampled_ids_come_beside_the_text_where_they_are_asked_for(http: httpx.Client, engine: FakeEngine) -> None:
+    body = {"model": "fake", "prompt": [1, 2], "max_tokens": 12, "n": 2, "seed": 3}
+    whole = http.post("/v1/completions", json=body | {"return_token_ids": True}).json()
+    for choice in whole["choices"]:
+        assert len(choice["token_ids"]) == 12
+        assert engine.tokenizer.decode(choice["token_ids"]) == choice["text"]
+    assert all("token_ids" not in choice for choice in http.post("/v1/completions", json=body).json()["choices"])
+    lines = http.post("/v1/completions", json=body | {"return_token_ids": True, "stream": True}).text.splitlines()
+    told: dict[int, list[int]] = {0: [], 1: []}
+    for line in lines:
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                told[choice["index"]] += choice["token_ids"]
+    assert told == {choice["index"]: choice["token_ids"] for choice in whole["choices"]}

@@ -205,6 +205,13 @@ class _Run:
     closed: int
     load: LoadFlags
 
+    @property
+    def _temperature(self) -> float:
+        """Samples of one prompt must differ; everything else is greedy."""
+        from triptych.workload.load import are_rollouts, prompt_of
+
+        return 1.0 if are_rollouts([prompt_of(request) for request in self.requests]) else 0.0
+
     def in_process(self, model: str, flags: EngineFlags) -> _Ran:
         """Load an engine, run, stop it."""
         from triptych.engine.async_engine import AsyncEngine
@@ -215,7 +222,7 @@ class _Run:
         async def run() -> _Ran:
             await engine.start()
             try:
-                return await self._run(InProcess(engine), engine.tokenizer.encode, _meter(None))
+                return await self._run(InProcess(engine, self._temperature), engine.tokenizer.encode, _meter(None))
             finally:
                 await engine.stop()
 
@@ -227,7 +234,8 @@ class _Run:
 
         name = model or _served(url, key)
         counting = _tokenizer(tokenizer or ("tiny" if name == "tiny" else "deepseek"))
-        return asyncio.run(self._run(OverHttp(url, name, counting.decode, key), counting.encode, _meter(url)))
+        client = OverHttp(url, name, counting.decode, key, temperature=self._temperature)
+        return asyncio.run(self._run(client, counting.encode, _meter(url)))
 
     async def _run(self, client: Any, encode: Callable[[str], Any], meter: Meter) -> _Ran:
         from triptych.workload.load import Load, LoadSettings

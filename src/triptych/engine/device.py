@@ -103,25 +103,44 @@ def free_device_memory(device: torch.device) -> int:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with all of its vectors on `device`, in one copy; itself if it is there already.
+    """`batch` with all of its vectors on `device`, in one copy; itself if it is there already."""
+    return batch if device.type == "cpu" else sized(batch, staged(batch).to(device, non_blocking=True))
 
-    All of them are int64, so they travel as one pinned vector and are views of it on arrival.
-    """
-    if device.type == "cpu":
-        return batch
+
+def staged(batch: Batch) -> Tensor:
+    """All of a batch's vectors, which are int64, one after the other in one pinned vector."""
     found = list(_tensors(batch))
-    starts, total = [], 0
-    for tensor in found:
-        assert tensor.dtype == torch.int64, tensor.dtype
-        starts.append(total)
-        total += -(-tensor.numel() // _ALIGN) * _ALIGN
-    staged = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=True)
+    starts, total = _starts(found)
+    host = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=torch.cuda.is_available())
     for tensor, start in zip(found, starts, strict=True):
-        staged[start : start + tensor.numel()] = tensor.flatten()
-    there = staged.to(device, non_blocking=True)
-    views = [there[at : at + t.numel()].view(t.shape) for t, at in zip(found, starts, strict=True)]
+        assert tensor.dtype == torch.int64, tensor.dtype
+        host[start : start + tensor.numel()] = tensor.flatten()
+    return host
+
+
+def sized(batch: Batch, there: Tensor) -> Batch:
+    """A batch with the sizes of `batch` whose vectors are views of `there`, which is laid out as by `staged`."""
+    found = list(_tensors(batch))
+    views = [there[at : at + t.numel()].view(t.shape) for t, at in zip(found, _starts(found)[0], strict=True)]
     moved: Batch = _rebuilt(batch, iter(views))
     return moved
+
+
+def signature(value: Any) -> tuple[object, ...]:
+    """Sizes of all tensors inside and all numbers: what a graph of a batch is recorded for."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    parts = _parts(value)
+    return tuple(signature(part) for part in parts.values()) if parts else (value if isinstance(value, int) else None,)
+
+
+def _starts(tensors: list[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins in one vector, and how long that is."""
+    starts, total = [], 0
+    for tensor in tensors:
+        starts.append(total)
+        total += -(-tensor.numel() // _ALIGN) * _ALIGN
+    return starts, total
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

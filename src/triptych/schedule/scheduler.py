@@ -26,7 +26,7 @@ from itertools import chain
 import numpy as np
 
 from triptych.cache.manager import CacheManager
-from triptych.config import EngineConfig
+from triptych.config import PAGE, EngineConfig
 from triptych.errors import ContextTooLong, QueueFull, RequestError
 from triptych.schedule.sequence import Sequence
 from triptych.schedule.shares import fair_shares
@@ -64,6 +64,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
+        # live requests by tenant and prompt: who comes with the same one waits for it, as a fork does
+        self._firsts: dict[tuple[str, int, int], Sequence] = {}
         self._saves: list[SlotSave] = []
         self._flights: deque[_Flight] = deque()
         self._counters = Counters()
@@ -123,7 +125,11 @@ class Scheduler:
         wanted = request.params.max_tokens
         limit = self.max_tokens if wanted is None else min(self.max_tokens, length + wanted)
         # looked up now: a parent that has ended, or comes later, holds nobody up
-        sequence = Sequence(request, limit, self._live.get(request.fork_of or ""))
+        prompt = (request.salt, length, hash(request.prompt_ids.tobytes()))
+        sequence = Sequence(request, limit, self._live.get(request.fork_of or "") or self._firsts.get(prompt))
+        if sequence.parent is None and length >= PAGE and self._cache.prefix_cache:
+            self._firsts[prompt] = sequence
+            sequence.stands_for = prompt
         self._live[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -144,6 +150,7 @@ class Scheduler:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return None
+        self._bequeath(sequence)
         if sequence.running:
             self._running.remove(sequence)
             self._leave(sequence, forget=reason is FinishReason.ERROR)
@@ -152,6 +159,21 @@ class Scheduler:
             self._cache.withdraw(request_id)
         sequence.ended = True
         return sequence.usage()
+
+    def _bequeath(self, sequence: Sequence) -> None:
+        """A request ends. If its prompt has not run, those who waited for that wait for the first of them now."""
+        prompt = sequence.stands_for
+        if prompt is not None:
+            del self._firsts[prompt]
+        heirs = [] if sequence.shared else [other for other in self._waiting if other.parent is sequence]
+        if not heirs:
+            return
+        first, *others = heirs
+        first.parent, first.stands_for = None, prompt
+        for other in others:
+            other.wait_for(first)
+        if prompt is not None:
+            self._firsts[prompt] = first
 
     def abort(self, request_id: str) -> bool:
         """End a request whose caller went away. False if it is not known."""
@@ -264,7 +286,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit waiting requests in order until one does not fit.
 
-        Forks of a prompt being prefilled stand aside, and so do requests whose pages are being fetched.
+        Forks of a prompt being prefilled stand aside, as do others with the same prompt, and requests whose pages
+        are being fetched.
         """
         aside: list[Sequence] = []
         while self._waiting:

@@ -25,10 +25,11 @@ class Sequence:
     def __init__(self, request: Request, limit: int, parent: Sequence | None = None) -> None:
         self.request = request
         self.limit = limit
-        self.parent = parent
+        self.parent: Sequence | None = None
+        self.stands_for: tuple[str, int, int] | None = None
         self._forked = False
         if parent is not None:
-            parent._forked = True
+            self.wait_for(parent)
         self.prompt = len(request.prompt_ids)
         self.length = self.prompt
         self.processed = 0
@@ -59,6 +60,11 @@ class Sequence:
         view = self._buffer[: self.length]
         view.flags.writeable = False
         return view
+
+    def wait_for(self, parent: Sequence) -> None:
+        """Let `parent`, which has the same prompt, run it."""
+        self.parent = parent
+        parent._forked = True
 
     @property
     def hints(self) -> CacheHints:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.workload.energy import Energy
-from triptych.workload.load import Timing
+from triptych.workload.load import Timing, are_rollouts
 
 _RESAMPLES, _SEED = 400, 0
 
@@ -60,6 +60,8 @@ def summary(
         "cache": cache_figures(good),
         "late_s": spread([one.sent - one.intended for one in timings], interval=False),
     }
+    if are_rollouts([one.prompt for one in timings]):
+        found["rollouts"] = rollout_figures(good, seconds, hourly)
     if hourly is not None:
         spent = seconds / 3600 * hourly
         found["cost"] = {
@@ -102,6 +104,36 @@ def energy_line(found: dict[str, Any]) -> str:
         f"energy {found['joules']:,.0f} J, {found['watts']:,.0f} W on average ({devices}): "
         f"{found['joules_per_output_token']:.3g} J per output token, "
         f"{found['joules_per_token_run']:.3g} per token run, {found['joules_per_session']:.3g} per session"
+    )
+
+
+def rollout_figures(good: Sequence[Timing], seconds: float, hourly: float | None) -> dict[str, Any]:
+    """What a trainer wants to know of trajectories: how many a second, when the last of them came, what one costs.
+
+    Rewards are not among it: nothing here judges an answer.
+    """
+    ends = sorted(one.end for one in good)
+    begin = min((one.intended for one in good), default=0.0)
+    found: dict[str, Any] = {
+        "trajectories": len(good),
+        "prompts": len({one.prompt for one in good}),
+        "trajectories_per_s": _over(len(good), seconds),
+        "tokens_per_trajectory": _over(sum(one.counts.output for one in good), len(good)),
+        "half_done_s": ends[(len(ends) - 1) // 2] - begin if ends else 0.0,
+        "all_done_s": ends[-1] - begin if ends else 0.0,
+    }
+    if hourly is not None:
+        found["usd_per_trajectory"] = _over(seconds / 3600 * hourly, len(good))
+    return found
+
+
+def rollout_line(found: dict[str, Any]) -> str:
+    """`rollout_figures` as a sentence."""
+    cost = f", {found['usd_per_trajectory']:.3g} USD each" if "usd_per_trajectory" in found else ""
+    return (
+        f"rollouts {found['trajectories_per_s']:.3g} a second: {found['trajectories']:,} trajectories of "
+        f"{found['prompts']:,} prompts, {found['tokens_per_trajectory']:,.0f} tokens on average{cost}; half were done "
+        f"after {found['half_done_s']:.1f} s, all after {found['all_done_s']:.1f} s"
     )
 
 
@@ -180,6 +212,7 @@ def table(found: dict[str, Any]) -> str:
         f"prompt tokens {cache['prompt_tokens']:,}: cached {cache['cached_tokens']:,} ({rate}), recomputed "
         f"{cache['recomputed_tokens']:,}, computed {cache['computed_tokens']:,}",
     ]
+    lines += [rollout_line(found["rollouts"])] if "rollouts" in found else []
     below = {tier: tokens for tier, tokens in cache["cached_by_tier"].items() if tier != "device"}
     lines += (
         [f"  from lower tiers: {', '.join(f'{tier} {tokens:,}' for tier, tokens in below.items())}"] if below else []

@@ -25,7 +25,7 @@ from triptych.kernels.mhc.ref import MhcSite
 from triptych.kernels.mhc.sites import sinkhorn4
 
 _BLOCK = 2048  # dims of a row that one program expands
-_SLICES = 8  # of the products' columns
+_SLICES = 4  # of the products' columns
 _MAPS = 32
 
 

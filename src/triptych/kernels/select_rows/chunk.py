@@ -2,10 +2,11 @@
 
     shared memory   queries of two pairs of rows, 128 x 128 e4m3 each | keys, STAGES tiles of 128 as they lie in pages
                     | their scales | MXFP4 only: a tile of 128 x 128 e4m3
-    a tile          four products of 64 keys by a pair's 128 queries; while one runs, the one before is weighed
+    a tile          a product of 128 keys, half of them each warpgroup, by a pair's 128 queries, then its weighing
 
 Two rows in a product halve what is read of keys for it: one row's 64 queries would take all that shared memory gives.
-A score depends on its row and key alone.
+Two programs of eight warps fit a multiprocessor: while some weigh, others multiply. A score depends on its row and key
+alone.
 """
 
 from __future__ import annotations
@@ -97,13 +98,13 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
     if gl.load(seq_ptr + r3) != seq:
         turns = 4
     BYTES: gl.constexpr = 128 if KIND == 1 else 64
-    copied: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [4, 1], [1, 0])
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    copied: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [8, 1], [1, 0])
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 4, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    unpacked: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    unpacked: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 32])
     q_s = gl.allocate_shared_memory(gl.uint8, [2, 128, 128], eight)
     weights_s = gl.allocate_shared_memory(gl.float32, [2, 128], flat)
     scales_s = gl.allocate_shared_memory(gl.int32, [STAGES, 128], flat)
@@ -114,7 +115,7 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
         wide_s = gl.allocate_shared_memory(gl.uint8, [128, 128], eight)
         factors_s = gl.allocate_shared_memory(gl.float32, [128], flat)
 
-    by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0])
     i = gl.arange(0, 128, layout=gl.SliceLayout(1, by_query))
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, by_query))
     iw = gl.arange(0, 128, layout=line)
@@ -159,8 +160,7 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
         g1 = gl.minimum(begin + (STAGES - 1) * 128 + rows1, last)
         page = pages_of(line_ptr, g, PER_PAGE)
         page1 = pages_of(line_ptr, g1, PER_PAGE)
-        one = gl.zeros([64, 128], gl.float32, layout=MMA)
-        two = gl.zeros([64, 128], gl.float32, layout=MMA)
+        s = gl.zeros([128, 128], gl.float32, layout=MMA)
         for t in range(tiles):
             at = begin + t * 128
             async_copy.wait_group(STAGES - 2)
@@ -180,9 +180,7 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
                 gl.thread_barrier()
                 keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
                 factors = factors_s
-            low, high = keys.slice(0, 64, dim=0), keys.slice(64, 64, dim=0)
-            one = warpgroup_mma(low, q0, one, use_acc=False, is_async=True)
-            two = warpgroup_mma(low, q1, two, use_acc=False, is_async=True)
+            s = warpgroup_mma(keys, q0, s, use_acc=False, is_async=True)
             if t + STAGES - 1 < tiles:
                 slot = (t + STAGES - 1) % STAGES
                 copy_tile(
@@ -195,24 +193,13 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
             g1 = gl.minimum(at + STAGES * 128 + rows1, last)
             page = pages_of(line_ptr, g, PER_PAGE)
             page1 = pages_of(line_ptr, g1, PER_PAGE)
-            one = warpgroup_mma_wait(1, deps=(one,))
-            _keep(out_ptr, tops_ptr, one, weights_s.index(0), factors.slice(0, 64), at, total, v0, v1, m0, m1, MMA)
-            one = warpgroup_mma(high, q0, one, use_acc=False, is_async=True)
-            two = warpgroup_mma_wait(1, deps=(two,))
+            s = warpgroup_mma_wait(0, deps=(s,))
+            _keep(out_ptr, tops_ptr, s, weights_s.index(0), factors, at, total, v0, v1, m0, m1, MMA)
+            s = warpgroup_mma(keys, q1, s, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
             _keep(
-                *(out_ptr + 2 * total, tops_ptr + 2 * (total // 16), two, weights_s.index(1), factors.slice(0, 64)),
+                *(out_ptr + 2 * total, tops_ptr + 2 * (total // 16), s, weights_s.index(1), factors),
                 *(at, total, v2, v3, m2, m3, MMA),
-            )
-            two = warpgroup_mma(high, q1, two, use_acc=False, is_async=True)
-            one = warpgroup_mma_wait(1, deps=(one,))
-            _keep(
-                *(out_ptr, tops_ptr, one, weights_s.index(0), factors.slice(64, 64)),
-                *(at + 64, total, v0, v1, m0, m1, MMA),
-            )
-            two = warpgroup_mma_wait(0, deps=(two,))
-            _keep(
-                *(out_ptr + 2 * total, tops_ptr + 2 * (total // 16), two, weights_s.index(1), factors.slice(64, 64)),
-                *(at + 64, total, v2, v3, m2, m3, MMA),
             )
         async_copy.wait_group(0)
         gl.thread_barrier()
@@ -220,22 +207,22 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
 
 @gluon.jit
 def _keep(out_ptr, tops_ptr, s, weights, factors, at, total, v0, v1, m0, m1, MMA: gl.constexpr):
-    """Weigh products s [64 keys, 2 rows x 64 heads]; write scores as ordered integers, and the highest of each 16.
+    """Weigh products s [128 keys, 2 rows x 64 heads]; write scores as ordered integers, and the highest of each 16.
 
     Keys begin at `at`; v0 and v1 are how many the rows see, m0 and m1 whether they are written.
     """
     s = gl.maximum(s, 0.0) * weights.load(gl.SliceLayout(0, MMA))[None, :]
-    s = gl.sum(gl.reshape(s, [64, 2, 64]), 2)
+    s = gl.sum(gl.reshape(s, [128, 2, 64]), 2)
     L: gl.constexpr = s.type.layout
     s = s * gl.convert_layout(factors.load(gl.SliceLayout(1, MMA)), gl.SliceLayout(1, L))[:, None]
     bits = gl.where(s == 0.0, 0.0, s).to(gl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = at + gl.arange(0, 64, layout=gl.SliceLayout(1, L))[:, None]
+    key = at + gl.arange(0, 128, layout=gl.SliceLayout(1, L))[:, None]
     n = gl.arange(0, 2, layout=gl.SliceLayout(0, L))[None, :]
     order = gl.where(key < gl.where(n == 0, v0, v1), order, -2147483648)
     gl.store(out_ptr + (n * total + key), order, mask=gl.where(n == 0, m0, m1) & (key >= 0))
-    top = gl.max(gl.reshape(order, [4, 16, 2]), 1)
+    top = gl.max(gl.reshape(order, [8, 16, 2]), 1)
     T: gl.constexpr = top.type.layout
-    group = at // 16 + gl.arange(0, 4, layout=gl.SliceLayout(1, T))[:, None]
+    group = at // 16 + gl.arange(0, 8, layout=gl.SliceLayout(1, T))[:, None]
     n = gl.arange(0, 2, layout=gl.SliceLayout(0, T))[None, :]
     gl.store(tops_ptr + (n * (total // 16) + group), top, mask=gl.where(n == 0, m0, m1) & (group >= 0))

@@ -143,18 +143,20 @@ def _hopper_scores(
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
         *(keys.visible, scores, tops, total, heads, stretch, rows),
     )
-    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1], "num_warps": 4}
+    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1]}
     size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "num_warps": 4}
     if rows > _ALONE:  # rows of a chunk read the same keys
         chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
         chunk.prepare[(triton.cdiv(rows, 8),)](
             raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size
         )
-        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](*reads, STAGES=3, **how)
+        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](
+            *reads, STAGES=3, num_warps=8, maxnreg=128, **how
+        )
         return
     _prepare[(rows, triton.cdiv(heads, 16))](raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size)
     launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, **how)
+    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, num_warps=4, **how)
 
 
 @triton.jit
