@@ -1,4 +1,4 @@
-"""Every kernel once at small sizes, for compute-sanitizer to look at: `make sanitize-gpu`.
+"""Every kernel once at small sizes, for compute-sanitizer to look at: `make test-gpu SANITIZE=1`.
 
 Nothing is compared here, that is what tests do; a kernel that reads or writes beyond its tensors, or whose threads race
 in shared memory, is named by the tool. Names in the arguments choose parts. Tensors must be allocations of their own,

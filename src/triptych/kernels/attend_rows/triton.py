@@ -129,9 +129,7 @@ def _launch(
     if entries is not None:
         assert entries.most is not None
         most += entries.most if ids is None else ids.shape[1]
-    t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
-    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
-        t = t._replace(heads=16, keys=32, warps=4, stages=3)
+    t = tiling or _usual(queries, window, out, most)
     splits = triton.cdiv(most, t.span)
     whole = flat and splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
@@ -151,27 +149,34 @@ def _launch(
         REACH=WINDOW,
         **_choices(t, window, dim, rope),
     )
-    if whole:
-        return
-    if t.fixed:
-        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](
-            *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
-            **dict(MODE=mode, FLAT=flat, REACH=WINDOW, DIM=dim, ROPE=rope, num_warps=1),
-        )
+    if not whole:
+        sums = (part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span)
+        meta = dict(MODE=mode, FLAT=flat, REACH=WINDOW, DIM=dim, ROPE=rope)
+        _second_launch(sums, meta, out, splits, fixed=t.fixed)
+
+
+def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, splits: int, *, fixed: bool) -> None:
+    rows, heads, dim = out.shape
+    if fixed:
+        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](*sums, **meta, num_warps=1)
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
-        MODE=mode,
-        FLAT=flat,
-        REACH=WINDOW,
-        DIM=dim,
-        ROPE=rope,
+        *sums,
+        **meta,
         WIDTH=width,
         SPLITS=triton.next_power_of_2(splits),
         TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
         num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
+
+
+def _usual(queries: Queries, window: RingRows, out: Tensor, most: int) -> Tiling:
+    rows, heads, _ = out.shape
+    t = tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+        return t._replace(heads=16, keys=32, warps=4, stages=3)
+    return t
 
 
 def _on_hopper(queries: Queries, window: RingRows) -> bool:
