@@ -72,7 +72,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     config = with_defaults(config, device)
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
-        _refuse_released(config, device)
+        _refuse_released(config)
     weights = _weights(reader, _DTYPES[config.weight_dtype], device)
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
@@ -209,7 +209,7 @@ def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> 
     return store.weights
 
 
-def _refuse_released(config: EngineConfig, device: torch.device) -> None:
+def _refuse_released(config: EngineConfig) -> None:
     """ConfigError where weights in the released formats cannot be multiplied."""
     if config.numerics != "native":
         raise ConfigError(
