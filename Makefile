@@ -38,8 +38,8 @@ lint: $(VENV)/.dev  ## ruff: rules and formatting
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## measurements; names of benchmarks in ARGS
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.dev  ## docs/curves.md from committed rows; measurements: names of benchmarks in ARGS
+	$(BIN)/python -m benchmarks $(or $(ARGS),curves)
 
 test-gpu: $(VENV)/.dev  ## tests that need an NVIDIA GPU; SANITIZE=1: every kernel under compute-sanitizer
 ifdef SANITIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any, Literal
 
@@ -13,7 +14,10 @@ from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
 from triptych.kernels.mhc import fixed as mhc_fixed
+from triptych.kernels.moe.ref import Router, route
+from triptych.kernels.moe.router import route_few
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
+from triptych.kernels.quant.ref import fake_quant_fp8
 from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
 
@@ -29,7 +33,8 @@ def main() -> None:
     mhc_fixed.ROWS = 8  # the interpreter is slow
     for row in table("auto", device="cuda", deterministic=True):
         file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
-        if file == "fixed" or row.op == "attend":
+        module = importlib.import_module(f"triptych.kernels.{FOLDER[row.op]}.{file}")
+        if file == "fixed" or hasattr(module, row.op + "_deterministic"):
             result = verify(row.op, file, 9, 9, deterministic=file != "fixed")
             print(json.dumps({"what": f"{row.op} fixed", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
@@ -38,6 +43,9 @@ def main() -> None:
     index.SCORES = 256  # a few rows at a time
     result = verify("select_entries", "triton", 17, 17)
     print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
+    for hashed in (False, True):
+        for rows in (1, 2, 17, 40):
+            print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
@@ -46,6 +54,29 @@ def main() -> None:
     want = torch.where(order < 9999, order, -1)
     got = index.highest(scores, visible, 600)
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
+
+
+def routed(rows: int, hashed: bool) -> bool:
+    """True if rows get the reference's experts and weights, and lists that have every pair once, by expert."""
+    draw = torch.Generator().manual_seed(rows)
+    count, k, dim, most = 20, 3, 256, 4
+    table = torch.stack([torch.randperm(count, generator=draw)[:k] for _ in range(9)]) if hashed else None
+    bias = None if hashed else torch.randn(count, generator=draw)
+    router = Router(torch.randn(count, dim, generator=draw) / 16, bias, table, k, 1.5)
+    x = torch.randn(rows, dim, generator=draw)
+    tokens = torch.randint(0, 9, (rows,), generator=draw)
+    counters = torch.zeros(1 + count, dtype=torch.int32)
+    weights, tile, order, xq, xs = route_few(
+        x, token_ids=tokens, router=router, n=most, tiles=rows * k, counters=counters
+    )
+    ids, want = route(x, tokens, router)
+    ok = torch.allclose(weights, want, rtol=1e-5) and not counters.any()
+    used = [tuple(t) for t in tile.tolist() if t[0] >= 0]
+    listed = [(expert, pair) for expert, first, size in used for pair in order[first : first + size].tolist()]
+    ok = ok and sorted(listed, key=lambda both: both[1]) == [(e, i) for i, e in enumerate(ids.flatten().tolist())]
+    ok = ok and all(size <= most for _, _, size in used)
+    unpaired = xq.view(rows, -1, 4, 2).transpose(2, 3).reshape(rows, -1, 128).float() * xs.unsqueeze(2)
+    return ok and torch.equal(unpaired.flatten(1), fake_quant_fp8(x))
 
 
 def native_front(kind: Literal["fp8", "mxfp4"], rows: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.cache.geometry import RESTORED, CacheCapacity, CacheGeometry
 from triptych.config import PAGE, EngineConfig, ModelShape
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner, Runner
@@ -86,11 +86,18 @@ def prefill(runner: Runner, rows: int, position: int, requests: int = 1) -> None
     All run in the spare slot. Whatever they write lies where nothing is kept yet.
     """
     each = rows // requests
-    pages = np.zeros(-(-(position + each) // PAGE), np.int32)
-    tokens = np.arange(each, dtype=np.int32) % runner.model.shape.vocab_size
-    slot, end = runner.pools.spare_slot, position + each
-    chunks = [
-        Chunk(f"warm-up {n}", slot, position, end, tokens, pages, position, position, samples=True)
-        for n in range(requests)
-    ]
+    chunks = [_chunk(runner, each, position, position, f"warm-up {n}") for n in range(requests)]
     runner.logits(StepPlan(0, tuple(chunks)))
+
+
+def record_chunk(runner: DeviceRunner, rows: int, position: int) -> None:
+    """Have a small chunk behind a past recorded as a graph, as `prefill` otherwise."""
+    for _ in range(2):
+        runner.chunks([_chunk(runner, rows, position, max(0, position - RESTORED))])
+
+
+def _chunk(runner: Runner, rows: int, position: int, read_from: int, name: str = "warm-up") -> Chunk:
+    end = position + rows
+    pages = np.zeros(-(-end // PAGE), np.int32)
+    tokens = np.arange(rows, dtype=np.int32) % runner.model.shape.vocab_size
+    return Chunk(name, runner.pools.spare_slot, position, end, tokens, pages, position, read_from, samples=True)

@@ -142,6 +142,8 @@ class WeightStore:
         device: torch.device | str = "cpu",
     ) -> None:
         self._shape = shape
+        self.has_mtp = mtp
+        self._storage = dtype
         self._released = dtype == "released"
         self._dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         self._targets: dict[str, _Place] = {}
@@ -190,6 +192,32 @@ class WeightStore:
             times = target.scales.shape[0] // factors.shape[0]
             target.scales.copy_(factors.repeat_interleave(times, 0) if times > 1 else factors)
         self._placed.add(name)
+
+    def blank(self, device: torch.device | str = "cpu") -> WeightStore:
+        """A store of the same tensors in the same forms on `device`, with nothing placed."""
+        return WeightStore(self._shape, self._storage, mtp=self.has_mtp, device=device)
+
+    def overwrite(self, other: WeightStore) -> None:
+        """Put what was placed in `other`, a blank of this one, into the tensors of this one: no address changes."""
+        for name in other.placed:
+            mine, theirs = self._targets[name], other._targets[name]
+            mine.values.copy_(theirs.values)
+            if mine.scales is not None and theirs.scales is not None:
+                mine.scales.copy_(theirs.scales)
+
+    @property
+    def released(self) -> bool:
+        """True if matrices are kept in the formats in which they are released."""
+        return self._released
+
+    @property
+    def placed(self) -> list[str]:
+        """Names placed so far, sorted."""
+        return sorted(self._placed)
+
+    def stored(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors behind `name`: values in their stored form and, if they have scales, those."""
+        return tuple(tensor for tensor in self._targets[name] if tensor is not None)
 
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Logical shape and stored dtype of every tensor that has a place, by official name."""

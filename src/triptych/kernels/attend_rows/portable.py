@@ -147,6 +147,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
+    RAW: tl.constexpr,
     WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -187,7 +188,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     qr = _query_part(here, h, heads, 1.0, DIM, NOPE, WR, DIM)
     square += tl.sum(qr * qr, 1)
     shrink = tl.full([HEADS, 1], 1.0, tl.float32)
-    if not FLAT:  # of prefill they are normed and rotated already
+    if RAW:  # else they are normed and rotated already
         shrink = tl.rsqrt(square / DIM + eps)[:, None]
         d = tl.arange(0, WR)
         turns = d < ROPE
@@ -280,6 +281,8 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         highest = tl.maximum(peak, sink)
         fade = tl.exp2(peak - highest)
         factor = (fade / (weight * fade + tl.exp2(sink - highest)))[:, None]
+        if RAW:
+            ar = _turned_back(ar, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), ROPE, HEADS, WR)
     else:
         tl.store(peak_ptr + line, peak, mask=there)
         tl.store(weight_ptr + line, weight, mask=there)
@@ -290,6 +293,16 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     if W2 > 0:
         _store_part(out, a2 * factor, there, W0 + W1, W2, NOPE)
     _store_part(out + NOPE, ar * factor, there, 0, WR, ROPE)
+
+
+@triton.jit
+def _turned_back(x, cos_ptr, sin_ptr, ROPE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """x [HEADS, WIDTH], of which ROPE dims count, rotated back."""
+    even, odd = tl.split(tl.reshape(x, [HEADS, WIDTH // 2, 2]))
+    pair = tl.arange(0, WIDTH // 2)
+    cos = tl.load(cos_ptr + pair, mask=pair < ROPE // 2, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + pair, mask=pair < ROPE // 2, other=0.0)[None, :]
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [HEADS, WIDTH])
 
 
 @triton.jit

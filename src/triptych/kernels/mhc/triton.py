@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.mhc import sites
+from triptych.kernels.mhc import many, sites
 from triptych.kernels.mhc.few import expand_narrow
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
@@ -67,7 +67,7 @@ def mhc_head(streams: Tensor, head: MhcHead, product: Product = torch.nn.functio
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_rows; two launches."""
+    """See ref.mhc_rows; two launches, or those of many.py."""
     return _site(y, y, before, site, norm, first=False)
 
 
@@ -95,6 +95,7 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
 
 
 _APART = 256  # rows up to which a program of its own for Sinkhorn shortens the step more than it costs
+_MANY = 512  # rows that fill the GPU with tiles of many.py
 _SLICE = 32  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -106,6 +107,8 @@ def _site(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, n, dim = before.streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
+    if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
+        return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
     streams, share = _expand(y, ids, before, site.fn, first=first)
     x, slices = streams.new_empty(rows, dim), share.shape[1]
     post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)

@@ -27,16 +27,40 @@ from triptych.kernels.select_rows.highest import GROUP, highest
 from triptych.kernels.select_rows.ref import IndexQueries
 
 _TILE = 128  # keys of one product
+_ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
 
 def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
-    """See ref.select_rows. `keys.most` must bound what any row sees."""
+    """See ref.select_rows. `keys.most` must bound what any row sees.
+
+    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
+    """
     assert keys.most is not None
-    scores, tops = ordered_scores(queries, keys)
-    return highest(scores, tops, keys.visible, topk)
+    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE))))
+
+
+def select_rows_deterministic(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_rows; rows go through the kernel of decode rows, however many there are."""
+    return _some_at_a_time(queries, keys, topk, _ALONE)
+
+
+def _some_at_a_time(queries: IndexQueries, keys: PagedEntries, topk: int, step: int) -> Tensor:
+    rows = len(queries.heads)
+    if rows <= step:
+        scores, tops = ordered_scores(queries, keys)
+        return highest(scores, tops, keys.visible, topk)
+    out = torch.empty(rows, topk, dtype=torch.int32, device=queries.heads.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
+        angles = (queries.angles[0][part], queries.angles[1][part])
+        mine = queries._replace(heads=queries.heads[part], angles=angles, weights=queries.weights[part])
+        scores, tops = ordered_scores(mine, some)
+        out[part] = highest(scores, tops, some.visible, topk)
+    return out
 
 
 def ordered_scores(
@@ -55,7 +79,8 @@ def ordered_scores(
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
         programs = max(1, 3 * multiprocessors(device) // rows)
-        stretch = min(2048, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        longest = 2048 if rows <= _ALONE else 8192
+        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
@@ -85,16 +110,16 @@ def ordered_scores(
     return scores, tops
 
 
-def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int, *, fixed: bool = False) -> Tensor:
     """index.ref.select_entries for packed keys; q [R, Hi, Di] ready to be multiplied.
 
-    Some rows at a time, so that their scores take at most a quarter of a gigabyte.
+    Some rows at a time, so that their scores take at most a quarter of a gigabyte; `fixed`: by one kernel always.
     """
     most = keys.most if keys.most is not None else int(keys.visible.max())
     rows, heads, dim = q.shape
     out = torch.empty(rows, min(topk, most), dtype=torch.int64, device=q.device)
     none = torch.empty(1, 0, device=q.device)
-    step = max(1, _SCORES // (4 * max(most, _TILE)))
+    step = _ALONE if fixed else max(1, _SCORES // (4 * max(most, _TILE)))
     for first in range(0, rows, step):
         part = slice(first, first + step)
         some = keys._replace(seq=keys.seq[part], visible=keys.visible[part], most=most)
@@ -119,29 +144,27 @@ def _hopper_scores(
     cos, sin = queries.angles
     q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
     power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
-    _prepare[(rows, triton.cdiv(heads, 16))](
-        *(raw, raw.stride(0), cos, sin, q, power, heads),
-        ROUNDS=queries.rounds,
-        HEADS=16,
-        DIM=dim,
-        ROPE=2 * cos.shape[1],
-        num_warps=4,
-    )
-    pool = keys.pool
+    pool, total = keys.pool, scores.shape[1]
     assert isinstance(pool, PackedRows)
-    total = scores.shape[1]
-    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    shared = 1 if queries.rounds else 4  # rows of a prefill chunk read the same keys
-    launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
+    reads = (
         *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
-        *(keys.visible, scores, tops, total, q.shape[1], stretch, len(q)),
-        KIND=1 if pool.format.kind == "fp8" else 2,
-        PER_PAGE=pool.shape[1],
-        STAGES=4,
-        ROWS=shared,
-        num_warps=4,
+        *(keys.visible, scores, tops, total, heads, stretch, rows),
     )
+    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1]}
+    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "num_warps": 4}
+    if rows > _ALONE:  # rows of a chunk read the same keys
+        chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
+        chunk.prepare[(triton.cdiv(rows, 8),)](
+            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size
+        )
+        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](
+            *reads, STAGES=3, num_warps=8, maxnreg=128, **how
+        )
+        return
+    _prepare[(rows, triton.cdiv(heads, 16))](raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size)
+    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
+    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, num_warps=4, **how)
 
 
 @triton.jit
@@ -150,7 +173,7 @@ def _round_even(x):
 
 
 @triton.jit
-def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
+def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
     """x [HEADS, DIM] on the e2m1 grid, groups of 32: values divided by 2^(p_max - 6) and p_max [HEADS].
 
     2^p is a group's scale, p_max the largest of a row; so values are at most 6 * 2^6.
@@ -204,7 +227,7 @@ def _queries(
         signs = (1 - 2 * (i & 1)).to(kind)
         x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
         x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
-        x, power = _rounded_e2m1(x, HEADS, DIM)
+        x, power = rounded_e2m1(x, HEADS, DIM)
         power -= 6
     return x, power
 
