@@ -1,9 +1,9 @@
 """python -m benchmarks rollouts: what a group of samples costs beyond its decoding, and what new weights cost.
 
-Groups: rows of prompts that run for one prompt of each length sampled N times, as one request with n = N and as N requests
-that come together; the least would be the prompt once, the most the prompt N times. Counts, so that nothing disturbs them.
-Updates of the bundled checkpoint, from a directory and from tensors: seconds that staging takes beside running requests,
-and milliseconds for which no step can run. Wall clock, medians.
+Groups: rows of prompts that run for one prompt of each length sampled N times, as one request with n = N and as N
+requests that come together; the least would be the prompt once, the most the prompt N times. Counts, so that nothing
+disturbs them. Updates of the bundled checkpoint, from a directory and from tensors: seconds that staging takes beside
+running requests, and milliseconds for which no step can run. Wall clock, medians.
 """
 
 from __future__ import annotations
