@@ -79,6 +79,33 @@ def test_include_usage(client: openai.OpenAI) -> None:
     assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 4
 
 
+def test_continuous_usage_counts_each_choice_and_its_own_prompt(client: openai.OpenAI, engine: FakeEngine) -> None:
+    prompts = ["x", "a longer prompt of some words"]
+    lengths = [len(engine.tokenizer.encode(prompt)) for prompt in prompts]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.completions.create(
+        model="fake", prompt=prompts, max_tokens=9, n=2, stream=True, echo=True, stream_options=options
+    )
+    for index in range(4):
+        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts[0] == 0 and counts[-1] == 9 and counts == sorted(counts)  # the echo comes first
+        assert {usage.prompt_tokens for usage in usages} == {lengths[index // 2]}
+    assert last.choices == [] and last.usage.total_tokens == sum(lengths) + 4 * 9
+
+
+def test_a_request_as_guidellm_sends_it(http: httpx.Client) -> None:
+    body = {
+        **{"model": "fake", "prompt": "a b c", "max_tokens": 6, "stop": None, "ignore_eos": True, "stream": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert [event["usage"]["completion_tokens"] for event in events if event["choices"]][-1] == 6
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 6
+
+
 def test_fields_that_ask_for_nothing_special_are_fine(client: openai.OpenAI) -> None:
     client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)
 

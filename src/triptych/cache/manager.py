@@ -422,7 +422,7 @@ class CacheManager:
                 self.leases.grant(holding, now)
                 self._remember(holding, now)
                 self.sessions.ended(holding)
-                self.tiers.save(holding.chain, holding.plan.write_from // PAGE)
+                self.tiers.save(holding.chain, holding.plan.write_from // PAGE, self.places.stored)
             self.memory.tree.unpin(holding.chain[-1], now)
             for node in holding.chain:  # a snapshot may have waited in the queue while its page was in use
                 if node.snapshot is not None:

@@ -48,6 +48,25 @@ T = TypeVar("T")
 _FLUSH_SECONDS = 10.0  # for copies that are still under way to disk when the engine stops
 
 
+class _Mailbox:
+    """Deltas on their way to one reader, on one event loop. A queue would do, at several times the cost a token."""
+
+    def __init__(self) -> None:
+        self._deltas: deque[Delta] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Delta:
+        while not self._deltas:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self._deltas.popleft()
+
+
 @dataclass(slots=True, eq=False)
 class _Update:
     """New weights that wait for their turn. `held`: requests that came meanwhile and begin after it."""
@@ -63,7 +82,7 @@ class _Route:
     """Where a live sample's deltas go."""
 
     output: OutputText
-    queue: asyncio.Queue[Delta]
+    deltas: _Mailbox
     born: float = field(default_factory=time.monotonic)
 
 
@@ -234,14 +253,14 @@ class AsyncEngine:
         if params.grammar is not None and self.grammars is not None:
             await asyncio.to_thread(self.grammars.check, params.grammar)  # so that no step has to wait for it
         samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        mailbox = _Mailbox()
         for sample in samples:
-            self._routes[sample.request.request_id] = _Route(sample.output, queue)
+            self._routes[sample.request.request_id] = _Route(sample.output, mailbox)
         try:
             await self._submit(samples)
             left = len(samples)
             while left:
-                delta = await queue.get()
+                delta = await mailbox.get()
                 left -= delta.finish_reason is not None
                 yield delta
         finally:
@@ -321,7 +340,7 @@ class AsyncEngine:
             for delta in deltas(event, route.output, self._finish_later):
                 if delta.finish_reason is not None:
                     del self._routes[event.request_id]
-                route.queue.put_nowait(delta)
+                route.deltas.put(delta)
 
     def _tell(self, told: asyncio.Future[Facts], facts: Facts) -> None:
         self._facts = None

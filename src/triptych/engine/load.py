@@ -20,7 +20,7 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of, with_defaults
+from triptych.engine.device import device_for, free_device_memory, kernels_for, kind_of, with_defaults
 from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
@@ -31,11 +31,9 @@ from triptych.engine.rates import starting_rates
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import prepare, warm_up
+from triptych.engine.warmup import prepare, prepare_chunks, warm_up
 from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels import parallel
-from triptych.kernels.gpu import is_hopper
-from triptych.kernels.registry import table
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
@@ -105,7 +103,8 @@ def build_loop(
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
-    space = namespace(identity, geometry, config, exact=places.exact)
+    vendors = [row.op for row in kernels_for(config, weights.embed.device) if row.backend == "vendor"]
+    space = namespace(identity, geometry, config, exact=places.exact, vendors=vendors)
     stores = open_stores(wanted, space)
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
@@ -134,13 +133,21 @@ def build_loop(
 
 
 def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
-    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step.
+
+    In deterministic mode decode rows run as prompts do, of the same kernels and so to the same bits.
+    """
     device = weights.embed.device
     if kind_of(device) == "cpu":
         return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
-    runner = DeviceRunner(weights, config, Pools(weights.shape, geometry, capacity, device, spare=1), capture=True)
-    prepare(runner, config)
-    return runner
+    pools = Pools(weights.shape, geometry, capacity, device, spare=1)
+    if config.deterministic:
+        runner = Runner(weights, config, pools)
+        prepare_chunks(runner, config)
+        return runner
+    fast = DeviceRunner(weights, config, pools, capture=True)
+    prepare(fast, config)
+    return fast
 
 
 def _find(model: str | Path) -> tuple[str, Path]:
@@ -219,16 +226,11 @@ def _refuse_released(config: EngineConfig, device: torch.device) -> None:
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
         )
-    if kind_of(device) == "cuda" and not is_hopper(device):
-        raise ConfigError(
-            "The kernels for released weights need a GPU of compute capability 9.0 (H100, H200).",
-            "Use --weight-dtype bfloat16.",
-        )
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
     """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
-    if any(row.backend == "cpu" for row in table(config.kernel_backend, device=kind_of(device))):
+    if any(row.backend == "cpu" for row in kernels_for(config, device)):
         parallel.set_threads(config.threads)
     elif config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -62,9 +62,10 @@ class OutputText:
         )
 
     def _release(self, text: str) -> Delta:
-        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs))
+        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs) if self._logprobs else ())
         self._tokens.clear()
-        self._logprobs.clear()
+        if self._logprobs:
+            self._logprobs.clear()
         return delta
 
     def _rest(self) -> str:

@@ -124,7 +124,7 @@ FIELDS: dict[str, dict[str, Json]] = {
         "logprobs": _FLAG,
         "top_logprobs": _integer(0, 20),
         "stream": _FLAG,
-        "stream_options": _object(include_usage=_FLAG, include_obfuscation=_FLAG),
+        "stream_options": _object(include_usage=_FLAG, continuous_usage_stats=_FLAG, include_obfuscation=_FLAG),
         "tools": _list(_object(("type", "function"), type=_one_of("function"), function=_FUNCTION), 1024),
         "tool_choice": {"anyOf": [_one_of("auto", "none", "required"), _NAMED]},
         "parallel_tool_calls": _FLAG,

@@ -49,8 +49,13 @@ class WireUsage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+    @classmethod
+    def so_far(cls, prompt: int, completion: int) -> WireUsage:
+        """The count of an answer that has not ended: where its prompt came from is told at the end."""
+        return cls(prompt, completion, prompt + completion)
 
     @classmethod
     def of(cls, usage: Usage, reasoning_tokens: int = 0) -> WireUsage:
@@ -130,7 +135,7 @@ class ChatChunkChoice(Struct):
 
 
 class ChatChunk(Struct):
-    """A streamed chat chunk. `usage` is absent, null before the end, or the count, as the client asked."""
+    """A streamed chat chunk. `usage` is absent, null before the end, or the count so far, as the client asked."""
 
     id: str
     created: int

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triptych.kernels.moe import few
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.moe.router import route_rows
+from triptych.kernels.moe.router import route_few
 from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 
 _COUNTERS = 1 << 15
@@ -33,7 +33,7 @@ def moe_rows_on_gpu(
     extra = triton.cdiv(rows, n)
     counters = _counters(x.device)
     x = x.contiguous()
-    weights, tile, order, xq, xs = _route(x, token_ids, router, n, tiles, counters[0])
+    weights, tile, order, xq, xs = route_few(x, token_ids, router, n, tiles, counters[0])
     hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=x.device)
     hq = torch.empty(pairs + rows, inner, dtype=torch.float16, device=x.device)
     hs = torch.empty(pairs + rows, inner // 128, dtype=torch.float32, device=x.device)
@@ -51,42 +51,6 @@ def moe_rows_on_gpu(
         **shape,
     )
     return out
-
-
-def _route(
-    x: Tensor, token_ids: Tensor, router: Router, n: int, tiles: int, counters: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, dim = x.shape
-    experts, k = router.gate.shape[0], router.experts_per_token
-    split = 8 if rows <= 32 else 4
-    while dim % (split * 128):
-        split //= 2
-    dev = x.device
-    part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
-    ids = torch.empty(rows, k, dtype=torch.int32, device=dev)
-    weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
-    tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
-    order = torch.empty(rows * k, dtype=torch.int32, device=dev)
-    xq = torch.empty(rows, dim, dtype=torch.float16, device=dev)
-    xs = torch.empty(rows, dim // 128, dtype=torch.float32, device=dev)
-    hashed = router.tid2eid is not None
-    route_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
-        *(x, router.gate, router.bias if router.bias is not None else part, router.tid2eid if hashed else ids),
-        *(token_ids, part, ids, weights, tile, order, xq, xs, counters),
-        *(rows, dim, experts, k, tiles, router.scaling, triton.cdiv(rows, n)),
-        HASHED=hashed,
-        EXPERTS=triton.next_power_of_2(experts),
-        K=triton.next_power_of_2(k),
-        SPLIT=split,
-        SOME=16,
-        BLOCK=16,
-        PAIRS=n,
-        SIXTEENS=triton.next_power_of_2(triton.cdiv(rows, 16)) if rows > 1 else 0,
-        num_warps=8,
-        num_stages=4,
-        maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
-    )
-    return weights, tile, order, xq, xs
 
 
 @cache
