@@ -49,7 +49,7 @@ def layer(name: str, experts: int | None = None, hashed: bool = False) -> tuple[
     bias = torch.randn(count, device="cuda") * 0.01
     table = torch.stack([torch.randperm(count, device="cuda")[:6] for _ in range(512)]) if hashed else None
     router = Router(gate, None if hashed else bias, table, 6, 1.5)
-    moe = Experts(mxfp4(count, 2 * inner, dim), mxfp4(count, dim, inner), 10.0)
+    moe = Experts(mxfp4(count, 2 * inner, dim).in_tiles(True), mxfp4(count, dim, inner).in_tiles(False), 10.0)
     return router, moe, (fp8(2 * inner, dim), fp8(dim, inner))
 
 

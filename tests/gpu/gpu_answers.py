@@ -12,7 +12,7 @@ from triptych.checkpoint import random_tensors
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.api import Engine, Output
 from triptych.engine.device import device_for
-from triptych.engine.load import _DTYPES, LoadedEngine, build_loop
+from triptych.engine.load import _DTYPES, LoadedEngine, arranged, build_loop
 from triptych.model.weights import WeightStore
 from triptych.words import SamplingParams, TokenIds
 
@@ -41,7 +41,7 @@ def random_engine(shape: ModelShape, **options: object) -> Engine:
             store.place(name, tensor)
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     capacity = plan_capacity(geometry, config.cache.kv_memory or 1 << 30, config.max_running)
-    loop = build_loop(store.weights, config, geometry, capacity)
+    loop = build_loop(arranged(store.weights, config), config, geometry, capacity)
     return Engine(LoadedEngine("random", shape, config, None, loop, min(shape.max_position, capacity.tokens), ""))
 
 

@@ -76,7 +76,7 @@ def _layer(name: str, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, F
     table = torch.stack([torch.randperm(24, device="cuda")[:6] for _ in range(50)]) if hashed else None
     bias = None if hashed else torch.randn(24, device="cuda") * 0.1
     router = Router(torch.randn(24, dim, device="cuda") * dim**-0.5, bias, table, 6, 1.5)
-    moe = Experts(mxfp4(24, 2 * inner, dim), mxfp4(24, dim, inner), 10.0)
+    moe = Experts(mxfp4(24, 2 * inner, dim).in_tiles(True), mxfp4(24, dim, inner).in_tiles(False), 10.0)
     return router, moe, (fp8(2 * inner, dim), fp8(dim, inner))
 
 

@@ -36,7 +36,7 @@ from triptych.errors import ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
 from triptych.kernels.registry import table
-from triptych.model.weights import ModelWeights, Storage, WeightStore
+from triptych.model.weights import ModelWeights, Storage, WeightStore, in_tiles
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
         _refuse_released(config, device)
-    weights = _weights(reader, _DTYPES[config.weight_dtype], device)
+    weights = arranged(_weights(reader, _DTYPES[config.weight_dtype], device), config)
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
     _set_threads(config, device)
@@ -200,6 +200,14 @@ def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> 
     if missing:
         raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
     return store.weights
+
+
+def arranged(weights: ModelWeights, config: EngineConfig) -> ModelWeights:
+    """`weights` as the kernels read them that `config` chooses; what they were before is none any more.
+
+    Deterministic mode has kernels for any GPU, which read MXFP4 as it is released.
+    """
+    return in_tiles(weights) if is_hopper(weights.embed.device) and not config.deterministic else weights
 
 
 def _refuse_released(config: EngineConfig, device: torch.device) -> None:

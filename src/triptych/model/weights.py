@@ -8,7 +8,7 @@ Projections that read the same input share one matrix, so that one product serve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -386,6 +386,23 @@ def _dense(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if tensor.dtype == torch.float8_e4m3fn:
         return dequantize_fp8(tensor, scale)
     return Mxfp4Matrix(tensor, scale).dequantize()
+
+
+def in_tiles(weights: ModelWeights) -> ModelWeights:
+    """`weights` with MXFP4 experts as a GPU's kernels read them, in the same memory: `weights` are none any more."""
+    return replace(
+        weights,
+        layers=tuple(_layer_in_tiles(layer) for layer in weights.layers),
+        mtp=tuple(replace(mtp, block=_layer_in_tiles(mtp.block)) for mtp in weights.mtp),
+    )
+
+
+def _layer_in_tiles(layer: LayerWeights) -> LayerWeights:
+    w13, w2, limit = layer.moe.experts
+    if not isinstance(w13, Mxfp4Matrix) or not isinstance(w2, Mxfp4Matrix):
+        return layer
+    experts = Experts(w13.in_tiles(paired=True), w2.in_tiles(paired=False), limit)
+    return replace(layer, moe=replace(layer.moe, experts=experts))
 
 
 def _check_blocks(s: ModelShape) -> None:
