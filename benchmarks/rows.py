@@ -125,3 +125,12 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             out[name] = "absent"
     return out
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """All rows of results/NAME.jsonl, oldest first; none if there is no such file."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sorted((json.loads(line) for line in lines if line), key=lambda row: str(row["time"]))

@@ -34,6 +34,7 @@ from triptych.text.turns import parse_turns
 from triptych.words import SamplingParams, TokenIds
 
 _FLAGS = {"max_running": 32, "step_tokens": 512, "kv_memory": 1 << 30}
+_SOAK_FLAGS = _FLAGS | {"kv_memory": 96 << 20}  # soon full: what grows after that is no frame used for the first time
 _TEXTS = [
     f"Chapter {i}. The code for amber falcon {i} is {48213 + i}. " + "It was told again. " * (5 * i) for i in range(8)
 ]
@@ -89,15 +90,13 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def serving(given: dict[str, int] = _FLAGS) -> Iterator[Server]:
     """A `triptych serve tiny` on a free port, stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     flags = [
-        part
-        for k, v in _FLAGS.items()
-        for part in (f"--{k.replace('_', '-')}", f"{v}B" if k == "kv_memory" else str(v))
+        part for k, v in given.items() for part in (f"--{k.replace('_', '-')}", f"{v}B" if k == "kv_memory" else str(v))
     ]
     command = [sys.executable, "-m", "triptych", "serve", "tiny", "--port", str(port), "--log-level", "error", *flags]
     server = Server(subprocess.Popen(command, stderr=subprocess.DEVNULL), port)
@@ -255,17 +254,18 @@ class Tally:
 
 def soak(given: argparse.Namespace) -> dict[str, Any]:
     """Clients come and go; then everything must be as before."""
-    engine = Engine.load("tiny", **_FLAGS)
+    engine = Engine.load("tiny", **_SOAK_FLAGS)
     params = SamplingParams(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
     outputs = engine.generate([rendered(text, engine) for text in _TEXTS], params)
     right = {text: said(out.text) for text, out in zip(_TEXTS, outputs, strict=True)}
     engine.close()
     tally = Tally()
-    with serving() as server:
+    with serving(_SOAK_FLAGS) as server:
         asyncio.run(_clients(server.port, given, right, tally, 3.0, clients=20))  # warm: pools, threads, caches
         time.sleep(2)
         before, tally = server.usage(), Tally()
-        asyncio.run(_clients(server.port, given, right, tally, given.seconds, clients=given.clients))
+        memory: list[float] = []
+        asyncio.run(_watched(server, given, right, tally, memory))
         time.sleep(3)
         after, metrics = server.usage(), server.metrics()
     quantile = statistics.quantiles(tally.firsts, n=100) if len(tally.firsts) > 1 else [0.0] * 99
@@ -278,13 +278,24 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
         "answers_per_client": [min(tally.by_client.values(), default=0), max(tally.by_client.values(), default=0)],
         "first_token_s": {"p50": round(quantile[49], 3), "p99": round(quantile[98], 3)},
         "longest_silence_s": {"p50": round(silence[49], 3), "p99": round(silence[98], 3)},
-        **{"before": before, "after": after},
+        **{"before": before, "after": after, "rss_mib_by_tenths": memory},
         "left_behind": {
             name: metrics[name]
             for name in ("triptych_running_requests", "triptych_waiting_requests", "triptych_requests_in_flight")
         },
         "slots_free": metrics.get("triptych_cache_slots_free"),
     }
+
+
+async def _watched(
+    server: Server, given: argparse.Namespace, right: dict[str, str], tally: Tally, memory: list[float]
+) -> None:
+    """The clients, and the server's memory after each tenth of their time."""
+    crowd = asyncio.create_task(_clients(server.port, given, right, tally, given.seconds, clients=given.clients))
+    for _ in range(10):
+        await asyncio.sleep(given.seconds / 10)
+        memory.append(server.usage()["rss_mib"])
+    await crowd
 
 
 async def _clients(

@@ -3,8 +3,9 @@
 Times are medians over replays of a CUDA graph whose calls rotate over inputs of more bytes than the L2 cache holds;
 a call is all launches of one layer. The floor is the larger of two: bytes (each key read once, queries and results) at
 the read bandwidth, products at the rate of their type. Contexts of a batch are equal, which is what peers were
-measured with. Where `flash_mla` (the extra package sgl-flash-mla) can be imported, its decode call is timed in the
-same run on the same sizes; it takes queries that are normed and rotated already and does not rotate back.
+measured with. Where `flash_mla` (the package sgl-flash-mla) can be imported, the same layers are timed in the same run
+with it doing the work (`by_flash_mla_us`: its launches and ours around them), and its decode call alone on the same
+sizes with its own plan (`flash_mla_us`), which takes queries that are normed and rotated and does not rotate back.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, SHAPES, WINDOW, ModelSha
 from triptych.kernels.attend.ref import Attention
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.attend_rows.triton import attend_rows
+from triptych.kernels.attend_rows.vendor import by_flash_mla
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.triton import ordered_scores, select_rows
 
 READ, BF16, FP8 = 4.42e12, 757e12, 1475e12  # bytes/s and FLOP/s of one H200, measured (docs/log.md)
-CONTEXTS = {"8K": 1 << 13, "128K": 1 << 17, "1M": 1 << 20}
-BATCHES = (1, 8, 32, 64, 128)
+CONTEXTS = {"8K": 1 << 13, "32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 RING = 260
 ROTATED = 120 << 20  # bytes that one graph reads at least
 DEVICE = torch.device("cuda")
@@ -82,7 +84,10 @@ def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str
     floor = max(size / READ, batch * heads * (WINDOW + read) * 4 * dim / BF16) * 1e6
     line = {"op": f"attend {kind}", "batch": batch, "us": round(us, 2), **_floor(floor, us)}
     theirs = _vendor(shape, read, batch)
-    return line | ({} if theirs is None else {"flash_mla_us": round(theirs, 2)})
+    if theirs is None:
+        return line
+    whole = timed([lambda one=one: by_flash_mla(*one) for one in sets])
+    return line | {"by_flash_mla_us": round(whole, 2), "flash_mla_us": round(theirs, 2)}
 
 
 def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batch: int) -> tuple[Any, ...]:

@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python -m benchmarks.gpu.prefill [--layers 20] [--contexts 8192 65536 262144] [--seconds 50]
 
-Chunks of 8,192 rows, as the engine makes them, through the runner with the sampled token at the end. Where the time is
-short, a long prompt runs its first and last chunks only, and the time of those between is interpolated: `measured`
-says how many chunks ran. `cached_ms`: time to the token of a prompt that is cached up to its last 256 tokens.
+Chunks of `--rows` rows, as the engine makes them, through the runner with the sampled token at the end. A prompt is
+run whole, the next chunk enqueued before the last one's token is taken, as the engine's loop does it. Where the time is
+short, some chunks are run by themselves, and the time of those between is interpolated: `measured` says how many ran.
+`cached_ms`: time to the token of a prompt that is cached up to its last 256 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from triptych.engine.sampler import SamplerState
 from triptych.model.weights import ModelWeights
 from triptych.words import Chunk, SamplingParams, StepPlan
 
-CHUNK = 8192
 # layers, context -> goal and vLLM 0.26, thousand tokens a second (20 layers Marlin, 8 layers humming)
 GOALS = {
     (20, 8192): (33.0, 24.2), (20, 65536): (32.0, 23.4), (20, 262144): (30.0, 20.4),
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 65536, 262144])
     parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     started = time.monotonic()
@@ -54,15 +55,16 @@ def main() -> None:
     for context in given.contexts:
         left = given.seconds - (time.monotonic() - started)
         if left > 0:
-            table.append(measure(shape, weights, context, left, detail=given.profile))
+            table.append(measure(shape, weights, (context, given.rows), left, detail=given.profile))
             print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.prefill", "table": table, "layers": given.layers}
     rows.append("gpu_prefill", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def measure(shape: ModelShape, weights: ModelWeights, context: int, left: float, *, detail: bool) -> Row:
-    """Tokens a second of a cold prompt of `context` tokens, and the time of a cached one's last 256."""
+def measure(shape: ModelShape, weights: ModelWeights, size: tuple[int, int], left: float, *, detail: bool) -> Row:
+    """Tokens a second of a prompt of size[0] tokens in chunks of size[1], and the time of a cached one's last 256."""
     torch.cuda.empty_cache()
+    context, rows_of_chunk = size
     config = made.config_of(context + 256, 1)
     geometry = made.geometry_of(shape, config.cache)
     pages = made.pages_of(context + 256)
@@ -71,28 +73,34 @@ def measure(shape: ModelShape, weights: ModelWeights, context: int, left: float,
     runner = DeviceRunner(weights, config, pools, capture=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run(runner, 0, min(CHUNK, context))  # compiles
-    starts = list(range(0, context, CHUNK))
-    took: dict[int, float] = {}
+    starts = list(range(0, context, rows_of_chunk))
+    parts = {start: min(start + rows_of_chunk, context) for start in starts}
+    for start in dict.fromkeys([starts[0], starts[-1]]):
+        run(runner, start, parts[start])  # compiles
     deadline = time.monotonic() + left
-    for start in dict.fromkeys([starts[0], starts[-1], *starts[:: max(1, len(starts) // 8)], *starts]):
-        took[start] = run(runner, start, min(start + CHUNK, context))
-        if time.monotonic() > deadline:
-            break
-    every = np.interp(starts, sorted(took), [took[start] for start in sorted(took)])
+    took = {start: run(runner, start, parts[start]) for start in dict.fromkeys([starts[0], starts[-1]])}
+    seconds, ran = float(np.mean(list(took.values()))) * len(starts), f"{len(took)}/{len(starts)} chunks"
+    if seconds < left:
+        seconds, ran = whole(runner, parts), "all, in a row"
+    else:
+        for start in starts[:: max(1, len(starts) // 8)]:
+            if time.monotonic() < deadline:
+                took[start] = run(runner, start, parts[start])
+        seconds = float(np.interp(starts, sorted(took), [took[start] for start in sorted(took)]).sum())
+        ran = f"{len(took)}/{len(starts)} chunks"
     peak = torch.cuda.max_memory_allocated() - before
     cached = min(run(runner, context - 256 - 4, context, write_from=context - 256) for _ in range(5))
     if detail:
         show(lambda: run(runner, starts[-1], context))
         show(lambda: run(runner, context - 256 - 4, context, write_from=context - 256))
-    rate = context / every.sum() / 1e3
+    rate = context / seconds / 1e3
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "context": context}
     out |= {
         "ktokens_s": round(float(rate), 2),
-        "first_ms": round(float(every[0]) * 1e3, 1),
-        "last_ms": round(float(every[-1]) * 1e3, 1),
+        "first_ms": round(took[starts[0]] * 1e3, 1),
+        "last_ms": round(took[starts[-1]] * 1e3, 1),
     }
-    out |= {"measured": f"{len(took)}/{len(starts)} chunks", "cached_ms": round(cached * 1e3, 2)}
+    out |= {"chunk": rows_of_chunk, "measured": ran, "cached_ms": round(cached * 1e3, 2)}
     out |= {"transient_gib": round(peak / 2**30, 2)}
     if (shape.num_layers, context) in GOALS:
         out |= dict(zip(("goal", "vllm"), GOALS[shape.num_layers, context], strict=True))
@@ -116,15 +124,40 @@ def show(work: Callable[[], object]) -> None:
 
 def run(runner: DeviceRunner, start: int, end: int, write_from: int | None = None) -> float:
     """Seconds of one chunk that samples, tokens on the host."""
-    shape = runner.model.shape
-    tokens = np.random.default_rng(start).integers(2, shape.vocab_size, end - start).astype(np.int32)
-    pages = np.arange(made.pages_of(end), dtype=np.int32)
-    chunk = Chunk("r", 0, start, end, tokens, pages, start if write_from is None else write_from, samples=True)
-    draw = Draw(SamplerState("r", SamplingParams(temperature=0.0), shape.vocab_size), 0, 0)
+    plan = plan_of(runner, start, end, write_from)
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    runner.start(StepPlan(0, (chunk,)), [draw]).finish()
+    runner.start(plan, [draw_of(runner)]).finish()
     return time.perf_counter() - begun
+
+
+def whole(runner: DeviceRunner, parts: dict[int, int]) -> float:
+    """Seconds of all chunks one after the other, each enqueued before the one before has landed."""
+    plans = [plan_of(runner, start, end, None) for start, end in parts.items()]
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    flight = None
+    for plan in plans:
+        coming = runner.start(plan, [draw_of(runner)])
+        if flight is not None:
+            flight.finish()
+        flight = coming
+    assert flight is not None
+    flight.finish()
+    return time.perf_counter() - begun
+
+
+def plan_of(runner: DeviceRunner, start: int, end: int, write_from: int | None) -> StepPlan:
+    """A step of one chunk."""
+    tokens = np.random.default_rng(start).integers(2, runner.model.shape.vocab_size, end - start).astype(np.int32)
+    pages = np.arange(made.pages_of(end), dtype=np.int32)
+    chunk = Chunk("r", 0, start, end, tokens, pages, start if write_from is None else write_from, samples=True)
+    return StepPlan(0, (chunk,))
+
+
+def draw_of(runner: DeviceRunner) -> Draw:
+    """The likeliest token."""
+    return Draw(SamplerState("r", SamplingParams(temperature=0.0), runner.model.shape.vocab_size), 0, 0)
 
 
 if __name__ == "__main__":

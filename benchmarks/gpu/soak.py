@@ -1,10 +1,12 @@
 """Mixed random load on a GPU under the integrity check: prefill, decode, stops, aborts, preemptions, tier moves.
 
-    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--canary 0.2]
+    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--canary 0.2] [--deterministic]
 
 The cache is small, so most of the load moves through the host and the disk. Every few steps all frames, slots and pins
-are counted; at the end each of some texts is asked twice, alone, and must answer the same. With --canary the engine
-computes a share of resumed requests again; steps then do not overlap.
+are counted, and the device's memory, of which what is allocated between steps must not grow. At the end some texts are
+asked twice, alone: with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row
+says how many tokens are the same. With --canary the engine computes a share of resumed requests again; steps then do
+not overlap.
 """
 
 from __future__ import annotations
@@ -33,19 +35,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--canary", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
     shape = made.shape_of("flash", given.layers)
     weights = made.released_weights(shape)
     with tempfile.TemporaryDirectory() as disk:
         engine = engine_of(
             *(shape, weights, 200_000), batch=16, step_tokens=2048, max_context=65536, host_memory=1 << 30, disk=disk,
-            disk_memory=8 << 30, canary=given.canary,
+            disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
         )  # fmt: skip
         started = time.monotonic()
         done = load(engine, given.seconds, np.random.default_rng(given.seed))
         stats = engine._loop.stats()
         texts = [text(shape, 1000 + i, 5000) for i in range(3)]
-        same = all(answer(engine, one, 8)[2] == answer(engine, one, 8)[2] for one in texts)
+        pairs = [(answer(engine, one, 8)[2], answer(engine, one, 8)[2]) for one in texts]
+        same = sum(a == b for first, second in pairs for a, b in zip(first, second, strict=True))
         engine.check_integrity()
         engine.close()
     took = round(time.monotonic() - started, 1)
@@ -53,7 +57,11 @@ def main() -> None:
     kept = ("preemptions", "host_bytes_in", "host_bytes_out", "disk_bytes_in", "disk_bytes_out", "fetches_failed")
     kept += ("canary_checked", "canary_failed")
     out |= {**done, "steps": stats.steps, "generated": stats.generated_tokens, "prompt": stats.prompt_tokens}
-    out |= {"cached": stats.cached_tokens, "same_answers": same}
+    out |= {
+        "cached": stats.cached_tokens,
+        "same_tokens_of_24": same,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+    }
     out |= {name: stats.cache[name] for name in kept if name in stats.cache}
     print(out, flush=True)
     values = {"command": "python -m benchmarks.gpu.soak", "table": [out]}
@@ -66,6 +74,7 @@ def load(engine: Engine, seconds: float, random: np.random.Generator) -> Counter
     bases = [text(shape, i, 40_000) for i in range(6)]
     live: set[str] = set()
     done: Counter[str] = Counter()
+    memory: list[int] = []
     deadline = time.monotonic() + seconds
     step = 0
     while loop.busy or time.monotonic() < deadline:
@@ -101,7 +110,11 @@ def load(engine: Engine, seconds: float, random: np.random.Generator) -> Counter
                 done[event.reason.value] += 1
         if step % _EVERY == 0:
             engine.check_integrity()
+            memory.append(torch.cuda.memory_allocated())
     engine.check_integrity()
+    third = max(1, len(memory) // 3)
+    done["allocated_mib_early"] = max(memory[third : 2 * third], default=0) >> 20
+    done["allocated_mib_late"] = max(memory[2 * third :], default=0) >> 20
     return done
 
 

@@ -408,6 +408,7 @@ KvFormat = Literal["float32", "bfloat16", "fp8"]
 IndexFormat = Literal["float32", "bfloat16", "fp8", "mxfp4"]
 Numerics = Literal["exact", "native"]
 Device = Literal["auto", "cpu", "cuda"]
+KernelBackend = Literal["auto", "ref", "cpu", "triton", "vendor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,9 +456,8 @@ class CacheConfig:
 class EngineConfig:
     """How the engine runs. Unknown options are errors; see `EngineConfig.from_options`.
 
-    `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step
-    (None: 512 on a processor, 8,192 on a GPU);
-    `max_context` tokens at most belong to one request (None: what the model allows);
+    `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step (None: 512 on a
+    processor, 8,192 on a GPU); `max_context` tokens at most belong to one request (None: what the model allows);
     `deterministic` makes logits bitwise independent of batch mates, chunking and cache path.
     `device` "auto" is the first NVIDIA GPU if there is one that can, else the processor.
     """
@@ -470,7 +470,7 @@ class EngineConfig:
     weight_dtype: Literal["float32", "bfloat16", "released"] = "float32"
     deterministic: bool = False
     threads: int | None = None
-    kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto"
+    kernel_backend: KernelBackend = "auto"
     device: Device = "auto"
     cache: CacheConfig = CacheConfig()
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -184,7 +185,8 @@ class Usage:
 
     `recomputed_tokens` were in the cache but had to run again to rebuild window state. `cached_by_tier` says how
     many of the cached ones came from a lower tier; the rest were on the device. `resume` is the kind of plan;
-    `approximate` is True where the operator allowed windows to be rebuilt inexactly.
+    `approximate` is True where the operator allowed windows to be rebuilt inexactly. `completion_by_weights`:
+    completion tokens by the version of the weights that sampled them; of one sample the lower versions came first.
     """
 
     prompt_tokens: int = 0
@@ -194,6 +196,7 @@ class Usage:
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
     resume: str = "cold"
     approximate: bool = False
+    completion_by_weights: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def computed_tokens(self) -> int:
@@ -202,24 +205,43 @@ class Usage:
 
     def plus(self, other: Usage, *, same_prompt: bool = False) -> Usage:
         """Both together; with `same_prompt` the other's prompt is one that is counted already."""
-        completion = self.completion_tokens + other.completion_tokens
-        if same_prompt:
-            return replace(self, completion_tokens=completion, approximate=self.approximate or other.approximate)
-        tiers = {*self.cached_by_tier, *other.cached_by_tier}
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.recomputed_tokens + other.recomputed_tokens,
-            completion,
-            {tier: self.cached_by_tier.get(tier, 0) + other.cached_by_tier.get(tier, 0) for tier in sorted(tiers)},
-            other.resume,
-            self.approximate or other.approximate,
+        completion = replace(
+            self,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            completion_by_weights=_sums(self.completion_by_weights, other.completion_by_weights),
+            approximate=self.approximate or other.approximate,
         )
+        if same_prompt:
+            return completion
+        return replace(
+            completion,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            recomputed_tokens=self.recomputed_tokens + other.recomputed_tokens,
+            cached_by_tier=_sums(self.cached_by_tier, other.cached_by_tier),
+            resume=other.resume,
+        )
+
+    def ended_at(self, tokens: int) -> Usage:
+        """The same with `tokens` of completion, where what was sampled beyond them is no part of the answer."""
+        left, by_weights = tokens, {}
+        for version, count in sorted(self.completion_by_weights.items()):
+            if left > 0:
+                by_weights[version] = min(count, left)
+            left -= count
+        return replace(self, completion_tokens=tokens, completion_by_weights=by_weights)
 
     @property
     def total_tokens(self) -> int:
         """Prompt plus completion tokens."""
         return self.prompt_tokens + self.completion_tokens
+
+
+K = TypeVar("K")
+
+
+def _sums(one: Mapping[K, int], other: Mapping[K, int]) -> dict[K, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,12 +445,40 @@ class Facts:
     seconds: float = 0.0
 
 
+Running = Literal["drain", "abort", "recompute"]
+"""What becomes of requests that are there when the weights are replaced:
+
+drain      they end on the old weights; the update waits, and so does who comes meanwhile
+abort      they end at once, with what they have
+recompute  they keep their tokens, run all of them again on the new weights and go on from there
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsUpdate:
+    """What an update did. `version`: 1 for the first, and so on; `identity` tells contents apart, in hexadecimal.
+
+    `staged_seconds` went by while requests ran, `stopped_seconds` while none could. `aborted` requests were ended and
+    `recomputed` ones, those that ran and not those that waited, started again.
+    """
+
+    version: int
+    identity: str
+    tensors: int
+    bytes: int
+    staged_seconds: float
+    stopped_seconds: float
+    aborted: int = 0
+    recomputed: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """One look at a running engine: requests now, steps and tokens since start, gauges of the cache by name.
 
     Token totals count prompts as they finish their prefill; `cache` holds what `CacheStats` says, as plain numbers.
-    `prefill_rows`: rows of prompts that ran, those that were run again among them.
+    `prefill_rows`: rows of prompts that ran, those that were run again among them. `state`: running, paused (no step
+    begins), or updating (new weights wait for requests to end, or are being put in place). `weights` counts updates.
     """
 
     running: int = 0
@@ -440,3 +490,5 @@ class EngineStats:
     generated_tokens: int = 0
     prefill_rows: int = 0
     cache: Mapping[str, float] = field(default_factory=dict)
+    state: str = "running"
+    weights: int = 0

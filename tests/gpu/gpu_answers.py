@@ -12,7 +12,7 @@ from triptych.checkpoint import random_tensors
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.api import Engine, Output
 from triptych.engine.device import device_for
-from triptych.engine.load import _DTYPES, LoadedEngine, arranged, build_loop
+from triptych.engine.load import _DTYPES, LoadedEngine, arrange, build_loop
 from triptych.model.weights import WeightStore
 from triptych.words import SamplingParams, TokenIds
 
@@ -31,18 +31,20 @@ class Total:
 TOTAL = Total()
 
 
-def random_engine(shape: ModelShape, **options: object) -> Engine:
+def random_engine(shape: ModelShape, *, seed: int = 0, **options: object) -> Engine:
     """An engine with random weights of `shape`, no tokenizer, on the device that `options` say."""
     config = EngineConfig.from_options(**options)
     device = device_for(config)
     store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=False, device=device)
-    for name, tensor in random_tensors(shape, seed=0):
+    for name, tensor in random_tensors(shape, seed):
         if not name.startswith("mtp."):
             store.place(name, tensor)
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     capacity = plan_capacity(geometry, config.cache.kv_memory or 1 << 30, config.max_running)
-    loop = build_loop(arranged(store.weights, config), config, geometry, capacity)
-    return Engine(LoadedEngine("random", shape, config, None, loop, min(shape.max_position, capacity.tokens), ""))
+    arrange(store, config)
+    loop = build_loop(store.weights, config, geometry, capacity)
+    limit = min(shape.max_position, capacity.tokens)
+    return Engine(LoadedEngine("random", shape, config, None, loop, limit, "", store))
 
 
 def text(shape: ModelShape, seed: int, length: int) -> TokenIds:

@@ -95,7 +95,7 @@ def test_a_bfloat16_cache_and_bfloat16_weights_run() -> None:
 
 
 def test_what_does_not_run_on_a_gpu_says_so() -> None:
-    with pytest.raises(ConfigError, match="Deterministic mode does not run on a GPU yet"):
-        Engine.load("tiny", device="cuda", deterministic=True)
+    with pytest.raises(ConfigError, match="Deterministic mode needs the triton kernels"):
+        Engine.load("tiny", device="cuda", deterministic=True, kernel_backend="ref")
     with pytest.raises(ConfigError, match="cpu kernels run on the processor"):
         Engine.load("tiny", device="cuda", kernel_backend="cpu")

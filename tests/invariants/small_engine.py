@@ -53,21 +53,26 @@ SHAPE = ModelShape(
 )
 
 
-@cache
-def weights() -> ModelWeights:
+def random_weights(seed: int) -> WeightStore:
     """Random weights of SHAPE."""
     torch.set_num_threads(1)
     store = WeightStore(SHAPE, torch.float32, mtp=False)
-    for name, tensor in random_tensors(SHAPE, seed=0):
+    for name, tensor in random_tensors(SHAPE, seed):
         store.place(name, tensor)
-    return store.weights
+    return store
+
+
+@cache
+def shared_weights() -> ModelWeights:
+    """Those that all engines share that do not bring their own."""
+    return random_weights(0).weights
 
 
 class _Watched(Runner):
     """A runner that keeps the logits of every row it samples, by request and position."""
 
-    def __init__(self, config: EngineConfig, pools: Pools) -> None:
-        super().__init__(weights(), config, pools)
+    def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools) -> None:
+        super().__init__(weights, config, pools)
         self.seen: dict[str, dict[int, Tensor]] = {}
 
     def logits(self, plan: StepPlan) -> Tensor:
@@ -109,6 +114,7 @@ class SmallEngine:
         stores: Sequence[Store] = (),
         canary: Canary | None = None,
         overlap: bool = False,
+        weights: ModelWeights | None = None,
     ) -> None:
         config = EngineConfig(
             max_running=slots,
@@ -126,8 +132,9 @@ class SmallEngine:
             if isinstance(value, Tensor):
                 value.fill_(float("nan"))
         self._overlap = overlap
-        self._runner = _Watched(config, pools)
-        runner: Runner = DeviceRunner(weights(), config, pools, capture=False) if overlap else self._runner
+        given = weights or shared_weights()
+        self._runner = _Watched(given, config, pools)
+        runner: Runner = DeviceRunner(given, config, pools, capture=False) if overlap else self._runner
         mover = Mover(pools, geometry, host_pages, tuple(stores))
         scheduler = Scheduler(self.cache, config, SHAPE.max_position, runner.depth)
         self.loop = EngineLoop(SHAPE, self.cache, scheduler, runner, mover, canary)
@@ -145,8 +152,12 @@ class SmallEngine:
 
     def step(self) -> list[Answer]:
         """One engine step; the answers that it completed."""
+        return self.take(self.loop.step())
+
+    def take(self, events: Sequence[TokenEvent]) -> list[Answer]:
+        """The answers that these events complete."""
         done = []
-        for event in self.loop.step():
+        for event in events:
             done += self._take(event)
         return done
 
@@ -197,7 +208,7 @@ class SmallEngine:
         return [answer]
 
 
-def alone(tokens: tuple[int, ...]) -> Tensor:
+def alone(tokens: tuple[int, ...], weights: ModelWeights | None = None) -> Tensor:
     """The truth: logits [n, V] of all positions of a text, run in one step, nothing cached."""
     geometry = CacheGeometry.of(SHAPE, "float32")
     # one page to spare: kernels are compiled for strided pools, and a pool of one page is not strided
@@ -212,7 +223,8 @@ def alone(tokens: tuple[int, ...]) -> Tensor:
         pages=np.arange(pages, dtype=np.int32),
         write_from=0,
     )
-    return Runner(weights(), EngineConfig(deterministic=True), pools).all_logits(StepPlan(0, (chunk,)))
+    given = weights or shared_weights()
+    return Runner(given, EngineConfig(deterministic=True), pools).all_logits(StepPlan(0, (chunk,)))
 
 
 def agree(answer: Answer, *, bitwise: bool = True) -> None:

@@ -11,9 +11,13 @@ from interpreter_rounding import round_as_hardware
 from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
-from triptych.kernels.index.triton import highest
+from triptych.kernels.index import triton as index
+from triptych.kernels.mhc import fixed as mhc_fixed
+from triptych.kernels.moe.ref import Router, route
+from triptych.kernels.moe.router import route_few
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
-from triptych.kernels.registry import table
+from triptych.kernels.quant.ref import fake_quant_fp8
+from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
 
 
@@ -25,17 +29,52 @@ def main() -> None:
             for rows in (1, 3, 17):
                 result = verify(row.op, "triton", rows, rows)
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
+    mhc_fixed.ROWS = 8  # the interpreter is slow
+    for row in table("auto", device="cuda", deterministic=True):
+        file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
+        if file == "fixed" or row.op == "attend":
+            result = verify(row.op, file, 9, 9, deterministic=file != "fixed")
+            print(json.dumps({"what": f"{row.op} fixed", "ok": result.ok, "error": result.error}))
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
+    index.SCORES = 256  # a few rows at a time
+    result = verify("select_entries", "triton", 17, 17)
+    print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
+    for hashed in (False, True):
+        for rows in (1, 2, 17, 40):
+            print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :600]
     order = torch.where(order < visible.unsqueeze(1), order, 9999).sort(dim=1).values
     want = torch.where(order < 9999, order, -1)
-    got = highest(scores, visible, 600)
+    got = index.highest(scores, visible, 600)
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
+
+
+def routed(rows: int, hashed: bool) -> bool:
+    """True if rows get the reference's experts and weights, and lists that have every pair once, by expert."""
+    draw = torch.Generator().manual_seed(rows)
+    count, k, dim, most = 20, 3, 256, 4
+    table = torch.stack([torch.randperm(count, generator=draw)[:k] for _ in range(9)]) if hashed else None
+    bias = None if hashed else torch.randn(count, generator=draw)
+    router = Router(torch.randn(count, dim, generator=draw) / 16, bias, table, k, 1.5)
+    x = torch.randn(rows, dim, generator=draw)
+    tokens = torch.randint(0, 9, (rows,), generator=draw)
+    counters = torch.zeros(1 + count, dtype=torch.int32)
+    weights, tile, order, xq, xs = route_few(
+        x, token_ids=tokens, router=router, n=most, tiles=rows * k, counters=counters
+    )
+    ids, want = route(x, tokens, router)
+    ok = torch.allclose(weights, want, rtol=1e-5) and not counters.any()
+    used = [tuple(t) for t in tile.tolist() if t[0] >= 0]
+    listed = [(expert, pair) for expert, first, size in used for pair in order[first : first + size].tolist()]
+    ok = ok and sorted(listed, key=lambda both: both[1]) == [(e, i) for i, e in enumerate(ids.flatten().tolist())]
+    ok = ok and all(size <= most for _, _, size in used)
+    unpaired = xq.view(rows, -1, 4, 2).transpose(2, 3).reshape(rows, -1, 128).float() * xs.unsqueeze(2)
+    return ok and torch.equal(unpaired.flatten(1), fake_quant_fp8(x))
 
 
 def native_front(kind: Literal["fp8", "mxfp4"], rows: int) -> bool:

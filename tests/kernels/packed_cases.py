@@ -15,6 +15,7 @@ from torch import Tensor
 from triptych.kernels.attend import ref as attend_ref
 from triptych.kernels.attend.ref import Attention, WindowRows
 from triptych.kernels.attend_rows.ref import Queries, RingRows
+from triptych.kernels.attend_rows.ref import attend_heads as attend_heads_truth
 from triptych.kernels.attend_rows.ref import attend_rows as attend_rows_truth
 from triptych.kernels.index.ref import PagedEntries, index_scores, select_entries
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed, write_rows
@@ -111,6 +112,24 @@ def step_case(kind: str, rows: int, most: int, heads: int, form: RowFormat, topk
     entries = entries._replace(seq=seq.to(device), visible=visible.to(device))
     ids = some_ids(visible, topk, g, torch.int64).to(device) if kind == "csa" else None
     return q, window, entries, ids, core
+
+
+def heads_case(kind: str, rows: int, most: int, heads: int, form: RowFormat, topk: int, device: str) -> tuple[Any, ...]:
+    """Arguments of attend_heads: raw queries of the step rows of `step_case`."""
+    q, *rest = step_case(kind, rows, most, heads, form, topk, device)
+    g = torch.Generator().manual_seed(most)
+    turns = torch.randn(rows, form.rope // 2, generator=g) * 3
+    raw = torch.cat([q.flatten(1).cpu() * 2, torch.randn(rows, 24, generator=g)], 1).to(torch.bfloat16)
+    angles = (turns.cos().to(device), turns.sin().to(device))
+    return Queries(raw.to(device), heads, form.dim, angles, 1e-6), *rest
+
+
+def heads_error(got: Tensor, case: tuple[Any, ...]) -> float:
+    """Norm-wise distance of a result from the reference in float64."""
+    queries, window, entries, ids, core = case
+    angles = (queries.angles[0].double(), queries.angles[1].double())
+    wide = queries._replace(heads=queries.heads.double(), angles=angles)
+    return error(got, attend_heads_truth(wide, window, entries, ids, core._replace(sink=core.sink.double())))
 
 
 def step_error(got: Tensor, case: tuple[Any, ...]) -> float:

@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import re
 import zlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from pathlib import Path
 
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
@@ -26,10 +27,12 @@ from triptych.words import (
     Facts,
     FinishReason,
     Panels,
+    Running,
     SamplingParams,
     TokenIds,
     TokenLogprob,
     Usage,
+    WeightsUpdate,
 )
 
 PAGE = 128
@@ -79,6 +82,8 @@ class FakeEngine:
         self.salts: list[str] = []
         self.hints: list[CacheHints] = []
         self.started = self.stopped = False
+        self.state = "running"
+        self.updates: list[tuple[str | bytes, Running, float | None]] = []
         self._known: list[TokenIds] = []
         self._steps = self._prompt = self._cached = self._generated = 0
 
@@ -91,8 +96,40 @@ class FakeEngine:
     async def facts(self) -> Facts:
         return self.told
 
+    async def pause(self) -> None:
+        self.state = "paused"
+
+    async def resume(self) -> None:
+        self.state = "running"
+
+    async def update_weights(
+        self, source: Path, *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """Waits for requests, as a draining engine does; tells what it was asked for."""
+        return await self._updated(str(source), running, timeout)
+
+    async def upload_weights(
+        self, pieces: Iterable[bytes], *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        return await self._updated(await asyncio.to_thread(b"".join, pieces), running, timeout)
+
+    async def _updated(self, source: str | bytes, running: Running, timeout: float | None) -> WeightsUpdate:
+        self.state = "updating"
+        try:
+            async with asyncio.timeout(timeout):
+                while self.live and running == "drain":
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise Unavailable("Requests were still running.") from None
+        finally:
+            self.state = "running"
+        self.updates.append((source, running, timeout))
+        return WeightsUpdate(len(self.updates), "ab" * 32, 1, 2, 0.5, 0.25)
+
     def stats(self) -> EngineStats:
         return EngineStats(
+            state=self.state,
+            weights=len(self.updates),
             running=len(self.live),
             steps=self._steps,
             prompt_tokens=self._prompt,
@@ -159,7 +196,7 @@ class FakeEngine:
     def _step(self, token: int, params: SamplingParams, output: OutputText, usage: Usage) -> list[Delta]:
         at = usage.completion_tokens - 1
         if self.stopped:
-            return [output.finish(FinishReason.ABORT, usage, "The engine was stopped.")]
+            return [output.finish(FinishReason.ABORT, usage, "The request was ended because the server stops.")]
         if at == self.fail_after:
             return [output.finish(FinishReason.ERROR, usage, "The logits of this request are not finite.")]
         if at == self.break_after:

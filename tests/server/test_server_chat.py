@@ -56,6 +56,29 @@ def test_include_usage_adds_a_last_chunk_without_choices(client: openai.OpenAI) 
     assert last.usage.completion_tokens == 5
 
 
+def test_continuous_usage_counts_in_every_chunk(client: openai.OpenAI, engine: FakeEngine) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.chat.completions.create(
+        model="fake", messages=MESSAGES, max_tokens=60, n=2, stream=True, stream_options=options
+    )
+    prompt = len(prompt_of(engine))
+    for index in range(2):
+        mine = [chunk for chunk in chunks if chunk.choices[0].index == index]
+        counts = [chunk.usage.completion_tokens for chunk in mine]
+        assert counts[0] == 0 and counts[-2:] == [60, 60] and counts == sorted(counts)  # role first, reason last
+        assert len(set(counts)) > 20
+        assert all(chunk.usage.prompt_tokens == prompt for chunk in mine)
+        assert all(chunk.usage.total_tokens == prompt + chunk.usage.completion_tokens for chunk in mine)
+        assert all("prompt_tokens_details" not in chunk.usage.model_fields_set for chunk in mine)
+    assert last.choices == [] and last.usage.completion_tokens == 120
+    assert last.usage.prompt_tokens_details.cached_tokens == 0
+    without = {"continuous_usage_stats": True}  # means nothing without include_usage, as in vLLM
+    for chunk in client.chat.completions.create(
+        model="fake", messages=MESSAGES, max_tokens=3, stream=True, stream_options=without
+    ):
+        assert "usage" not in chunk.model_fields_set and chunk.choices
+
+
 def test_a_second_question_reports_what_was_cached(client: openai.OpenAI) -> None:
     document = "line of a long document\n" * 100
     usages = []

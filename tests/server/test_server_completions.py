@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -76,6 +79,33 @@ def test_include_usage(client: openai.OpenAI) -> None:
     assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 4
 
 
+def test_continuous_usage_counts_each_choice_and_its_own_prompt(client: openai.OpenAI, engine: FakeEngine) -> None:
+    prompts = ["x", "a longer prompt of some words"]
+    lengths = [len(engine.tokenizer.encode(prompt)) for prompt in prompts]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.completions.create(
+        model="fake", prompt=prompts, max_tokens=9, n=2, stream=True, echo=True, stream_options=options
+    )
+    for index in range(4):
+        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts[0] == 0 and counts[-1] == 9 and counts == sorted(counts)  # the echo comes first
+        assert {usage.prompt_tokens for usage in usages} == {lengths[index // 2]}
+    assert last.choices == [] and last.usage.total_tokens == sum(lengths) + 4 * 9
+
+
+def test_a_request_as_guidellm_sends_it(http: httpx.Client) -> None:
+    body = {
+        **{"model": "fake", "prompt": "a b c", "max_tokens": 6, "stop": None, "ignore_eos": True, "stream": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert [event["usage"]["completion_tokens"] for event in events if event["choices"]][-1] == 6
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 6
+
+
 def test_fields_that_ask_for_nothing_special_are_fine(client: openai.OpenAI) -> None:
     client.completions.create(model="fake", prompt="x", echo=False, best_of=1, suffix=None)
 
@@ -92,3 +122,19 @@ def test_echo_puts_the_prompt_first(client: openai.OpenAI, engine: FakeEngine) -
     assert texts == [c.text for c in echoed.choices]
     with pytest.raises(openai.BadRequestError, match="logprobs of the prompt"):
         client.completions.create(**ask, echo=True, logprobs=1)
+
+
+def test_sampled_ids_come_beside_the_text_where_they_are_asked_for(http: httpx.Client, engine: FakeEngine) -> None:
+    body = {"model": "fake", "prompt": [1, 2], "max_tokens": 12, "n": 2, "seed": 3}
+    whole = http.post("/v1/completions", json=body | {"return_token_ids": True}).json()
+    for choice in whole["choices"]:
+        assert len(choice["token_ids"]) == 12
+        assert engine.tokenizer.decode(choice["token_ids"]) == choice["text"]
+    assert all("token_ids" not in choice for choice in http.post("/v1/completions", json=body).json()["choices"])
+    lines = http.post("/v1/completions", json=body | {"return_token_ids": True, "stream": True}).text.splitlines()
+    told: dict[int, list[int]] = {0: [], 1: []}
+    for line in lines:
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                told[choice["index"]] += choice["token_ids"]
+    assert told == {choice["index"]: choice["token_ids"] for choice in whole["choices"]}

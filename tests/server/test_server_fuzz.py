@@ -107,7 +107,9 @@ plausible = {
     "prompt": st.text(max_size=9) | st.lists(st.integers(-2, 129281), max_size=5) | values,
     "model": st.sampled_from(["fake", "fak", ""]),
     "stream": st.booleans(),
-    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+    "stream_options": st.fixed_dictionaries(
+        {"include_usage": st.booleans()}, optional={"continuous_usage_stats": st.booleans()}
+    ),
     "n": st.integers(-1, 5),
     "max_tokens": st.integers(-1, 300),
     "max_completion_tokens": st.integers(-1, 300),

@@ -123,6 +123,7 @@ def test_bodies_that_are_no_json_object(http: httpx.Client, body: bytes, sentenc
         ({"stream": "yes"}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options", "true or false"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options", "true or false"),
         ({"stream": True, "stream_options": {"inlude_usage": True}}, "stream_options", "no option 'inlude_usage'"),
         ({"stream": True, "stream_options": []}, "stream_options", "must be an object"),
         ({"temprature": 1}, "temprature", "Unknown field 'temprature'. Did you mean 'temperature'?"),

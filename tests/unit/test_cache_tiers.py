@@ -17,8 +17,10 @@ from triptych.words import TokenIds
 GEOMETRY = CacheGeometry(2, (0,), (1,), 8, 4, 4, "float32", "float32")
 
 
-def manager(frames: int = 40, host: int = 0, stores: tuple[FakeStore, ...] = ()) -> CacheManager:
-    policies = Policies(snapshot_policy_named("adaptive"), retention_named("lru"))
+def manager(
+    frames: int = 40, host: int = 0, stores: tuple[FakeStore, ...] = (), policy: str = "adaptive"
+) -> CacheManager:
+    policies = Policies(snapshot_policy_named(policy), retention_named("lru"))
     return CacheManager(GEOMETRY, CacheCapacity(frames, 4), 2, policies=policies, below=Below(host, stores))
 
 
@@ -102,6 +104,29 @@ def test_a_store_that_lost_first_pages_gets_them_again_but_not_while_it_refuses(
     end(cache, "d")
     settle(cache)
     assert all(ObjectKey("page", key) in store for key in _keys(cache, text(1100)))
+
+
+def saved_boundaries(policy: str, prompts: list[TokenIds], shared: TokenIds) -> set[int]:
+    """Where a store has snapshots of `shared` after `prompts`, in tokens."""
+    store = FakeStore("disk")
+    cache = manager(frames=1000, stores=(store,), policy=policy)
+    for number, prompt in enumerate(prompts):
+        start(cache, str(number), prompt)
+        end(cache, str(number))
+        settle(cache)
+    names = enumerate(_keys(cache, shared), 1)
+    return {128 * end for end, name in names if ObjectKey("snapshot", name) in store}
+
+
+def test_a_store_gets_the_window_of_a_text_that_prompts_share_and_not_of_every_place() -> None:
+    shared = text(1024)
+    asked = [np.concatenate([shared, text(300, seed)]) for seed in (1, 2, 3)]
+    assert saved_boundaries("adaptive", asked[:1], shared) == set(), "nobody knows yet where it ends"
+    assert saved_boundaries("adaptive", asked[:2], shared) == {1024}
+    assert saved_boundaries("adaptive", asked, shared) == {1024}
+    assert saved_boundaries("full", asked[:1], shared) == set(range(128, 1025, 128)), "full means all"
+    assert saved_boundaries("periodic:512", asked[:1], shared) == {512, 1024}
+    assert saved_boundaries("none", asked, shared) == set()
 
 
 def test_what_was_evicted_comes_back_from_the_host_before_admission() -> None:

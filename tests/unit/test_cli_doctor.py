@@ -42,6 +42,11 @@ def test_nothing_to_say_about_a_good_machine() -> None:
         (MACHINE, without("numba"), "pip install 'triptych[cpu]'"),
         (MACHINE, without("uvicorn"), "pip install 'triptych[server]'"),
         (replace(MACHINE, gpus=("GPU Z",)), without("triton"), "pip install 'triptych[gpu]'"),
+        (
+            replace(MACHINE, gpus=("GPU H (141 GiB, compute capability 9.0)",)),
+            without("sgl-flash-mla"),
+            "pip install --no-deps sgl-flash-mla==",
+        ),
         (replace(MACHINE, gpus=("GPU Z",), gpu_problem="GPU Z is old."), ALL, "GPU Z is old. The processor is used."),
         (replace(MACHINE, load=7.5), ALL, "7.5 of 8 cores busy"),
         (replace(MACHINE, memory_free=1 << 30), ALL, "Only 1 GiB of memory is free"),

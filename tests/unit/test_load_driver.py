@@ -129,6 +129,20 @@ def test_figures_add_up(texts: Texts) -> None:
         assert one.per_token == pytest.approx((one.arrivals[-1][0] - one.arrivals[0][0]) / 4)
 
 
+def test_rollouts_are_counted_timed_and_priced(texts: Texts) -> None:
+    requests = scaled(workload("rl-rollout", 48).requests, 0.002)
+    found = summary(drive(Fake(0.001), texts, requests), Slo(), hourly=3600.0)
+    told = found["rollouts"]
+    assert (told["trajectories"], told["prompts"]) == (48, 3)
+    assert told["trajectories_per_s"] == pytest.approx(48 / found["seconds"])
+    assert told["usd_per_trajectory"] == pytest.approx(found["seconds"] / 48)
+    assert told["tokens_per_trajectory"] == pytest.approx(sum(one.output.tokens for one in requests) / 48)
+    assert 0 < told["half_done_s"] < told["all_done_s"] <= found["seconds"]
+    assert "48 trajectories of 3 prompts" in table(found)
+    chat = summary(drive(Fake(), texts, [request(0.0, f"s{i}", f"p{i}") for i in range(4)]), Slo())
+    assert "rollouts" not in chat and "trajectories" not in table(chat)
+
+
 def test_intervals_hold_the_percentile_and_shrink_with_the_sample() -> None:
     few, many = (spread(np.random.default_rng(1).lognormal(size=n).tolist()) for n in (30, 3000))
     assert few is not None and many is not None

@@ -13,7 +13,7 @@ from triptych.planner.hardware import catalogue
 from triptych.planner.layout import layout_for
 from triptych.planner.mixes import MIXES
 from triptych.planner.models import fp8_equivalent_flops, model_named, of_shape
-from triptych.planner.plan import Wanted, compared_with, plan
+from triptych.planner.plan import COMPARED_AT, Wanted, as_published, compared_with, plan
 from triptych.planner.roofline import REACHED, decode_step, prefill
 
 MILLION = 1 << 20
@@ -71,10 +71,17 @@ def test_published_shares_of_the_cache(name: str, index: str, other: str, publis
 
 @pytest.mark.parametrize(("name", "published"), [("pro", 0.27), ("flash", 0.10)])
 def test_published_shares_of_the_operations(name: str, published: float) -> None:
-    """27 % and 10 % of V3.2's equivalent FP8 FLOPs at a million tokens, from unrounded counts: within 0.6 points."""
-    mine = fp8_equivalent_flops(model_named(name, "fp8", "mxfp4"), MILLION)
-    share = mine / fp8_equivalent_flops(model_named("deepseek-v3.2"), MILLION)
-    assert share == pytest.approx(published, abs=0.006)
+    """27 % and 10 % of V3.2's equivalent FP8 FLOPs at a million tokens."""
+    mine = fp8_equivalent_flops(model_named(name, "fp8", "mxfp4"), COMPARED_AT)
+    share = mine / fp8_equivalent_flops(model_named("deepseek-v3.2"), COMPARED_AT)
+    assert round(share, 2) == published
+
+
+def test_a_plan_in_other_formats_also_says_what_was_published() -> None:
+    found = as_published(model_named("pro"))
+    assert found is not None and round(found["deepseek-v3.2"]["bytes"], 2) == 0.10
+    assert compared_with(model_named("pro"))["deepseek-v3.2"]["bytes"] > 0.11  # FP8 index keys are larger
+    assert as_published(model_named("pro", "fp8", "mxfp4")) is as_published(model_named("gqa-70b")) is None
 
 
 def test_other_models_have_their_published_sizes() -> None:

@@ -115,7 +115,7 @@ def test_usage_adds_up() -> None:
     engine.add("b", text(600), max_tokens=3)
     engine.step()
     usage = engine.finish("b")
-    assert usage == Usage(600, cached_tokens=508, recomputed_tokens=4, completion_tokens=1, resume="snapshot")
+    assert usage == Usage(600, 508, 4, 1, resume="snapshot", completion_by_weights={0: 1})
     assert usage.computed_tokens == 88
     stats = engine.scheduler.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.recomputed_tokens) == (1200, 508, 4)
@@ -191,7 +191,7 @@ def test_the_newest_is_preempted_and_loses_nothing() -> None:
     assert preempted_at
     assert list(ends) == ["old", "new"]
     assert (ends["old"].completion_tokens, ends["new"].completion_tokens) == (300, 140)
-    assert ends["new"] == Usage(250, 0, 0, 140)
+    assert ends["new"] == Usage(250, 0, 0, 140, completion_by_weights={0: 140})
     stats = engine.scheduler.stats()
     assert stats.rerun_tokens > 0 and stats.prompt_tokens == 500
     assert stats.generated_tokens == 440
@@ -342,3 +342,39 @@ def test_plans_are_values() -> None:
     assert (plan.chunks[0].tokens.tolist(), plan.chunks[0].pages.tolist()) == before
     with pytest.raises(ValueError, match="read-only"):
         plan.chunks[0].tokens[0] = 1
+
+
+def test_requests_with_the_same_prompt_run_it_once() -> None:
+    """Those who come before it has run wait for the first one; other tenants and short prompts do not."""
+    engine = Engine(pages=64, running=8, budget=4096)
+    for name in "abc":
+        engine.add(name, text(600), max_tokens=3)
+    engine.add("other", text(600), max_tokens=3, salt="other")
+    engine.add("longer", text(601), max_tokens=3)
+    for name in ("x", "y"):
+        engine.add(name, text(40, seed=9), max_tokens=3)
+    assert set(engine.step()) == {"a", "other", "longer", "x", "y"}
+    then = engine.step()
+    assert then["a"] == (600, 601) and then["b"] == then["c"] == (508, 600)
+    engine.drain()
+
+
+def test_who_waits_for_the_same_prompt_goes_on_when_its_request_is_gone() -> None:
+    engine = Engine()
+    for name in "ab":
+        engine.add(name, text(600), max_tokens=3)
+    assert set(engine.step()) == {"a"}
+    engine.finish("a")
+    engine.add("c", text(600), max_tokens=3)
+    assert set(engine.step()) == {"b"}, "b is the first one now, and c waits for it"
+    steps = engine.drain()
+    assert any(step.get("c", (0, 0))[0] >= 508 for step in steps) and not engine.scheduler.busy
+
+
+def test_without_a_prefix_cache_nobody_waits() -> None:
+    engine = Engine(budget=4096)
+    engine.cache.prefix_cache = False
+    for name in "ab":
+        engine.add(name, text(600), max_tokens=3)
+    assert set(engine.step()) == {"a", "b"}
+    engine.drain()

@@ -90,7 +90,7 @@ class CacheManager:
         self.sessions = Sessions()
         self._namespace = namespace
         self._tenants: dict[str, Tenant] = {}
-        self.epoch = 0
+        self.epoch = self._distrusts = 0
         self._changes = 0
         self._refused: tuple[str, str, int, int] | None = None
 
@@ -173,7 +173,7 @@ class CacheManager:
 
     def root(self, salt: str) -> bytes:
         """The parent key of the first pages of a tenant."""
-        return root_key(b"%d:%b" % (self.epoch, self._namespace), salt)
+        return root_key(b"%d:%b" % (self._distrusts, self._namespace), salt)
 
     def tenant(self, salt: str) -> Tenant:
         """The tenant with this salt."""
@@ -422,7 +422,7 @@ class CacheManager:
                 self.leases.grant(holding, now)
                 self._remember(holding, now)
                 self.sessions.ended(holding)
-                self.tiers.save(holding.chain, holding.plan.write_from // PAGE)
+                self.tiers.save(holding.chain, holding.plan.write_from // PAGE, self.places.stored)
             self.memory.tree.unpin(holding.chain[-1], now)
             for node in holding.chain:  # a snapshot may have waited in the queue while its page was in use
                 if node.snapshot is not None:
@@ -446,6 +446,12 @@ class CacheManager:
 
     def reset(self) -> None:
         """Drop the whole prefix cache. Pages of running requests go when these end; nobody finds them any more."""
+        self._distrusts += 1  # lower tiers keep what they have, so that names must be others from here on
+        self.renew(self._namespace)
+
+    def renew(self, namespace: bytes) -> None:
+        """As `reset`, because what is computed from here on has another `namespace`: other weights."""
+        self._namespace = namespace
         self.epoch += 1
         self._changes += 1
         self.leases.drop_all()

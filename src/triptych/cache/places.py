@@ -38,13 +38,15 @@ only the first ones are taken."""
 class SnapshotPolicy:
     """Where snapshots are put and what happens without one.
 
-    `at_end`: the last boundary of the output gets one too. `replay`: how windows are rebuilt where no snapshot is
+    `at_end`: the last boundary of the output gets one too. `stored`: stores keep all of them; if not, those that were
+    used, where a prompt left what was cached, and the last. `replay`: how windows are rebuilt where no snapshot is
     left: "trapezoid" is exact, "bounded" runs one window only and is approximate.
     """
 
     name: str
     places: Places
     at_end: bool = True
+    stored: bool = False
     replay: str = "trapezoid"
 
     @property
@@ -104,11 +106,11 @@ def snapshot_policy_named(name: str) -> SnapshotPolicy:
     if kind == "periodic":
         if not argument.isdecimal() or not int(argument) or int(argument) % PAGE:
             raise ConfigError(f"{name!r}: the period is a multiple of {PAGE} tokens.", "For example periodic:4096.")
-        return SnapshotPolicy(name, periodic(int(argument)), at_end=False)
+        return SnapshotPolicy(name, periodic(int(argument)), at_end=False, stored=True)
     if name == "adaptive":
         return SnapshotPolicy(name, adaptive)
     if name == "full":
-        return SnapshotPolicy(name, full)
+        return SnapshotPolicy(name, full, stored=True)
     if name == "none":
         return SnapshotPolicy(name, none, at_end=False)
     if name == "bounded":

@@ -152,18 +152,21 @@ class Tiers:
             self._demotions.append(Demotion(key, frames, host_frames))
             self.moved.bytes_in[HOST] += self.size(key)
 
-    def save(self, nodes: Sequence[Node], fresh: int) -> None:
-        """A request ended that used `nodes`, parents first: they and the snapshot of the last are to be in the stores.
+    def save(self, nodes: Sequence[Node], fresh: int, every: bool = False) -> None:
+        """A request ended that used `nodes`, parents first: they and their likely snapshots are to be in the stores.
 
         All of them, not only those from index `fresh` on, which are new: a store may have given up the first pages of a
         session that lives on the device, and without these the others are worth nothing. While stores refuse, as a
         full disk does, only the new ones are tried, or each turn of a long session would try all of it again.
+        `every`: all snapshots, not only the likely ones.
         """
         if not self.stores or not nodes:
             return
-        snapshot = nodes[-1].snapshot
-        nodes = nodes[fresh:] if self._refusing else nodes
-        items: list[Item] = [*nodes, snapshot] if snapshot is not None else list(nodes)
+        snapshots = [node.snapshot for node in nodes if node.snapshot is not None]
+        if not every:
+            ends = nodes[-1], nodes[max(0, fresh - 1)]  # the last, and where this prompt left what others had brought
+            snapshots = [one for one in snapshots if one.uses or one.node in ends]
+        items: list[Item] = [*(nodes[fresh:] if self._refusing else nodes), *snapshots]
         for item in items:
             key = key_of(item)
             if all(key in store for store in self.stores.values()):

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import typer
 
@@ -21,6 +22,7 @@ from triptych.errors import ConfigError, TriptychError, nearest
 
 if TYPE_CHECKING:
     from triptych.text.tokenizer import Tokenizer
+    from triptych.workload.energy import Energy, Meter
     from triptych.workload.load import Timing
     from triptych.workload.sessions import SessionRequest
 
@@ -121,23 +123,30 @@ def bench(
     _show(runs, about | {"speed": load.speed, "scale": load.scale}, results)
 
 
-def _show(runs: dict[str, list[Timing]], about: dict[str, Any], results: ResultFlags) -> None:
+class _Ran(NamedTuple):
+    """What one run gave."""
+
+    timings: list[Timing]
+    energy: Energy
+
+
+def _show(runs: dict[str, _Ran], about: dict[str, Any], results: ResultFlags) -> None:
     """Print the figures; write the files that were asked for. TriptychError if nothing was answered."""
     from triptych.workload.load_pairs import pair_lines, paired
     from triptych.workload.load_report import Slo, summary, table
 
     slo = Slo(results.ttft, results.tpot)
-    figures = {name: summary(timings, slo, results.price) for name, timings in runs.items()}
+    figures = {name: summary(ran.timings, slo, results.price, ran.energy) for name, ran in runs.items()}
     found: dict[str, Any] = dict(about)
     pairs = None
     if len(runs) == 1:
         found |= next(iter(figures.values()))
     else:
         one, other = runs
-        pairs = paired(runs[one], runs[other])
+        pairs = paired(runs[one].timings, runs[other].timings)
         found |= {"runs": figures, "paired": pairs}
     if results.out is not None:
-        rows = {name: [_row(timing) for timing in timings] for name, timings in runs.items()}
+        rows = {name: [_row(timing) for timing in ran.timings] for name, ran in runs.items()}
         results.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     if results.as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -148,7 +157,8 @@ def _show(runs: dict[str, list[Timing]], about: dict[str, Any], results: ResultF
     if results.report is not None:  # last, so that a page that fails takes no numbers with it
         from triptych.workload.load_page import write_page
 
-        write_page(results.report, {name: (figures[name], runs[name]) for name in runs}, about | _machine())
+        shown = {name: (figures[name], runs[name].timings) for name in runs}
+        write_page(results.report, shown, about | _machine())
     if any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
 
@@ -195,39 +205,58 @@ class _Run:
     closed: int
     load: LoadFlags
 
-    def in_process(self, model: str, flags: EngineFlags) -> list[Timing]:
+    @property
+    def _temperature(self) -> float:
+        """Samples of one prompt must differ; everything else is greedy."""
+        from triptych.workload.load import are_rollouts, prompt_of
+
+        return 1.0 if are_rollouts([prompt_of(request) for request in self.requests]) else 0.0
+
+    def in_process(self, model: str, flags: EngineFlags) -> _Ran:
         """Load an engine, run, stop it."""
         from triptych.engine.async_engine import AsyncEngine
         from triptych.workload.clients import InProcess
 
         engine = AsyncEngine.load(model, **flags.options())
 
-        async def run() -> list[Timing]:
+        async def run() -> _Ran:
             await engine.start()
             try:
-                return await self._run(InProcess(engine), engine.tokenizer.encode)
+                return await self._run(InProcess(engine, self._temperature), engine.tokenizer.encode, _meter(None))
             finally:
                 await engine.stop()
 
         return asyncio.run(run())
 
-    def over_http(self, url: str, model: str | None, key: str | None, tokenizer: str | None) -> list[Timing]:
+    def over_http(self, url: str, model: str | None, key: str | None, tokenizer: str | None) -> _Ran:
         """Run against a server."""
         from triptych.workload.clients import OverHttp
 
         name = model or _served(url, key)
         counting = _tokenizer(tokenizer or ("tiny" if name == "tiny" else "deepseek"))
-        return asyncio.run(self._run(OverHttp(url, name, counting.decode, key), counting.encode))
+        client = OverHttp(url, name, counting.decode, key, temperature=self._temperature)
+        return asyncio.run(self._run(client, counting.encode, _meter(url)))
 
-    async def _run(self, client: Any, encode: Callable[[str], Any]) -> list[Timing]:
+    async def _run(self, client: Any, encode: Callable[[str], Any], meter: Meter) -> _Ran:
         from triptych.workload.load import Load, LoadSettings
         from triptych.workload.texts import Texts
 
         longest = max(part.tokens for request in self.requests for part in (*request.prompt, request.output))
         texts = Texts(encode, self.load.text, longest)
         load = Load(client, texts, LoadSettings(self.load.speed, self.closed))
-        with _progress(len(self.requests)) as advance:
-            return await load.run(self.requests, lambda timing: advance())
+        with _progress(len(self.requests)) as advance, meter:
+            timings = await load.run(self.requests, lambda timing: advance())
+        return _Ran(timings, meter.energy())
+
+
+def _meter(url: str | None) -> Meter:
+    """What counts the energy of an engine here (None) or of the server at `url`, if that is this machine."""
+    from triptych.workload.energy import Meter
+
+    host = None if url is None else urlsplit(url if "://" in url else f"http://{url}").hostname
+    if host in (None, "localhost", "::1") or str(host).startswith("127."):
+        return Meter.of_this_machine()
+    return Meter((), f"{host} is another machine")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import typer
 
 from triptych import __version__
 from triptych.cli.sizes import format_size
+from triptych.config import KernelBackend
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -22,6 +23,7 @@ PACKAGES = (
     ("torch", "", "tensors and matrix products"),
     ("numba", "cpu", "kernels compiled for this processor"),
     ("triton", "gpu", "kernels for NVIDIA GPUs"),
+    ("sgl-flash-mla", "flashmla", "FlashMLA, faster attention on Hopper GPUs"),
     ("starlette", "server", "the HTTP server"),
     ("uvicorn", "server", "the HTTP server"),
     ("httptools", "server", "faster HTTP parsing"),
@@ -77,7 +79,8 @@ class Report:
 @app.command()
 def doctor(
     kernel_backend: Annotated[
-        Literal["auto", "ref", "cpu", "triton"], typer.Option(help="Show the choice for this backend setting.")
+        KernelBackend,
+        typer.Option(help="Show the choice for this backend setting."),
     ] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Show the choice for this device setting.")
@@ -90,15 +93,17 @@ def doctor(
 
 
 def examine(
-    kernel_backend: Literal["auto", "ref", "cpu", "triton"] = "auto", device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernel_backend: KernelBackend = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
     """Look at this machine. ConfigError if `kernel_backend` or `device` cannot run here."""
     from triptych.config import EngineConfig
-    from triptych.engine.device import device_for, kind_of
-    from triptych.kernels.registry import table
+    from triptych.engine.device import device_for, kernels_for, kind_of
 
-    chosen = kind_of(device_for(EngineConfig(device=device)))
-    kernels = tuple(asdict(row) for row in table(kernel_backend, device=chosen))
+    config = EngineConfig(device=device, kernel_backend=kernel_backend)
+    place = device_for(config)
+    chosen = kind_of(place)
+    kernels = tuple(asdict(row) for row in kernels_for(config, place))
     packages = tuple(Package(name, _version(name), extra, gives) for name, extra, gives in PACKAGES)
     machine = _machine()
     return Report(machine, packages, kernels, advise(machine, packages), chosen, _steps(chosen))
@@ -165,7 +170,12 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _remedy(package: Package) -> str:
-    return "" if package.version else f"pip install 'triptych[{package.extra}]'"
+    if package.version:
+        return ""
+    from triptych.kernels.vendors import VENDORS
+
+    remedies = {vendor.package: vendor.remedy for vendor in VENDORS.values()}
+    return remedies.get(package.name, f"pip install 'triptych[{package.extra}]'")
 
 
 def _version(distribution: str) -> str | None:
@@ -214,6 +224,8 @@ def _processor() -> str:
 
 def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
     """What makes this machine slower than it need be, one sentence each with the remedy."""
+    from triptych.kernels.vendors import VENDORS
+
     missing = {package.name for package in packages if package.version is None}
     advice = []
     if "numba" in missing and not machine.gpus:
@@ -224,6 +236,9 @@ def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
         advice.append(f"{machine.gpu_problem} The processor is used.")
     elif machine.gpus and "triton" in missing:
         advice.append("The reference kernels will run on the GPU, many times slower: pip install 'triptych[gpu]'.")
+    elif "sgl-flash-mla" in missing and any("compute capability 9.0" in gpu for gpu in machine.gpus):
+        remedy = VENDORS["attend_rows"].remedy
+        advice.append(f"Attention would be faster with FlashMLA beside our own kernels: {remedy}.")
     if machine.load is not None and machine.load > machine.cores / 2:
         busy = f"{machine.load:.1f} of {machine.cores} cores"
         advice.append(f"Other work keeps {busy} busy; stop it, or give --threads a lower number.")

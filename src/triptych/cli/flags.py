@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from triptych.cli.sizes import parse_size
+from triptych.config import KernelBackend
 
 _SIZES = {"kv_memory", "host_memory", "disk_memory"}
 
@@ -92,7 +93,8 @@ class EngineFlags:
         typer.Option(help="Where the model runs. Default: an NVIDIA GPU if there is one, else the processor."),
     ] = None
     kernel_backend: Annotated[
-        Literal["auto", "ref", "cpu", "triton"] | None, typer.Option(help="Which kernels run; see `triptych doctor`.")
+        KernelBackend | None,
+        typer.Option(help="Which kernels run; see `triptych doctor`."),
     ] = None
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same bits whatever shares the batch. Slower.")

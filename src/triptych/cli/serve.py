@@ -15,6 +15,8 @@ from triptych.cli.flags import EngineFlags, spread
 from triptych.cli.sizes import parse_size
 from triptych.errors import ConfigError
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -63,6 +65,10 @@ class ServerFlags:
     store_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for stored answers of /v1/responses; 0 stores none.")
     ] = "256MiB"
+    weights_root: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Let admin keys pause it and load weights from below DIR: docs/rollouts.md."),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="How much the server tells.")
     ] = "info"
@@ -102,6 +108,11 @@ def serve(
     options = engine.options()
     settings = ServerOptions(**server.options())
     keys = load_keys(server.api_keys, tuple(server.api_key or ()))
+    if settings.weights_root is not None and not keys and settings.host not in _LOOPBACK:
+        raise ConfigError(
+            "--weights-root would let everyone who reaches this address replace the weights.",
+            "Give --api-keys with an admin key, or listen on 127.0.0.1.",
+        )
     # before the model is loaded, which may take minutes
     check_tls(settings.tls_cert, settings.tls_key)
     check_address(settings.host, settings.port)
@@ -110,7 +121,7 @@ def serve(
 
     loaded = AsyncEngine.load(model, **options, tenant_shares=keys.shares)
     typer.echo(loaded.describe(), err=True)
-    if not keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if not keys and settings.host not in _LOOPBACK:
         typer.echo("Warning  anyone who reaches this address may use it: see --api-keys", err=True)
     run_server(loaded, settings, keys, ready=lambda url: typer.echo(f"Serving  {url}/v1 until Ctrl-C", err=True))
 

@@ -17,6 +17,7 @@ from triptych.config import EngineConfig
 from triptych.engine.async_engine import AsyncEngine
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.outputs import OutputText
+from triptych.engine.renewal import Source, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
@@ -25,11 +26,13 @@ from triptych.words import (
     NO_HINTS,
     CacheHints,
     Delta,
+    EngineStats,
     FinishReason,
     SamplingParams,
     TokenIds,
     TokenLogprob,
     Usage,
+    WeightsUpdate,
     token_ids,
 )
 
@@ -121,6 +124,25 @@ class Engine:
         """What the indexers choose while this is open; see engine.watch. For evaluation: one request at a time."""
         with watch_selections(self._loop.model) as steps:
             yield steps
+
+    def update_weights(self, source: Source) -> WeightsUpdate:
+        """Replace the weights by those of a checkpoint directory of the same shape, or by (name, tensor) pairs.
+
+        All or nothing: CheckpointError names a tensor that is missing or odd, and the old weights stay. Nothing that
+        they computed is found in any cache any more; answers are those of an engine that was loaded with the new ones.
+        Raises RequestError while a stream is open.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RequestError("The engine is answering a request.", "Close its stream, or take all of it, first.")
+        try:
+            staged = stage(self._loaded, source)
+            return swap(self._loaded, staged)
+        finally:
+            self._lock.release()
+
+    def stats(self) -> EngineStats:
+        """Requests, tokens and figures of the cache as of now."""
+        return self._loop.stats()
 
     def check_integrity(self) -> None:
         """Assert that every page, slot and snapshot is accounted for."""

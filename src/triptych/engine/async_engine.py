@@ -14,24 +14,67 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from triptych.checkpoint import safetensors_stream
 from triptych.config import EngineConfig
 from triptych.engine.facts import Watch, panels
 from triptych.engine.load import LoadedEngine, load
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
+from triptych.engine.renewal import Source, Staged, check_running, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
 from triptych.text.grammar import GrammarCache
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, FinishReason, SamplingParams, TokenIds
+from triptych.words import (
+    NO_HINTS,
+    CacheHints,
+    Delta,
+    EngineStats,
+    Facts,
+    FinishReason,
+    Running,
+    SamplingParams,
+    TokenIds,
+    WeightsUpdate,
+)
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _FLUSH_SECONDS = 10.0  # for copies that are still under way to disk when the engine stops
+
+
+class _Mailbox:
+    """Deltas on their way to one reader, on one event loop. A queue would do, at several times the cost a token."""
+
+    def __init__(self) -> None:
+        self._deltas: deque[Delta] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Delta:
+        while not self._deltas:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self._deltas.popleft()
+
+
+@dataclass(slots=True, eq=False)
+class _Update:
+    """New weights that wait for their turn. `held`: requests that came meanwhile and begin after it."""
+
+    staged: Staged
+    running: Running
+    done: asyncio.Future[WeightsUpdate]
+    held: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -39,7 +82,7 @@ class _Route:
     """Where a live sample's deltas go."""
 
     output: OutputText
-    queue: asyncio.Queue[Delta]
+    deltas: _Mailbox
     born: float = field(default_factory=time.monotonic)
 
 
@@ -66,10 +109,12 @@ class AsyncEngine:
         self._events: asyncio.AbstractEventLoop | None = None
         self._accepting = False
         self._stopping = False
-        self._stats = EngineStats()
+        self._stats = loaded.loop.stats()
         self.panels = panels(loaded.loop.cache, loaded.config.cache)
         self._watch = Watch(loaded.loop, self._born)
         self._facts: asyncio.Future[Facts] | None = None
+        self._update: _Update | None = None  # belongs to the engine thread
+        self._updating = threading.Lock()
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
@@ -115,7 +160,8 @@ class AsyncEngine:
         await asyncio.to_thread(thread.join)
         while self._commands:  # requests that came too late to be stepped still have to be told
             self._commands.popleft()()
-        self._deliver(self._loop.end_all(FinishReason.ABORT, "The engine was stopped."))
+        self._withdraw(self._update, Unavailable("The engine was stopped."))
+        self._deliver(self._loop.end_all(FinishReason.ABORT, "The request was ended because the server stops."))
         if not await asyncio.to_thread(self._loop.settle, _FLUSH_SECONDS):
             logger.warning("copies to lower tiers were not finished in %.0f s and are lost", _FLUSH_SECONDS)
         self._loop.close()
@@ -123,6 +169,61 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Figures as of the last step."""
         return self._stats
+
+    async def pause(self) -> None:
+        """No step begins until `resume`; returns when none is under way. Requests keep their state, new ones wait."""
+
+        def pause() -> None:
+            self._loop.pause()
+            self._on_events(self._deliver, self._loop.halt())
+
+        await self._in_engine(pause)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._in_engine(self._loop.resume)
+
+    async def update_weights(
+        self, source: Source, *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """Replace the weights; see `Engine.update_weights`. Requests go on while the new ones are read and checked.
+
+        `running` says what becomes of requests that are there: they end on the old weights while those that come wait
+        ("drain"), end at once ("abort"), or keep their tokens and start again on the new weights ("recompute"). A
+        paused engine stays paused. Unavailable after `timeout` seconds of waiting for the end of requests, or where
+        another update is under way; then, and if the caller is cancelled before its turn came, nothing has changed.
+        """
+        check_running(running)
+        if not self._updating.acquire(blocking=False):
+            raise Unavailable("Another update of the weights is under way.", "Retry when it has ended.")
+        try:
+            staged = await asyncio.to_thread(stage, self._loaded, source)
+            return await self._swap(staged, running, timeout)
+        finally:
+            self._updating.release()
+
+    async def upload_weights(
+        self, pieces: Iterable[bytes], *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """As `update_weights`, from the bytes of a safetensors file that holds all tensors, as they arrive."""
+        return await self.update_weights(safetensors_stream(pieces), running=running, timeout=timeout)
+
+    async def _swap(self, staged: Staged, running: Running, timeout: float | None) -> WeightsUpdate:
+        """Hand the new weights to the engine thread and wait until they are in place."""
+        update = _Update(staged, running, asyncio.get_running_loop().create_future())
+        await self._in_engine(lambda: self._begin_update(update))
+        try:
+            return await asyncio.wait_for(asyncio.shield(update.done), timeout)
+        except TimeoutError:
+            late = Unavailable(
+                f"Requests were still running after {timeout:g} s, and the old weights stay.",
+                "Wait longer, or let running requests be aborted or recomputed.",
+            )
+            await self._in_engine(lambda: self._withdraw(update, late))
+            return await update.done
+        except asyncio.CancelledError:
+            self._command(lambda: self._withdraw(update, None))
+            raise
 
     async def facts(self) -> Facts:
         """Who runs and what could be resumed, gathered between two steps; those who ask at the same time share it."""
@@ -152,14 +253,14 @@ class AsyncEngine:
         if params.grammar is not None and self.grammars is not None:
             await asyncio.to_thread(self.grammars.check, params.grammar)  # so that no step has to wait for it
         samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        mailbox = _Mailbox()
         for sample in samples:
-            self._routes[sample.request.request_id] = _Route(sample.output, queue)
+            self._routes[sample.request.request_id] = _Route(sample.output, mailbox)
         try:
             await self._submit(samples)
             left = len(samples)
             while left:
-                delta = await queue.get()
+                delta = await mailbox.get()
                 left -= delta.finish_reason is not None
                 yield delta
         finally:
@@ -171,6 +272,11 @@ class AsyncEngine:
         added: asyncio.Future[None] = self._events.create_future()
 
         def add() -> None:
+            if added.cancelled():
+                return  # its caller went away while it was held
+            if self._update is not None:
+                self._update.held.append(add)
+                return
             error: TriptychError | None = None
             try:
                 for sample in samples:
@@ -183,6 +289,23 @@ class AsyncEngine:
 
         self._command(add)
         await added
+
+    async def _in_engine(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, between two steps. Unavailable if the engine does not run."""
+        if self._events is None or self._thread is None:
+            raise Unavailable("The engine is not running.", "Start it first.")
+        told: asyncio.Future[T] = self._events.create_future()
+
+        def run() -> None:
+            try:
+                result = work()
+            except Exception as error:
+                self._on_events(_settle, told, error)
+            else:
+                self._on_events(_settle, told, None, result)
+
+        self._command(run)
+        return await told
 
     def _abandon(self, samples: list[Sample]) -> None:
         """Forget the samples; the ones still running are aborted."""
@@ -217,7 +340,7 @@ class AsyncEngine:
             for delta in deltas(event, route.output, self._finish_later):
                 if delta.finish_reason is not None:
                     del self._routes[event.request_id]
-                route.queue.put_nowait(delta)
+                route.deltas.put(delta)
 
     def _tell(self, told: asyncio.Future[Facts], facts: Facts) -> None:
         self._facts = None
@@ -243,10 +366,50 @@ class AsyncEngine:
     def _broken(self) -> list[TokenEvent]:
         return self._loop.end_all(FinishReason.ERROR, "An internal error ended this request.")
 
+    def _begin_update(self, update: _Update) -> None:
+        if update.running == "drain" and self._loop.paused and self._loop.live:
+            raise Unavailable(
+                "The engine is paused, so that its requests would never end.",
+                "Resume it first, or let running requests be aborted or recomputed.",
+            )
+        self._update = update
+
+    def _update_due(self) -> bool:
+        """True if there are new weights and nothing holds them up."""
+        return self._update is not None and not (self._update.running == "drain" and self._loop.live)
+
+    def _put_update(self) -> None:
+        """Put new weights in place."""
+        update, loop = self._update, self._loop
+        assert update is not None
+        ended: list[TokenEvent] = []
+        if update.running == "abort":
+            ended = loop.end_all(FinishReason.ABORT, "The request was ended because the weights are replaced.")
+        self._on_events(self._deliver, ended + loop.halt())
+        try:
+            aborted = sum(event.reason is FinishReason.ABORT for event in ended)
+            result = swap(self._loaded, update.staged, aborted)
+        except Exception as error:
+            logger.exception("the weights could not be put in place")
+            self._withdraw(update, TriptychError(f"The weights could not be put in place: {error}."))
+            raise
+        self._on_events(_settle, update.done, None, result)
+        self._withdraw(update, None)
+
+    def _withdraw(self, update: _Update | None, error: Exception | None) -> None:
+        """An update is over: who was held begins. `error` is told, if it did not take place."""
+        if update is None or self._update is not update:
+            return
+        self._update = None
+        if error is not None:
+            self._on_events(_settle, update.done, error)
+        for begin in update.held:
+            begin()
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._commands and not self._loop.busy and not self._stopping:
+                while not (self._commands or self._loop.busy or self._update_due() or self._stopping):
                     self._wake.wait()
                 if self._stopping:
                     return
@@ -254,6 +417,8 @@ class AsyncEngine:
             try:
                 for command in commands:
                     command()
+                if self._update_due():
+                    self._put_update()
                 if self._loop.busy:
                     events = self._loop.step()
                     if events:
@@ -261,13 +426,14 @@ class AsyncEngine:
             except Exception:
                 logger.exception("a step failed; its requests end with an error and the cache is emptied")
                 self._on_events(self._deliver, self._broken())
-            self._stats = self._loop.stats()
+            stats = self._loop.stats()
+            self._stats = replace(stats, state="updating") if self._update is not None else stats
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.cancelled():
+def _settle(future: asyncio.Future[Any], error: Exception | None, result: object = None) -> None:
+    if future.done():
         return
     if error is None:
-        future.set_result(None)
+        future.set_result(result)
     else:
         future.set_exception(error)

@@ -114,6 +114,12 @@ class Canary:
         )
         return replace(sighting, resumed=len(sighting.tokens))
 
+    def forget(self) -> None:
+        """What was seen came from weights that are no more. A running check must have been ended."""
+        self._watched.clear()
+        self._waiting.clear()
+        self._running = None
+
     def give_up(self) -> None:
         """The running check was ended because work came."""
         if self._running is not None:

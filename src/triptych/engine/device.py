@@ -13,6 +13,7 @@ from torch import Tensor
 from triptych.config import EngineConfig
 from triptych.engine.memory import free_memory
 from triptych.errors import ConfigError
+from triptych.kernels.registry import Choice, loaded, table
 from triptych.model.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -80,31 +81,66 @@ def kind_of(device: torch.device) -> Literal["cpu", "cuda"]:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for the processor."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def kernels_for(config: EngineConfig, device: torch.device) -> tuple[Choice, ...]:
+    """Which kernels serve each operation on `device`. ConfigError if those asked for cannot."""
+    rows = table(
+        config.kernel_backend,
+        deterministic=config.deterministic,
+        device=kind_of(device),
+        capability=capability_of(device),
+    )
+    return tuple(loaded(row, config.kernel_backend) for row in rows)
+
+
 def free_device_memory(device: torch.device) -> int:
     """Bytes that new allocations on `device` can have; of a GPU those that no process holds."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with all of its vectors on `device`, in one copy; itself if it is there already.
+    """`batch` with all of its vectors on `device`, in one copy; itself if it is there already."""
+    return batch if device.type == "cpu" else sized(batch, staged(batch).to(device, non_blocking=True))
 
-    All of them are int64, so they travel as one pinned vector and are views of it on arrival.
-    """
-    if device.type == "cpu":
-        return batch
+
+def staged(batch: Batch) -> Tensor:
+    """All of a batch's vectors, which are int64, one after the other in one pinned vector."""
     found = list(_tensors(batch))
-    starts, total = [], 0
-    for tensor in found:
-        assert tensor.dtype == torch.int64, tensor.dtype
-        starts.append(total)
-        total += -(-tensor.numel() // _ALIGN) * _ALIGN
-    staged = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=True)
+    starts, total = _starts(found)
+    host = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=torch.cuda.is_available())
     for tensor, start in zip(found, starts, strict=True):
-        staged[start : start + tensor.numel()] = tensor.flatten()
-    there = staged.to(device, non_blocking=True)
-    views = [there[at : at + t.numel()].view(t.shape) for t, at in zip(found, starts, strict=True)]
+        assert tensor.dtype == torch.int64, tensor.dtype
+        host[start : start + tensor.numel()] = tensor.flatten()
+    return host
+
+
+def sized(batch: Batch, there: Tensor) -> Batch:
+    """A batch with the sizes of `batch` whose vectors are views of `there`, which is laid out as by `staged`."""
+    found = list(_tensors(batch))
+    views = [there[at : at + t.numel()].view(t.shape) for t, at in zip(found, _starts(found)[0], strict=True)]
     moved: Batch = _rebuilt(batch, iter(views))
     return moved
+
+
+def signature(value: Any) -> tuple[object, ...]:
+    """Sizes of all tensors inside and all numbers: what a graph of a batch is recorded for."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    parts = _parts(value)
+    return tuple(signature(part) for part in parts.values()) if parts else (value if isinstance(value, int) else None,)
+
+
+def _starts(tensors: list[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins in one vector, and how long that is."""
+    starts, total = [], 0
+    for tensor in tensors:
+        starts.append(total)
+        total += -(-tensor.numel() // _ALIGN) * _ALIGN
+    return starts, total
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -72,6 +72,11 @@ class DecodeSteps:
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
     @property
+    def memory(self) -> tuple[int, int] | None:
+        """What graphs allocate from, which may be shared by graphs that never run side by side; None without graphs."""
+        return self._pool
+
+    @property
     def captured(self) -> int:
         """Graphs that are there."""
         return len(self._graphs)

@@ -20,7 +20,7 @@ from triptych.cache.retention import retention_named
 from triptych.checkpoint import CheckpointReader, fingerprint
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.canary import Canary
-from triptych.engine.device import device_for, free_device_memory, kind_of, with_defaults
+from triptych.engine.device import device_for, free_device_memory, kernels_for, kind_of, with_defaults
 from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
@@ -31,12 +31,11 @@ from triptych.engine.rates import starting_rates
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import prepare, warm_up
-from triptych.errors import ConfigError, nearest
+from triptych.engine.warmup import prepare, prepare_chunks, warm_up
+from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
-from triptych.kernels.registry import table
-from triptych.model.weights import ModelWeights, Storage, WeightStore, in_tiles
+from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
@@ -52,7 +51,10 @@ _DTYPES: dict[str, Storage] = {"float32": torch.float32, "bfloat16": torch.bfloa
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """Everything an engine consists of; `banner` says in a few lines what was loaded and planned."""
+    """Everything an engine consists of; `banner` says in a few lines what was loaded and planned.
+
+    `store` knows where each tensor of the weights lies; without it they cannot be replaced.
+    """
 
     name: str
     shape: ModelShape
@@ -61,6 +63,7 @@ class LoadedEngine:
     loop: EngineLoop
     max_context: int
     banner: str
+    store: WeightStore | None = None
 
 
 def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
@@ -74,7 +77,10 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
         _refuse_released(config, device)
-    weights = arranged(_weights(reader, _DTYPES[config.weight_dtype], device), config)
+    store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device=device)
+    fill(store, reader)
+    arrange(store, config)
+    weights = store.weights
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
     _set_threads(config, device)
@@ -88,7 +94,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     if tokenizer is not None:
         loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
     banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
-    return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner)
+    return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner, store)
 
 
 def build_loop(
@@ -99,7 +105,8 @@ def build_loop(
     places = snapshot_policy_named(wanted.policy)
     if not places.exact:
         logger.warning("cache policy %s is approximate: answers may depend on what was cached", places.name)
-    space = namespace(identity, geometry, config, exact=places.exact)
+    vendors = [row.op for row in kernels_for(config, weights.embed.device) if row.backend == "vendor"]
+    space = namespace(identity, geometry, config, exact=places.exact, vendors=vendors)
     stores = open_stores(wanted, space)
     host_frames = wanted.host_memory // geometry.page_bytes
     below = Below(host_frames, stores)
@@ -128,13 +135,21 @@ def build_loop(
 
 
 def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
-    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step.
+
+    In deterministic mode decode rows run as prompts do, of the same kernels and so to the same bits.
+    """
     device = weights.embed.device
     if kind_of(device) == "cpu":
         return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
-    runner = DeviceRunner(weights, config, Pools(weights.shape, geometry, capacity, device, spare=1), capture=True)
-    prepare(runner, config)
-    return runner
+    pools = Pools(weights.shape, geometry, capacity, device, spare=1)
+    if config.deterministic:
+        runner = Runner(weights, config, pools)
+        prepare_chunks(runner, config)
+        return runner
+    fast = DeviceRunner(weights, config, pools, capture=True)
+    prepare(fast, config)
+    return fast
 
 
 def _find(model: str | Path) -> tuple[str, Path]:
@@ -188,26 +203,31 @@ def _refuse_too_much(reader: CheckpointReader, config: EngineConfig, device: tor
         )
 
 
-def _weights(reader: CheckpointReader, dtype: Storage, device: torch.device) -> ModelWeights:
-    store = WeightStore(reader.shape, dtype, mtp=reader.has_mtp, device=device)
-    if dtype == "released":
-        for raw in reader.raw_tensors():
+def fill(store: WeightStore, reader: CheckpointReader) -> None:
+    """Place all tensors of a checkpoint. CheckpointError that names the first one that is missing or wrong."""
+    if store.released:
+        for raw in reader.raw_tensors(mtp=store.has_mtp):
             store.place(raw.spec.name, raw.data, raw.scale)
     else:
-        for name, tensor in reader.tensors(dtype=torch.float32):
+        for name, tensor in reader.tensors(dtype=torch.float32, mtp=store.has_mtp):
             store.place(name, tensor)
+    check_complete(store)
+
+
+def check_complete(store: WeightStore) -> None:
+    """CheckpointError if a tensor was not placed."""
     missing = store.missing()
     if missing:
-        raise ConfigError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
-    return store.weights
+        raise CheckpointError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
 
 
-def arranged(weights: ModelWeights, config: EngineConfig) -> ModelWeights:
-    """`weights` as the kernels read them that `config` chooses; what they were before is none any more.
+def arrange(store: WeightStore, config: EngineConfig) -> None:
+    """Bring a filled store's weights into the form that the kernels read which `config` chooses.
 
     Deterministic mode has kernels for any GPU, which read MXFP4 as it is released.
     """
-    return in_tiles(weights) if is_hopper(weights.embed.device) and not config.deterministic else weights
+    if is_hopper(store.weights.embed.device) and not config.deterministic:
+        store.put_in_tiles()
 
 
 def _refuse_released(config: EngineConfig, device: torch.device) -> None:
@@ -217,16 +237,11 @@ def _refuse_released(config: EngineConfig, device: torch.device) -> None:
             "Released weights are multiplied by quantised inputs, which exact numerics do not have.",
             "Add --numerics native, or use --weight-dtype bfloat16.",
         )
-    if kind_of(device) == "cuda" and not is_hopper(device):
-        raise ConfigError(
-            "The kernels for released weights need a GPU of compute capability 9.0 (H100, H200).",
-            "Use --weight-dtype bfloat16.",
-        )
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
     """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
-    if any(row.backend == "cpu" for row in table(config.kernel_backend, device=kind_of(device))):
+    if any(row.backend == "cpu" for row in kernels_for(config, device)):
         parallel.set_threads(config.threads)
     elif config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from triptych.engine.masks import Masks
 from triptych.engine.mover import Mover
 from triptych.engine.runner import Flight, Runner
 from triptych.engine.sampler import SamplerState
-from triptych.errors import Unsupported
+from triptych.errors import Unavailable, Unsupported
 from triptych.model.transformer import Transformer
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
@@ -75,6 +75,7 @@ class EngineLoop:
         self._samplers: dict[str, SamplerState] = {}
         self._flights: deque[Flight] = deque()
         self._owners: dict[int, SamplerState] = {}  # whose tokens were last counted on the device, by slot
+        self._paused = self._torn = False
         self.masks: Masks | None = None  # set where there is a tokenizer, without which no grammar means anything
 
     @property
@@ -84,13 +85,59 @@ class EngineLoop:
 
     @property
     def busy(self) -> bool:
-        """True while there is anything to do: requests, steps or copies under way, or a check of the canary."""
+        """True while there is anything to do: requests, steps or copies under way, or a check of the canary.
+
+        While it is paused, only what has begun is to be done.
+        """
+        if self.paused:
+            return bool(self._flights or self.cache.tiers.fetching or self.cache.tiers.saving)
         return (
             bool(self._flights)
             or self.scheduler.busy
             or self.cache.tiers.busy
             or (self._canary is not None and self._canary.waiting)
         )
+
+    @property
+    def live(self) -> bool:
+        """True while there are requests, whatever they wait for; checks of the canary are nobody's."""
+        return any(not name.startswith(PREFIX) for name in self._samplers)
+
+    @property
+    def paused(self) -> bool:
+        """True while no step may begin."""
+        return self._paused or self._torn
+
+    def halt(self) -> list[TokenEvent]:
+        """Wait for all steps under way; returns what they produced."""
+        return self._land(0)
+
+    def pause(self) -> None:
+        """No step begins from here on. Requests keep their places, pages and slots."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Steps begin again. Unavailable where new weights could not be put in place as a whole."""
+        if self._torn:
+            raise Unavailable("The weights are a mixture of two versions.", "Update them again, or restart.")
+        self._paused = False
+
+    def replace_weights(self, put: Callable[[], bytes]) -> int:
+        """Other weights from the next step on; nothing that the old ones computed is found any more. Call `halt` first.
+
+        `put` overwrites them and returns the namespace of what they compute. Requests that run go back to the queue
+        with their tokens and start again; returns how many. If `put` raises, no step begins until one succeeds.
+        """
+        assert not self._flights, "a step is under way"
+        if self._canary is not None:
+            if self._canary.running is not None:
+                self.finish(self._canary.running, FinishReason.ERROR)
+            self._canary.forget()
+        self._torn = True
+        self.cache.renew(put())
+        self._torn = False
+        self.scheduler.weights += 1
+        return self.scheduler.suspend_all()
 
     def add(self, request: Request, sample_index: int = 0) -> None:
         """Queue a request. Raises ContextTooLong if it can never fit, QueueFull if too many wait.
@@ -127,6 +174,11 @@ class EngineLoop:
         Returns what happened, in plan order; empty if there was nothing to do.
         """
         self._take_in()
+        if self.paused:
+            events = self._land(0)
+            if not events and self.busy:
+                self._take_in(_IDLE_WAIT)
+            return events
         self._watch_over()
         depth = self._depth()
         events = self._land(0) if self.scheduler.strained or not depth else []
@@ -221,6 +273,8 @@ class EngineLoop:
             generated_tokens=s.generated_tokens - checked,
             prefill_rows=s.prefill_rows,
             cache=cache,
+            state="paused" if self.paused else "running",
+            weights=self.scheduler.weights,
         )
 
     def _depth(self) -> int:

@@ -57,13 +57,15 @@ class OutputText:
             reason = FinishReason.STOP
         last = self._release(text)
         # a stop string is found after the fact: tokens sampled meanwhile are not part of the answer
-        usage = replace(usage, completion_tokens=self.count)
-        return replace(last, finish_reason=reason, usage=usage, error=error, stop=self._stops.matched)
+        return replace(
+            last, finish_reason=reason, usage=usage.ended_at(self.count), error=error, stop=self._stops.matched
+        )
 
     def _release(self, text: str) -> Delta:
-        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs))
+        delta = Delta(self.index, text, tuple(self._tokens), tuple(self._logprobs) if self._logprobs else ())
         self._tokens.clear()
-        self._logprobs.clear()
+        if self._logprobs:
+            self._logprobs.clear()
         return delta
 
     def _rest(self) -> str:

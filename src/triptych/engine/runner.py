@@ -17,12 +17,14 @@ from torch import Tensor
 from triptych.cache.geometry import LOOKBACK
 from triptych.config import PAGE, EngineConfig
 from triptych.engine.batching import build_batch, is_decode
-from triptych.engine.device import kind_of, on_device
+from triptych.engine.chunk_graphs import MOST_ROWS, ChunkGraphs, padded
+from triptych.engine.device import capability_of, kind_of, on_device
 from triptych.engine.device_sampler import DeviceSampler, Draw, Drawn
-from triptych.engine.graphs import DecodeSteps
+from triptych.engine.graphs import DecodeSteps, bucket_of
 from triptych.engine.pools import Pools
 from triptych.engine.sampler import sample
 from triptych.kernels.registry import select
+from triptych.model.batch import Batch
 from triptych.model.transformer import Transformer
 from triptych.model.weights import ModelWeights
 from triptych.words import Chunk, SampledToken, SlotSave, StepPlan
@@ -45,7 +47,12 @@ class Runner:
     """Steps that may be under way when the next is planned."""
 
     def __init__(self, weights: ModelWeights, config: EngineConfig, pools: Pools) -> None:
-        kernels = select(config.kernel_backend, deterministic=config.deterministic, device=kind_of(pools.device))
+        kernels = select(
+            config.kernel_backend,
+            deterministic=config.deterministic,
+            device=kind_of(pools.device),
+            capability=capability_of(pools.device),
+        )
         self.model = Transformer(weights, kernels, config.numerics)
         self.pools = pools
 
@@ -105,6 +112,9 @@ class DeviceRunner(Runner):
         self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
         self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size)
         self._cuda = pools.device.type == "cuda"
+        self._graphs: ChunkGraphs | None = None
+        if capture and self._cuda and config.numerics == "native":
+            self._graphs = ChunkGraphs(self._forward_there, pools.device, self.steps.memory)
 
     @torch.inference_mode()
     def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
@@ -126,7 +136,7 @@ class DeviceRunner(Runner):
                 rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
 
         decoded = self.steps.run(decodes) if decodes else None
-        prefilled = self._chunks(rest) if rest else None
+        prefilled = self.chunks(rest) if rest else None
         ready()
         if decoded is not None:
             take(*decoded, decodes)
@@ -142,9 +152,17 @@ class DeviceRunner(Runner):
         logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
         return Flight(plan, draws, finish, logits)
 
-    def _chunks(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits of chunks that do not fit a graph."""
-        batch = on_device(build_batch(chunks, self.pools), self.pools.device)
+    @torch.inference_mode()
+    def chunks(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits of chunks; small ones run by graphs of their own."""
+        batch = build_batch(chunks, self.pools)
+        if self._graphs is not None and batch.rows <= MOST_ROWS:
+            fixed = padded(batch, bucket_of(batch.page_table.shape[1], self.steps.pages))
+            if fixed is not None:
+                return self._graphs.run(fixed)
+        return self.model.forward(on_device(batch, self.pools.device), self.pools.layers)
+
+    def _forward_there(self, batch: Batch) -> Tensor:
         return self.model.forward(batch, self.pools.layers)
 
     def _mark(self) -> torch.cuda.Event | float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from triptych.cache.geometry import CacheGeometry
@@ -15,13 +16,16 @@ LAYOUT = 2
 """Version of what the bytes of pages and snapshots mean; raise it when geometry or order of segments change."""
 
 
-def namespace(weights: bytes, geometry: CacheGeometry, config: EngineConfig, *, exact: bool) -> bytes:
+def namespace(
+    weights: bytes, geometry: CacheGeometry, config: EngineConfig, *, exact: bool, vendors: Sequence[str] = ()
+) -> bytes:
     """All that decides the bytes of a cached object besides its tokens and tenant: 32 bytes.
 
-    Kernels belong to it: two backends agree within rounding only, and an exact resume promises the same bits.
+    Kernels belong to it: two backends agree within rounding only, and an exact resume promises the same bits. `vendors`
+    are the operations that a vendor's kernel serves, which depends on what is installed.
     """
     kinds = f"{geometry.kv_format} {geometry.index_format} {config.numerics} {config.weight_dtype}"
-    kernels = f"{config.kernel_backend} {config.deterministic} {exact}"
+    kernels = " ".join([f"{config.kernel_backend} {config.deterministic} {exact}", *vendors])
     return hashlib.sha256(f"{LAYOUT} {geometry} {kinds} {kernels} ".encode() + weights).digest()
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.cache.geometry import RESTORED, CacheCapacity, CacheGeometry
 from triptych.config import PAGE, EngineConfig, ModelShape
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner, Runner
@@ -64,9 +64,7 @@ def warm_up(config: EngineConfig) -> None:
 
 def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     """Compile for a GPU by running chunks of several sizes, and record decode steps of every size."""
-    rows = config.step_tokens or PAGE
-    for count in sorted({1, min(rows, PAGE + 2), rows}):
-        prefill(runner, count, 0)
+    prepare_chunks(runner, config)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Recording decode steps", total=None)
         runner.steps.record_all(
@@ -75,13 +73,31 @@ def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     torch.cuda.synchronize()
 
 
-def prefill(runner: Runner, rows: int, position: int) -> None:
-    """Run a chunk of `rows` tokens at `position` in the spare slot; every page of it is page 0: results mean nothing.
+def prepare_chunks(runner: Runner, config: EngineConfig) -> None:
+    """Compile for a GPU by running chunks of several sizes."""
+    rows = config.step_tokens or PAGE
+    for count in sorted({1, min(rows, PAGE + 2), rows}):
+        prefill(runner, count, 0)
 
-    Whatever it writes lies where nothing is kept yet.
+
+def prefill(runner: Runner, rows: int, position: int, requests: int = 1) -> None:
+    """Run `rows` tokens at `position`, of several requests if so many; all pages are page 0: results mean nothing.
+
+    All run in the spare slot. Whatever they write lies where nothing is kept yet.
     """
+    each = rows // requests
+    chunks = [_chunk(runner, each, position, position, f"warm-up {n}") for n in range(requests)]
+    runner.logits(StepPlan(0, tuple(chunks)))
+
+
+def record_chunk(runner: DeviceRunner, rows: int, position: int) -> None:
+    """Have a small chunk behind a past recorded as a graph, as `prefill` otherwise."""
+    for _ in range(2):
+        runner.chunks([_chunk(runner, rows, position, max(0, position - RESTORED))])
+
+
+def _chunk(runner: Runner, rows: int, position: int, read_from: int, name: str = "warm-up") -> Chunk:
     end = position + rows
     pages = np.zeros(-(-end // PAGE), np.int32)
     tokens = np.arange(rows, dtype=np.int32) % runner.model.shape.vocab_size
-    chunk = Chunk("warm-up", runner.pools.spare_slot, position, end, tokens, pages, position, position, samples=True)
-    runner.logits(StepPlan(0, (chunk,)))
+    return Chunk(name, runner.pools.spare_slot, position, end, tokens, pages, position, read_from, samples=True)

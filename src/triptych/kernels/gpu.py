@@ -14,6 +14,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; on a processor those of an H100."""
+    if device.type != "cuda":
+        return 232448
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 49152))
+
+
+@cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the GPU has the instructions of compute capability 9.0, which later ones lack."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

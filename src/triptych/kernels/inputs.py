@@ -252,6 +252,14 @@ def _attend_rows(rows: int, g: Generator) -> tuple[Any, ...]:
     return queries, window, entries, ids if rows % 3 == 1 else None, core
 
 
+def _attend_heads(rows: int, g: Generator) -> tuple[Any, ...]:
+    """As `_attend`, of raw queries."""
+    _, window, entries, ids, core = _attend(rows, g)
+    queries = Queries(_randn(g, rows, HEADS * DIM + 7), HEADS, DIM, _angles(rows, g), 1e-6)
+    entries = entries._replace(most=int(entries.visible.max()))
+    return queries, window, entries, ids if rows % 3 else None, core
+
+
 def _row_entries(positions: Tensor, g: Generator, dim: int, per_page: int) -> PagedEntries:
     """Entries of decode rows: each row is its own sequence and sees one entry for each four positions."""
     rows = len(positions)
@@ -359,6 +367,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "select_entries": _select_entries,
     "attend": _attend,
     "attend_rows": _attend_rows,
+    "attend_heads": _attend_heads,
     "select_rows": _select_rows,
     "route": _route,
     "experts": _experts,

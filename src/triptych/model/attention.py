@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from triptych.config import CSA_LAYER, SWA_LAYER, ModelShape
-from triptych.kernels.attend.ref import WindowRows
+from triptych.kernels.attend.ref import Attention, WindowRows
+from triptych.kernels.attend_rows.ref import Queries
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows, write_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix
 from triptych.kernels.registry import KernelSet
+from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import Batch, EntryPlan, LayerCache
 from triptych.model.numerics import NumericsRules
 from triptych.model.rope import Angles
@@ -54,14 +56,30 @@ class AttentionBlock:
             entries = self._compress(front, weights, plan, batch, cache, angles[1])
             if ratio == CSA_LAYER:
                 selected = self._select(heads, front, weights.layout, entries, plan, cache, angles[0])
-        q = n.activation(k.query_rows(heads, shape.num_heads, shape.head_dim, angles[0], shape.norm_eps))
         rows = k.window_rows(kv, cache.window, batch.window)
         window = WindowRows(rows, batch.window.first, batch.window.count)
-        out = n.activation(k.attend(q, window, entries, selected, weights.core))
+        out = self._attend(heads, window, entries, selected, weights.core, angles[0])
         k.keep_window(rows, cache.window, cache.frames, cache.layer, batch.window)
-        out = n.activation(k.derotate(out, angles[0]))
         grouped = n.activation(k.grouped_linear(out.view(out.shape[0], shape.o_groups, -1), weights.o_a))
         return self._linear(grouped, weights.o_b)
+
+    def _attend(
+        self,
+        heads: Tensor,
+        window: WindowRows,
+        entries: PagedEntries | None,
+        selected: Tensor | None,
+        core: Attention,
+        angles: Angles,
+    ) -> Tensor:
+        """Outputs [R, H, c] of the raw queries `heads`, rotated back."""
+        shape, n, k = self._shape, self._n, self._k
+        if n.narrow:
+            queries = Queries(heads, shape.num_heads, shape.head_dim, angles, shape.norm_eps)
+            return k.attend_heads(queries, window, entries, selected, core)  # type: ignore[no-any-return]
+        q = n.activation(k.query_rows(heads, shape.num_heads, shape.head_dim, angles, shape.norm_eps))
+        out = n.activation(k.attend(q, window, entries, selected, core))
+        return n.activation(k.derotate(out, angles))
 
     def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """A linear whose input the released model quantises; on a GPU the product does that itself."""
@@ -118,6 +136,10 @@ class AttentionBlock:
         assert cache.index_keys is not None
         scale = shape.index_head_dim**-0.5 * shape.index_heads**-0.5
         head_weights = self._n.activation(front[:, slice(*layout.index_weights)]).to(front.dtype) * scale
+        if self._n.narrow:
+            queries = IndexQueries(heads, shape.index_heads, shape.index_head_dim, angles, head_weights, True)
+            keys = entries._replace(pool=cache.index_keys)
+            return self._k.select_rows(queries, keys, shape.index_topk)  # type: ignore[no-any-return]
         q = self._k.index_query_rows(heads, shape.index_heads, shape.index_head_dim, angles)
         keys = entries._replace(pool=cache.index_keys)
         return self._k.select_entries(self._n.index(q), head_weights, keys, shape.index_topk)  # type: ignore[no-any-return]

@@ -51,6 +51,11 @@ class Decoder:
         self.embed = weights.embed.to(numerics.dtype)
         self._fronts = [_front_weights(layer.attention, weights.shape, numerics.native) for layer in weights.layers]
 
+    def refresh(self) -> None:
+        """Bring what was derived from weights up to date, in place, after the weights themselves were overwritten."""
+        if self.embed is not self._w.embed:
+            self.embed.copy_(self._w.embed)
+
     @torch.inference_mode()
     def __call__(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Logits [B, V] float32 of every row; writes the caches."""

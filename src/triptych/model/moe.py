@@ -24,7 +24,7 @@ def moe(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, n
     return numerics.activation(routed + shared)
 
 
-_FEW = 256
+_FEW = 288
 """Rows up to which a launch that streams every expert it needs is the quicker way."""
 
 

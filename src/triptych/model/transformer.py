@@ -40,6 +40,10 @@ class Transformer:
         self._attention = AttentionBlock(self.shape, kernels, self._n)
         self._decoder = Decoder(self._weights, kernels, self._n, self._rope)
 
+    def refresh(self) -> None:
+        """The weights were overwritten: whatever was derived from them follows, at the addresses it had."""
+        self._decoder.refresh()
+
     def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32.
 

@@ -142,10 +142,13 @@ class WeightStore:
         device: torch.device | str = "cpu",
     ) -> None:
         self._shape = shape
+        self.has_mtp = mtp
+        self._storage = dtype
         self._released = dtype == "released"
         self._dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         self._targets: dict[str, _Place] = {}
         self._placed: set[str] = set()
+        self._tiled = False
         if self._released:
             _check_blocks(shape)
         with torch.device(device):
@@ -163,6 +166,7 @@ class WeightStore:
         With `scale` (e8m0 codes or float32) it is as stored in a file: float8_e4m3fn, or packed e2m1. Whatever is not
         in the form in which it is kept is brought into it.
         """
+        assert not self._tiled, name
         target = self._targets.get(name)
         if target is None:
             raise CheckpointError(f"Tensor {name} has no place in this model.")
@@ -190,6 +194,43 @@ class WeightStore:
             times = target.scales.shape[0] // factors.shape[0]
             target.scales.copy_(factors.repeat_interleave(times, 0) if times > 1 else factors)
         self._placed.add(name)
+
+    def blank(self, device: torch.device | str = "cpu") -> WeightStore:
+        """A store of the same tensors in the same forms on `device`, with nothing placed."""
+        return WeightStore(self._shape, self._storage, mtp=self.has_mtp, device=device)
+
+    def overwrite(self, other: WeightStore) -> None:
+        """Put what was placed in `other`, a filled blank of this one, into this one's tensors: no address changes."""
+        for name in other.placed:
+            mine, theirs = self._targets[name], other._targets[name]
+            mine.values.copy_(theirs.values)
+            if mine.scales is not None and theirs.scales is not None:
+                mine.scales.copy_(theirs.scales)
+        if self._tiled:
+            again = self.weights.mtp if any(name.startswith("mtp.") for name in other.placed) else ()
+            for layer in (*self.weights.layers, *(block.block for block in again)):
+                for matrix in (layer.moe.experts.w13, layer.moe.experts.w2):
+                    if isinstance(matrix, Mxfp4Matrix):
+                        matrix.tile()
+
+    def put_in_tiles(self) -> None:
+        """Arrange MXFP4 experts as a GPU's kernels read them; nothing may be placed after it, only overwritten."""
+        self.weights = in_tiles(self.weights)
+        self._tiled = True
+
+    @property
+    def released(self) -> bool:
+        """True if matrices are kept in the formats in which they are released."""
+        return self._released
+
+    @property
+    def placed(self) -> list[str]:
+        """Names placed so far, sorted."""
+        return sorted(self._placed)
+
+    def stored(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors behind `name`: values in their stored form and, if they have scales, those."""
+        return tuple(tensor for tensor in self._targets[name] if tensor is not None)
 
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Logical shape and stored dtype of every tensor that has a place, by official name."""

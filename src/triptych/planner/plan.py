@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from triptych.cache.places import NAMES, snapshot_policy_named
+from triptych.config import SHAPES
 from triptych.errors import ConfigError, nearest
 from triptych.planner.capacity import (
     Fit,
@@ -22,10 +23,13 @@ from triptych.planner.cost import Cost, Priced, Tier, cost_of, tiers_of
 from triptych.planner.hardware import Node
 from triptych.planner.layout import Layout
 from triptych.planner.mixes import Mix
-from triptych.planner.models import PlannedModel, fp8_equivalent_flops, model_named
+from triptych.planner.models import PlannedModel, fp8_equivalent_flops, model_named, of_shape
 from triptych.planner.roofline import REACHED, Step, decode_step, prefill
 
 LENGTHS = (8_192, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+COMPARED_AT = 1_000_000
+"""Context at which operations are compared with other models: that of the V4 report's figures."""
+
 COMPARED_POLICIES = ("full", "periodic:8192", "adaptive", "none")
 
 
@@ -64,7 +68,10 @@ class LengthRow:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that `triptych plan` says. Bytes and seconds; tokens and sessions of the whole node."""
+    """Everything that `triptych plan` says. Bytes and seconds; tokens and sessions of the whole node.
+
+    `as_published`: what `compared` would be in the formats that published shares are of; None where those are planned.
+    """
 
     wanted: Wanted
     memory: Memory
@@ -78,6 +85,7 @@ class Plan:
     cost: Cost
     tiers: tuple[Tier, ...]
     compared: dict[str, dict[str, float]]
+    as_published: dict[str, dict[str, float]] | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; the names are those of the fields."""
@@ -109,6 +117,7 @@ class Plan:
             "cost": asdict(self.cost),
             "tiers": [asdict(tier) for tier in self.tiers],
             "compared": self.compared,
+            "compared_as_published": self.as_published,
         }
 
 
@@ -143,6 +152,7 @@ def plan(wanted: Wanted) -> Plan:
         cost=cost,
         tiers=tiers_of(priced, cost) if model.shape is not None else (),
         compared=compared_with(model),
+        as_published=as_published(model),
     )
 
 
@@ -182,11 +192,11 @@ def _row(row: LengthRow) -> dict[str, Any]:
 
 
 def compared_with(model: PlannedModel) -> dict[str, dict[str, float]]:
-    """Bytes per token and FP8-equivalent operations per token at 2^20 tokens, as shares of other models'.
+    """Bytes per token and FP8-equivalent operations per token behind a million, as shares of other models'.
 
     "gqa-8, same depth": BF16, 8 key-value heads of 128, as many layers as `model`.
     """
-    mine, context = sum(model.attention.token_bytes.values()), float(1 << 20)
+    mine, context = sum(model.attention.token_bytes.values()), float(COMPARED_AT)
     found = {"gqa-8, same depth": {"bytes": mine / (model.layers * 8 * 128 * 2 * 2)}}
     for name in ("gqa-70b", "deepseek-v3.2"):
         other = model_named(name)
@@ -195,6 +205,16 @@ def compared_with(model: PlannedModel) -> dict[str, dict[str, float]]:
             share["flops"] = fp8_equivalent_flops(model, context) / fp8_equivalent_flops(other, context)
         found[name] = share
     return found
+
+
+def as_published(model: PlannedModel) -> dict[str, dict[str, float]] | None:
+    """`compared_with` in the formats of the V4 report: FP8 entries, MXFP4 index keys. None if `model` has them, or has
+    no published figures.
+    """
+    if model.name not in SHAPES or model.shape is None:
+        return None
+    same = of_shape(model.name, model.shape, "fp8", "mxfp4", "released")
+    return None if same.attention.token_bytes == model.attention.token_bytes else compared_with(same)
 
 
 def check_lengths(lengths: Sequence[int], model: PlannedModel) -> tuple[int, ...]:

@@ -129,12 +129,17 @@ def _tiers(plan: Plan) -> Iterator[str]:
 
 
 def _ratios(plan: Plan) -> Iterator[str]:
-    shares = [
+    yield f"Bytes per token are {_shares(plan.compared)}, at a million tokens."
+    if plan.as_published is not None:
+        yield f"With MXFP4 index keys, which published figures assume: {_shares(plan.as_published)}."
+
+
+def _shares(compared: dict[str, dict[str, float]]) -> str:
+    return ", ".join(
         f"{share['bytes']:.1%} of {name}'s"
         + (f" and {share['flops']:.1%} of its operations" if "flops" in share else "")
-        for name, share in plan.compared.items()
-    ]
-    yield f"Bytes per token are {', '.join(shares)} (2^20 tokens)."
+        for name, share in compared.items()
+    )
 
 
 def _millions(tokens: float) -> str:

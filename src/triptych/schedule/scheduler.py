@@ -26,7 +26,7 @@ from itertools import chain
 import numpy as np
 
 from triptych.cache.manager import CacheManager
-from triptych.config import EngineConfig
+from triptych.config import PAGE, EngineConfig
 from triptych.errors import ContextTooLong, QueueFull, RequestError
 from triptych.schedule.sequence import Sequence
 from triptych.schedule.shares import fair_shares
@@ -64,9 +64,13 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
+        # live requests by tenant and prompt: who comes with the same one waits for it, as a fork does
+        self._firsts: dict[tuple[str, int, int], Sequence] = {}
         self._saves: list[SlotSave] = []
         self._flights: deque[_Flight] = deque()
         self._counters = Counters()
+        self.weights = 0
+        """How often the weights were replaced: whoever is admitted runs on this version of them."""
 
     # ---- what the engine asks
 
@@ -121,7 +125,11 @@ class Scheduler:
         wanted = request.params.max_tokens
         limit = self.max_tokens if wanted is None else min(self.max_tokens, length + wanted)
         # looked up now: a parent that has ended, or comes later, holds nobody up
-        sequence = Sequence(request, limit, self._live.get(request.fork_of or ""))
+        prompt = (request.salt, length, hash(request.prompt_ids.tobytes()))
+        sequence = Sequence(request, limit, self._live.get(request.fork_of or "") or self._firsts.get(prompt))
+        if sequence.parent is None and length >= PAGE and self._cache.prefix_cache:
+            self._firsts[prompt] = sequence
+            sequence.stands_for = prompt
         self._live[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -142,6 +150,7 @@ class Scheduler:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return None
+        self._bequeath(sequence)
         if sequence.running:
             self._running.remove(sequence)
             self._leave(sequence, forget=reason is FinishReason.ERROR)
@@ -150,6 +159,21 @@ class Scheduler:
             self._cache.withdraw(request_id)
         sequence.ended = True
         return sequence.usage()
+
+    def _bequeath(self, sequence: Sequence) -> None:
+        """A request ends. If its prompt has not run, those who waited for that wait for the first of them now."""
+        prompt = sequence.stands_for
+        if prompt is not None:
+            del self._firsts[prompt]
+        heirs = [] if sequence.shared else [other for other in self._waiting if other.parent is sequence]
+        if not heirs:
+            return
+        first, *others = heirs
+        first.parent, first.stands_for = None, prompt
+        for other in others:
+            other.wait_for(first)
+        if prompt is not None:
+            self._firsts[prompt] = first
 
     def abort(self, request_id: str) -> bool:
         """End a request whose caller went away. False if it is not known."""
@@ -233,6 +257,23 @@ class Scheduler:
                 return False
         return True
 
+    def suspend_all(self) -> int:
+        """All running requests give their memory back and return to the front of the queue, in their order.
+
+        For weights that change: call it with no step under way, after `CacheManager.renew`, so that nothing of what
+        they computed is kept. They keep their tokens, and run all of them again. Returns how many there were.
+        """
+        assert not self._flights, "a step is under way"
+        running, self._running = self._running, []
+        for sequence in reversed(running):
+            self._leave(sequence)
+            sequence.suspend()
+            sequence.shared = False
+            self._waiting.appendleft(sequence)
+        self._saves = []  # of requests that had ended: nobody will resume there
+        self._counters.preemptions += len(running)
+        return len(running)
+
     def _preempt(self, sequence: Sequence) -> None:
         """Give up a running request's memory; it returns to the front of the queue with all its tokens."""
         assert len(self._running) > 1, "the only running request always fits, see `add`"
@@ -245,7 +286,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit waiting requests in order until one does not fit.
 
-        Forks of a prompt being prefilled stand aside, and so do requests whose pages are being fetched.
+        Forks of a prompt being prefilled stand aside, as do others with the same prompt, and requests whose pages
+        are being fetched.
         """
         aside: list[Sequence] = []
         while self._waiting:
@@ -257,11 +299,12 @@ class Scheduler:
                 aside.append(self._waiting.popleft())
                 continue
             request = sequence.request
-            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, request.hints)
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, sequence.hints)
             if plan is None:
                 break
             self._waiting.popleft()
             self._running.append(sequence)
+            sequence.weights = self.weights
             self._count_admission(sequence, sequence.admit(plan))
         self._waiting.extendleft(reversed(aside))
 

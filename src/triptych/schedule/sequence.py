@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from triptych.cache.resume import ResumePlan
-from triptych.words import Request, TokenIds, Usage
+from triptych.words import CacheHints, Request, TokenIds, Usage
 
 
 class Sequence:
@@ -23,7 +25,11 @@ class Sequence:
     def __init__(self, request: Request, limit: int, parent: Sequence | None = None) -> None:
         self.request = request
         self.limit = limit
-        self.parent = parent
+        self.parent: Sequence | None = None
+        self.stands_for: tuple[str, int, int] | None = None
+        self._forked = False
+        if parent is not None:
+            self.wait_for(parent)
         self.prompt = len(request.prompt_ids)
         self.length = self.prompt
         self.processed = 0
@@ -33,6 +39,9 @@ class Sequence:
         self.failed = False
         self.starved = False
         self.ended = False
+        self.shared = False
+        self.weights = 0  # the version of the weights that it runs on
+        self._by_weights: dict[int, int] = {}
         self.ahead = 0
         self._reached = 0
         self._first: ResumePlan | None = None
@@ -51,6 +60,17 @@ class Sequence:
         view = self._buffer[: self.length]
         view.flags.writeable = False
         return view
+
+    def wait_for(self, parent: Sequence) -> None:
+        """Let `parent`, which has the same prompt, run it."""
+        self.parent = parent
+        parent._forked = True
+
+    @property
+    def hints(self) -> CacheHints:
+        """What is known about reuse; if others are to fork from it, that they will leave at the end of its prompt."""
+        hints = self.request.hints
+        return replace(hints, marks=(*hints.marks, self.prompt)) if self._forked else hints
 
     @property
     def running(self) -> bool:
@@ -84,8 +104,8 @@ class Sequence:
 
     @property
     def holds_up_forks(self) -> bool:
-        """True until the prompt has run once, so that its pages and its last boundary are cached."""
-        return not self.ended and not self.generated
+        """True until the prompt has run, so that its pages and its last boundary are cached."""
+        return not self.ended and not self.shared
 
     def admit(self, plan: ResumePlan) -> int:
         """Start running by `plan`. Returns how many tokens will run again that had run before a preemption."""
@@ -114,7 +134,8 @@ class Sequence:
         self._buffer[self.length] = token
         self.length += 1
         self.ahead -= 1
-        self.prefilled = True
+        self._by_weights[self.weights] = self._by_weights.get(self.weights, 0) + 1
+        self.prefilled = self.shared = True
 
     def suspend(self) -> None:
         """Preempted: tokens stay, what has run is only what the cache will remember."""
@@ -136,4 +157,5 @@ class Sequence:
             cached_by_tier=plan.by_tier,
             resume=plan.kind,
             approximate=plan.kind == "bounded",
+            completion_by_weights=dict(self._by_weights),
         )

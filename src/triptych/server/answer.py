@@ -34,20 +34,17 @@ class _Bill:
         return self._sum
 
 
-async def _good_deltas(
-    engine: ServingEngine, ask: Ask, record: Record, bill: _Bill
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Deltas, watched and billed. Raises TriptychError when the engine gives a sample up."""
-    async with aclosing(ask.run(engine)) as deltas:
-        async for choice, delta in deltas:
-            record.saw_delta(choice, delta)
-            if delta.finish_reason is FinishReason.ABORT:
-                raise Unavailable("The request was ended because the server stops.", "Retry later.")
-            if delta.error is not None or delta.finish_reason is FinishReason.ERROR:
-                raise TriptychError(delta.error or "The engine could not continue this request.")
-            if delta.usage is not None:
-                bill.add(choice, delta.usage)
-            yield choice, delta
+def _watch(choice: int, delta: Delta, record: Record, bill: _Bill) -> None:
+    """Note and bill a delta. Raises TriptychError when the engine gives the sample up."""
+    record.saw_delta(choice, delta)
+    if delta.finish_reason is None and delta.error is None and delta.usage is None:
+        return
+    if delta.finish_reason is FinishReason.ABORT:
+        raise Unavailable(delta.error or "The request was ended because the server stops.", "Retry later.")
+    if delta.error is not None or delta.finish_reason is FinishReason.ERROR:
+        raise TriptychError(delta.error or "The engine could not continue this request.")
+    if delta.usage is not None:
+        bill.add(choice, delta.usage)
 
 
 async def events(
@@ -58,8 +55,9 @@ async def events(
     answers = [Answer() for _ in range(ask.choices)]
     readers = [ask.reader() for _ in answers]
     opened: set[int] = set()
-    async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
+    async with aclosing(ask.run(engine)) as deltas:
         async for choice, delta in deltas:
+            _watch(choice, delta, record, bill)
             step = readers[choice].read(delta)
             answers[choice].add(step)
             if choice not in opened:
@@ -82,8 +80,9 @@ async def collect(engine: ServingEngine, ask: Ask, record: Record) -> tuple[list
     bill = _Bill(ask, record)
     answers = [Answer() for _ in range(ask.choices)]
     readers = [ask.reader() for _ in answers]
-    async with aclosing(_good_deltas(engine, ask, record, bill)) as deltas:
+    async with aclosing(ask.run(engine)) as deltas:
         async for choice, delta in deltas:
+            _watch(choice, delta, record, bill)
             step = readers[choice].read(delta)
             answers[choice].add(step)
             if step.finish is not None:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from triptych.errors import TriptychError
 from triptych.server.chat import CHAT
 from triptych.server.completions import COMPLETIONS
+from triptych.server.control import Control
 from triptych.server.dashboard import Dashboard
 from triptych.server.gate import Gate
 from triptych.server.generation import generation
@@ -32,7 +33,7 @@ def build_app(engine: ServingEngine, options: ServerOptions | None = None, keys:
     state = ServerState(engine, options or ServerOptions(), keys or Keys({}))
     dashboard = Dashboard(state)
     app = Starlette(
-        routes=[*_routes(state), *dashboard.routes()],
+        routes=[*_routes(state), *Control(state).routes(), *dashboard.routes()],
         middleware=[*_cors(state.options), Middleware(Gate, state=state)],
         exception_handlers={TriptychError: Pages(state).refuse, HTTPException: Pages(state).refuse_http},
         lifespan=_lifespan(state, dashboard),

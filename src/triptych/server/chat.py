@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from triptych.errors import RequestError, TriptychError
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Counting, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, wrong
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
@@ -54,7 +54,7 @@ def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
     FIELDS.check(raw)
     engine = desk.engine
     fields = Fields(raw)
-    stream, include_usage = stream_fields(fields)
+    stream, include_usage, continuous_usage = stream_fields(fields)
     params = sampling_params(
         fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
     )
@@ -66,6 +66,7 @@ def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
         ready.params,
         stream,
         include_usage,
+        continuous_usage,
         hints=cache_hints(fields, desk.salt, ready.marks),
         salt=desk.salt,
         reader=ready.reader,
@@ -126,6 +127,7 @@ class ChatShape:
         self._tokenizer = tokenizer
         self._wants_logprobs = ask.params.logprobs is not None
         self._include_usage = ask.include_usage
+        self._counting = Counting(ask)
 
     def opening(self, choice: int) -> list[object]:
         """The chunk that names the role."""
@@ -133,6 +135,7 @@ class ChatShape:
 
     def chunks(self, choice: int, step: Step) -> list[object]:
         """A chunk for each piece, the first with the logprobs, and one with the finish reason at the end."""
+        self._counting.add(choice, step)
         logprobs = chat_logprobs(step.logprobs, self._tokenizer) if self._wants_logprobs else None
         gains = [_gain(piece) for piece in step.pieces]
         if not gains and step.logprobs:
@@ -164,10 +167,8 @@ class ChatShape:
         return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, _usage(usage, answers))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
-        chunk = ChatChunk(self._head.id, self._head.created, self._head.model, [choice])
-        if self._include_usage:
-            chunk.usage = None
-        return chunk
+        usage = self._counting.of(choice.index)
+        return ChatChunk(self._head.id, self._head.created, self._head.model, [choice], usage)
 
 
 def _gain(piece: Piece) -> ChatDelta:

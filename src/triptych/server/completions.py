@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec import UNSET, UnsetType
 
 from triptych.errors import RequestError, TriptychError, Unsupported
-from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Desk, Head, stream_fields
+from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Counting, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, shown, wrong
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
@@ -21,10 +24,18 @@ from triptych.words import TokenIds, Usage, token_ids
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
 
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of", "echo"},
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of", "echo", "return_token_ids"},
     harmless=HARMLESS,
     refused={"suffix": ("",)},
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the answer shows beside the text: the prompt's text before it, the ids that were sampled."""
+
+    echo: bool
+    ids: bool
 
 
 def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
@@ -32,7 +43,7 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     FIELDS.check(raw)
     engine = desk.engine
     fields = Fields(raw)
-    stream, include_usage = stream_fields(fields)
+    stream, include_usage, continuous_usage = stream_fields(fields)
     max_tokens = fields.integer("max_tokens")
     params = sampling_params(
         fields,
@@ -61,7 +72,9 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
     hints = cache_hints(fields, desk.salt)
-    return Ask(Head.new("cmpl", desk.model), prompts, params, stream, include_usage, hints, desk.salt, plan=echo)
+    head = Head.new("cmpl", desk.model)
+    plan = _Plan(echo, fields.flag("return_token_ids"))
+    return Ask(head, prompts, params, stream, include_usage, continuous_usage, hints, desk.salt, plan=plan)
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
@@ -97,33 +110,35 @@ class TextShape:
     def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
         self._head = ask.head
         self._include_usage = ask.include_usage
+        self._counting = Counting(ask)
         n = ask.params.n
-        # plan: the prompts' text comes first
-        self._before = [tokenizer.decode(ask.prompts[c // n]) if ask.plan else "" for c in range(ask.choices)]
+        assert isinstance(ask.plan, _Plan)
+        self._ids = ask.plan.ids
+        self._before = [tokenizer.decode(ask.prompts[c // n]) if ask.plan.echo else "" for c in range(ask.choices)]
         wanted = ask.params.logprobs is not None
         self._writers = [TextLogprobWriter(tokenizer) if wanted else None for _ in range(ask.choices)]
 
     def opening(self, choice: int) -> list[object]:
         """The prompt, if it is to be echoed."""
         before = self._before[choice]
-        return [self._chunk([TextChoice(choice, before)])] if before else []
+        return [self._piece(TextChoice(choice, before))] if before else []
 
     def chunks(self, choice: int, step: Step) -> list[object]:
         """A chunk with text, unless there is nothing to say; the last one has the finish reason."""
+        self._counting.add(choice, step)
         text = "".join(piece.text for piece in step.pieces if isinstance(piece, Content))
-        if not (text or step.logprobs or step.finish is not None):
+        if not (text or step.logprobs or step.finish is not None or (self._ids and step.token_ids)):
             return []
         writer = self._writers[choice]
         logprobs = writer.write(step.logprobs) if writer is not None and step.logprobs else None
-        return [self._chunk([TextChoice(choice, text, logprobs, step.finish)])]
+        ids = list(step.token_ids) if self._ids else UNSET
+        return [self._piece(TextChoice(choice, text, logprobs, step.finish, ids))]
 
     def closing(self, usage: Usage, answers: Sequence[Answer]) -> list[object]:
         """The chunk without choices that carries the usage, if it was asked for."""
         if not self._include_usage:
             return []
-        chunk = self._chunk([])
-        chunk.usage = WireUsage.of(usage)
-        return [chunk]
+        return [self._answer([], WireUsage.of(usage))]
 
     def error(self, error: TriptychError) -> object:
         """OpenAI's error object."""
@@ -134,16 +149,15 @@ class TextShape:
         choices = []
         for i, (answer, writer) in enumerate(zip(answers, self._writers, strict=True)):
             logprobs = writer.write(tuple(answer.logprobs)) if writer is not None else None
-            choices.append(TextChoice(i, self._before[i] + answer.text, logprobs, answer.finish))
-        out = self._chunk(choices)
-        out.usage = WireUsage.of(usage)
-        return out
+            ids = answer.token_ids if self._ids else UNSET
+            choices.append(TextChoice(i, self._before[i] + answer.text, logprobs, answer.finish, ids))
+        return self._answer(choices, WireUsage.of(usage))
 
-    def _chunk(self, choices: list[TextChoice]) -> TextCompletion:
-        chunk = TextCompletion(self._head.id, self._head.created, self._head.model, choices)
-        if self._include_usage:
-            chunk.usage = None
-        return chunk
+    def _piece(self, choice: TextChoice) -> TextCompletion:
+        return self._answer([choice], self._counting.of(choice.index))
+
+    def _answer(self, choices: list[TextChoice], usage: WireUsage | UnsetType | None) -> TextCompletion:
+        return TextCompletion(self._head.id, self._head.created, self._head.model, choices, usage)
 
 
 COMPLETIONS = Api(read_completion, TextShape)

@@ -151,6 +151,8 @@ class Dashboard:
             "born": state.born,
             "now": round(time.time(), 1),
             "draining": state.draining,
+            "state": stats.state,
+            "weights": stats.weights,
             "max_context": engine.max_context,
             "limits": {"running": engine.config.max_running, "waiting": engine.config.max_waiting},
             "running": stats.running,

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from triptych.errors import Forbidden, QueueFull, TriptychError, Unavailable
+from triptych.server.control import PATHS, PREFIX
 from triptych.server.dashboard import DATA, STATIC
 from triptych.server.http import ClientLeft, refusal
 from triptych.server.record import CLIENT_LEFT, Record
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # for load balancers, which have no key, and for browsers, which cannot send one with the address of a page
 _OPEN = STATIC | {"/health", "/health/live"}
-_ADMIN = ("/metrics", DATA)
+_ADMIN = ("/metrics", DATA, PREFIX)
 
 
 class Gate:
@@ -77,7 +78,7 @@ class Gate:
                 caller = record.caller = state.keys.caller(Request(scope).headers)
                 if not caller.admin and path.startswith(_ADMIN):
                     raise Forbidden(f"{path} needs a key with admin rights.", "Ask the operator for one.")
-                if scope["method"] == "POST":
+                if scope["method"] == "POST" and path not in PATHS:
                     self._check_room()
                     held.enter_context(caller.limits.admitted())
             await self._app(scope, receive, send)

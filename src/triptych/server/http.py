@@ -49,15 +49,15 @@ class Bodies:
         try:
             try:
                 async with asyncio.timeout(self._options.body_timeout):
-                    parts: list[bytes] = []
-                    async for part in _parts(request):
+                    whole: list[bytes] = []
+                    async for part in parts(request):
                         size += len(part)
                         self._held += len(part)
                         self._check(size)
-                        parts.append(part)
+                        whole.append(part)
             except TimeoutError:
                 raise TooSlow(f"The body did not arrive within {self._options.body_timeout:g} s.", "Retry.") from None
-            yield b"".join(parts)
+            yield b"".join(whole)
         finally:
             self._held -= size
 
@@ -68,7 +68,8 @@ class Bodies:
             raise QueueFull("The bodies of all requests together take too much memory now.", "Retry later.")
 
 
-async def _parts(request: Request) -> AsyncIterator[bytes]:
+async def parts(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. ClientLeft if the client leaves."""
     more = True
     while more:
         message = await request.receive()

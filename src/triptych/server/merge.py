@@ -12,11 +12,6 @@ T = TypeVar("T")
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """(which stream, item) in order of arrival. The first error ends all; closing closes every stream."""
-    if len(streams) == 1:  # the usual case needs neither tasks nor a queue
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(streams)]
     left = len(pumps)

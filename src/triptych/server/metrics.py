@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from triptych.server import panels as by
@@ -41,6 +43,9 @@ _CACHE_COUNTERS = {
 }
 
 
+STATES = ("running", "paused", "updating")
+
+
 class Recent:
     """A histogram that also remembers its last values, for people who want a median now and not a bucket."""
 
@@ -61,6 +66,26 @@ class Recent:
             return {"count": 0}
         last = len(values) - 1
         return {"count": len(values), "p50": values[round(0.5 * last)], "p95": values[round(0.95 * last)]}
+
+
+class Tally(Collector):
+    """A histogram that one thread feeds at every token: the library's locks and label lookups are left out."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text, self._bounds = name, text, tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """One more."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """The cumulative buckets, as Prometheus wants them."""
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
 class Metrics:
@@ -86,12 +111,8 @@ class Metrics:
                 registry=self._registry,
             )
         )
-        self.between_tokens = Histogram(
-            "triptych_inter_token_seconds",
-            "Between two deltas of one choice.",
-            buckets=_BETWEEN,
-            registry=self._registry,
-        )
+        self.between_tokens = Tally("triptych_inter_token_seconds", "Between two deltas of one choice.", _BETWEEN)
+        self._registry.register(self.between_tokens)
         self.whole = Histogram(
             "triptych_request_seconds", "From arrival to the last byte.", buckets=_SECONDS, registry=self._registry
         )
@@ -113,6 +134,13 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"triptych_{name}_requests", text, value=getattr(stats, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"triptych_{name}", text, value=getattr(stats, name))
+        state = GaugeMetricFamily("triptych_engine_state", "1 for the state that the engine is in.", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], stats.state == name)
+        yield state
+        yield CounterMetricFamily(
+            "triptych_weights_updates", "How often the weights were replaced.", value=stats.weights
+        )
         yield from self._labelled(stats)
         for name, text in _CACHE_COUNTERS.items():
             yield CounterMetricFamily(f"triptych_{name}", text, value=stats.cache.get(name, 0))

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from triptych.server import chat, completions, messages_read, responses_read, tokens
+from triptych.server import chat, completions, control, messages_read, responses_read, tokens
 from triptych.server.fields import FieldTable
 from triptych.server.schemas import FIELDS, SHAPES
 
 Json = dict[str, Any]
+UPDATE = "/admin/update_weights"
 
 _ERRORS = {
     "400": "The request is wrong; the message names the field and what to do.",
@@ -58,8 +59,8 @@ _GETS = {
 }
 
 
-def document(version: str) -> Json:
-    """The OpenAPI 3.1 document of this server."""
+def document(version: str, *, admin: bool = False) -> Json:
+    """The OpenAPI 3.1 document of a server, with the paths below /admin where it has them."""
     paths: Json = {path: {"post": _post(path, *entry)} for path, entry in _POSTS.items()}
     for path, (summary, answer) in _GETS.items():
         paths.setdefault(path, {})["get"] = _operation(path, summary, _json(answer))
@@ -69,6 +70,8 @@ def document(version: str) -> Json:
     embeddings["requestBody"] = {"content": {"application/json": {"schema": {"type": "object"}}}}
     del embeddings["responses"]["200"]
     paths["/v1/embeddings"] = {"post": embeddings}
+    if admin:
+        paths |= _admin()
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": version, "description": "A server for DeepSeek-V4."},
@@ -77,6 +80,19 @@ def document(version: str) -> Json:
             "schemas": SHAPES,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
+    }
+
+
+def _admin() -> Json:
+    state = _json("EngineState")
+    update = _post(UPDATE, "Replace the weights", control.FIELDS, ("path",), "WeightsUpdate", False)
+    # the same as a body: a safetensors file, and the other fields in the query
+    update["requestBody"]["content"][control.BYTES] = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "/admin/state": {"get": _operation("/admin/state", "Whether steps run, and on which weights", state)},
+        "/admin/pause": {"post": _operation("/admin/pause", "Begin no step any more", state)},
+        "/admin/resume": {"post": _operation("/admin/resume", "Go on after a pause", state)},
+        UPDATE: {"post": update},
     }
 
 
@@ -118,7 +134,7 @@ def _operation(path: str, summary: str, content: Json) -> Json:
     for status, text in codes.items():
         responses[status] = {"description": text, "content": _json(fault)}
     if path == "/health":
-        responses["503"] = {"description": "Shutting down.", "content": _json("Health")}
+        responses["503"] = {"description": "Shutting down, paused or updating.", "content": _json("Health")}
     operation: Json = {"summary": summary, "responses": responses, "security": [{"bearer": []}, {}]}
     if "{name}" in path:
         operation["parameters"] = [

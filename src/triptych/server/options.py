@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from triptych.errors import ConfigError, nearest
 from triptych.text.spell import EFFORTS
@@ -30,6 +31,7 @@ class ServerOptions:
     `tls_cert` and `tls_key` are PEM files. `log_prompts` writes request bodies into the log.
     `reasoning_effort` is that of requests that name none; "none" does not think.
     `store_memory` bounds the answers of /v1/responses that are kept for `previous_response_id`, over all tenants.
+    `weights_root`: admin keys may pause the engine and load weights from below this directory; None: nobody may.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +58,7 @@ class ServerOptions:
     log_prompts: bool = False
     reasoning_effort: str = "none"
     store_memory: int = 256 * 2**20
+    weights_root: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -79,6 +82,8 @@ class ServerOptions:
             raise ConfigError(
                 f"request_timeout must be positive, not {self.request_timeout}.", "Leave it out for none."
             )
+        if self.weights_root is not None and not Path(self.weights_root).expanduser().is_dir():
+            raise ConfigError(f"There is no directory {self.weights_root!r} for weights.", "Make it first.")
         if self.store_memory < 0:
             raise ConfigError(f"store_memory must not be negative, but is {self.store_memory}.")
         if (self.tls_cert is None) != (self.tls_key is None):

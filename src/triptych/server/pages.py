@@ -40,10 +40,13 @@ class Pages:
         return json_response(self._model(self._state.model_name(request.path_params["name"])))
 
     async def health(self, request: Request) -> Response:
-        """Readiness: 200 while requests are welcome, 503 from the first signal on."""
+        """Readiness: 200 while requests are welcome and run; 503 from the first signal on, and while the engine is
+        paused or its weights are replaced, when they would only wait."""
         if self._state.draining:
             headers = {"retry-after": str(self._state.options.retry_after)}
             return json_response({"status": "draining"}, 503, headers)
+        if (state := self._state.engine.stats().state) != "running":
+            return json_response({"status": state}, 503, {"retry-after": str(self._state.options.retry_after)})
         return json_response({"status": "ok", "model": self._state.names[0]})
 
     async def live(self, request: Request) -> Response:
@@ -60,7 +63,7 @@ class Pages:
             ours = version("triptych")
         except PackageNotFoundError:  # run from its source tree
             ours = "0"
-        return json_response(document(ours))
+        return json_response(document(ours, admin=self._state.options.weights_root is not None))
 
     async def no_embeddings(self, request: Request) -> Response:
         """DeepSeek-V4 is no embedding model; silence or vectors of noise would be worse than a sentence."""

@@ -65,16 +65,19 @@ class Answer:
         """Take one step in."""
         self.token_ids += step.token_ids
         self.logprobs += step.logprobs
+        only_thoughts = bool(step.pieces)
         for piece in step.pieces:
+            if isinstance(piece, Reasoning):
+                self.thoughts.append(piece.text)
+                continue
+            only_thoughts = False
             if isinstance(piece, Content):
                 self.texts.append(piece.text)
-            elif isinstance(piece, Reasoning):
-                self.thoughts.append(piece.text)
             elif isinstance(piece, CallBegin):
                 self.calls.append(Call(piece.id, piece.name))
             else:
                 self.calls[piece.index].parts.append(piece.text)
-        if step.pieces and all(isinstance(piece, Reasoning) for piece in step.pieces):
+        if only_thoughts:
             self.reasoning_tokens += len(step.token_ids)
         if step.finish is not None:
             self.finish, self.stop = step.finish, step.stop

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from pathlib import Path
 from typing import Protocol
 
 from triptych.config import EngineConfig, ModelShape
 from triptych.text.grammar import GrammarCache
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import NO_HINTS, CacheHints, Delta, EngineStats, Facts, Panels, SamplingParams, TokenIds
+from triptych.words import (
+    NO_HINTS,
+    CacheHints,
+    Delta,
+    EngineStats,
+    Facts,
+    Panels,
+    Running,
+    SamplingParams,
+    TokenIds,
+    WeightsUpdate,
+)
 
 
 class ServingEngine(Protocol):
@@ -36,6 +48,22 @@ class ServingEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """Figures as of the last step."""
+
+    async def pause(self) -> None:
+        """No step begins until `resume`."""
+
+    async def resume(self) -> None:
+        """Go on."""
+
+    async def update_weights(
+        self, source: Path, *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """Weights of a checkpoint directory in place of those that there are."""
+
+    async def upload_weights(
+        self, pieces: Iterable[bytes], *, running: Running = "drain", timeout: float | None = None
+    ) -> WeightsUpdate:
+        """Those of a safetensors file that arrives; `pieces` are asked for in another thread."""
 
     def stream(
         self,

@@ -87,5 +87,6 @@ ENDPOINTS = frozenset(
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
         *("/v1/models", "/v1/embeddings", "/tokenize", "/detokenize", "/openapi.json"),
         *("/health", "/health/live", "/metrics", "/dashboard", "/dashboard/data"),
+        *("/admin/state", "/admin/pause", "/admin/resume", "/admin/update_weights"),
     }
 )

@@ -124,7 +124,7 @@ FIELDS: dict[str, dict[str, Json]] = {
         "logprobs": _FLAG,
         "top_logprobs": _integer(0, 20),
         "stream": _FLAG,
-        "stream_options": _object(include_usage=_FLAG, include_obfuscation=_FLAG),
+        "stream_options": _object(include_usage=_FLAG, continuous_usage_stats=_FLAG, include_obfuscation=_FLAG),
         "tools": _list(_object(("type", "function"), type=_one_of("function"), function=_FUNCTION), 1024),
         "tool_choice": {"anyOf": [_one_of("auto", "none", "required"), _NAMED]},
         "parallel_tool_calls": _FLAG,
@@ -158,7 +158,12 @@ FIELDS: dict[str, dict[str, Json]] = {
         "tokens": _list(_integer(0, 129279), 4_000_000),
         "return_token_strs": _FLAG,
     },
-    "/v1/completions": {"logprobs": _integer(0, 20)},
+    "/v1/completions": {"logprobs": _integer(0, 20), "return_token_ids": _FLAG},
+    "/admin/update_weights": {
+        "path": {"type": "string", "minLength": 1},
+        "running": _one_of("drain", "abort", "recompute"),
+        "timeout": {"type": "number", "exclusiveMinimum": 0},
+    },
     "/v1/messages": {"messages": _list(_TURN, 100_000, 1)},
     "/v1/messages/count_tokens": {"messages": _list(_TURN, 100_000, 1)},
     "/tokenize": {"prompt": _STRING},
@@ -221,6 +226,10 @@ SHAPES: dict[str, Json] = {
     "ItemList": _answer("object", "data", "first_id", "last_id", "has_more"),
     "Deleted": _answer("id", "object", "deleted"),
     "Health": _answer("status", status=_STRING),
+    "EngineState": _answer(
+        *("state", "weights", "running", "waiting"), state=_one_of("running", "paused", "updating"), weights=_COUNT
+    ),
+    "WeightsUpdate": _answer("version", "identity", "tensors", "bytes", version=_COUNT, identity=_STRING, bytes=_COUNT),
     "Error": _answer("error", error=_answer("message", "type", "param", "code", message=_STRING, type=_STRING)),
     "AnthropicError": _answer(
         "type", "error", type=_one_of("error"), error=_answer("type", "message", message=_STRING)

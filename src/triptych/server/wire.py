@@ -35,9 +35,12 @@ class PromptDetails(Struct):
 
 
 class CompletionDetails(Struct):
-    """How many of the completion tokens were thought and not said."""
+    """How many of the completion tokens were thought and not said. `by_weights`, ours: how many each version of the
+    weights sampled, where they were replaced since the server started.
+    """
 
     reasoning_tokens: int
+    by_weights: dict[int, int] | UnsetType = UNSET
 
 
 class WireUsage(Struct):
@@ -46,12 +49,18 @@ class WireUsage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+    @classmethod
+    def so_far(cls, prompt: int, completion: int) -> WireUsage:
+        """The count of an answer that has not ended: where its prompt came from is told at the end."""
+        return cls(prompt, completion, prompt + completion)
 
     @classmethod
     def of(cls, usage: Usage, reasoning_tokens: int = 0) -> WireUsage:
         """The wire form of the engine's count."""
+        by_weights = usage.completion_by_weights
         details = PromptDetails(
             usage.cached_tokens,
             usage.recomputed_tokens,
@@ -63,7 +72,7 @@ class WireUsage(Struct):
             usage.completion_tokens,
             usage.total_tokens,
             details,
-            CompletionDetails(reasoning_tokens),
+            CompletionDetails(reasoning_tokens, dict(by_weights) if any(by_weights) else UNSET),
         )
 
 
@@ -126,7 +135,7 @@ class ChatChunkChoice(Struct):
 
 
 class ChatChunk(Struct):
-    """A streamed chat chunk. `usage` is absent, null before the end, or the count, as the client asked."""
+    """A streamed chat chunk. `usage` is absent, null before the end, or the count so far, as the client asked."""
 
     id: str
     created: int
@@ -184,12 +193,13 @@ class TextLogprobs(Struct):
 
 
 class TextChoice(Struct):
-    """One choice of /v1/completions, whole or a piece."""
+    """One choice of /v1/completions, whole or a piece. `token_ids`, ours: what was sampled, if it was asked for."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class TextCompletion(Struct):

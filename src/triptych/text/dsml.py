@@ -21,6 +21,7 @@ _END_VALUE = f"</{DSML}parameter>"
 _MARKERS = (_OPEN, _CLOSE, _THINK, _END_THINK, DSML)
 _LONGEST_MARKER = max(map(len, _MARKERS))
 _FIRSTS = frozenset(marker[0] for marker in _MARKERS)
+_SUSPECT = re.compile(f"[{''.join(sorted(_FIRSTS))}\n]")  # without these, text is only text
 _LONGEST_TAG = 1024  # characters; what is longer is no tag
 _ATTRIBUTES = re.compile(r'.*? name="(.*?)"(?: string="(\w+)")?>', re.DOTALL)
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
@@ -67,6 +68,11 @@ class OutputParser:
 
     def push(self, text: str) -> list[Piece]:
         """What `text` adds that is certain."""
+        if not self._buffer and text and not _SUSPECT.search(self._tail + text):
+            kind = self._plain_kind()  # the usual token, at a fraction of the work
+            if kind is not None:
+                self._say_text(kind, text)
+                return self._taken()
         self._buffer += text
         while self._read():
             pass
@@ -81,6 +87,8 @@ class OutputParser:
 
     def _taken(self) -> list[Piece]:
         out, self._out = self._out, []
+        if len(out) < 2:
+            return out
         merged: list[Piece] = []
         for piece in out:
             last = merged[-1] if merged else None
@@ -93,6 +101,11 @@ class OutputParser:
             else:
                 merged.append(piece)
         return merged
+
+    def _plain_kind(self) -> type[Content] | type[Reasoning] | None:
+        if self._read == self._content:
+            return Content
+        return Reasoning if self.in_reasoning else None
 
     # -- states: each takes from the buffer and returns True if there may be more to do
 

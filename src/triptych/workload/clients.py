@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
+from zlib import crc32
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from triptych.words import CacheHints, SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from triptych.engine.async_engine import AsyncEngine
+
+
+_TIMEOUT = 3600.0  # seconds that one answer may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,14 @@ class Client(Protocol):
 
 
 class InProcess:
-    """An engine of this process; prompts are token ids, so lengths are exact."""
+    """An engine of this process; prompts are token ids, so lengths are exact.
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    `temperature` 0 is greedy; with another one each session draws by a seed of its own.
+    """
+
+    def __init__(self, engine: AsyncEngine, temperature: float = 0.0) -> None:
         self._engine = engine
+        self._temperature = temperature
         self.name = engine.model_name
         self._serial = 0
 
@@ -69,11 +77,12 @@ class InProcess:
         return ids
 
     async def ask(self, contents: Sequence[Any], output: int, session: str) -> AsyncIterator[Piece]:
-        """Greedy, to the length that the trace says. The ends of parts are told to the cache."""
+        """To the length that the trace says. The ends of parts are told to the cache."""
         self._serial += 1
         prompt = np.concatenate(contents).astype(np.int32)
         marks = tuple(int(end) for end in np.cumsum([len(part) for part in contents]))
-        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        seed = crc32(session.encode())
+        params = SamplingParams(max_tokens=output, temperature=self._temperature, seed=seed, ignore_eos=True)
         hints = CacheHints(marks=marks, session=session)
         try:
             async for delta in self._engine.stream(prompt, params, request_id=f"bench-{self._serial}", hints=hints):
@@ -98,14 +107,14 @@ class InProcess:
 class OverHttp:
     """A server of the OpenAI completions API; prompts are text. Needs nothing beyond Python."""
 
-    def __init__(self, url: str, model: str, decode: Any, key: str | None = None, timeout: float = 3600.0) -> None:
+    def __init__(self, url: str, model: str, decode: Any, key: str | None = None, *, temperature: float = 0.0) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url {url!r} is no address of a server.", "For example http://127.0.0.1:8000.")
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
-        self._key, self._timeout, self._decode = key, timeout, decode
+        self._key, self._decode, self._temperature = key, decode, temperature
         self.name = model
 
     def content(self, ids: TokenIds) -> Any:
@@ -118,13 +127,14 @@ class OverHttp:
             "model": self.name,
             "prompt": "".join(contents),
             "max_tokens": output,
-            "temperature": 0,
+            "temperature": self._temperature,
+            "seed": crc32(session.encode()),
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(_TIMEOUT):
                 async for event in self._events(json.dumps(body).encode()):
                     if event.get("error"):
                         raise AnswerError(str(event["error"]))

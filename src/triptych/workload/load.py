@@ -37,7 +37,10 @@ class LoadSettings:
 
 @dataclass(slots=True)
 class Timing:
-    """One request, in seconds since the start. `arrivals`: when pieces came, and tokens in each."""
+    """One request, in seconds since the start. `arrivals`: when pieces came, and tokens in each.
+
+    `prompt` names what was asked: requests with the same one are samples of one prompt.
+    """
 
     session: str
     intended: float
@@ -46,6 +49,7 @@ class Timing:
     end: float = 0.0
     counts: Counts = field(default_factory=Counts)
     error: str | None = None
+    prompt: str = ""
 
     @property
     def first(self) -> float:
@@ -111,7 +115,7 @@ class Load:
         return found
 
     async def _request(self, request: SessionRequest, intended: float) -> Timing:
-        timing = Timing(request.session, intended)
+        timing = Timing(request.session, intended, prompt=prompt_of(request))
         contents = [self._content(part) for part in request.prompt]
         await asyncio.sleep(max(0.0, intended - self._now()))
         timing.sent = self._now()
@@ -136,6 +140,16 @@ class Load:
         if part.id not in self._made:
             self._made[part.id] = self._client.content(self._texts.ids(part))
         return self._made[part.id]
+
+
+def prompt_of(request: SessionRequest) -> str:
+    """A name for the whole prompt of a request."""
+    return "\n".join(f"{request.tenant}/{part.id}" for part in request.prompt)
+
+
+def are_rollouts(prompts: Sequence[str]) -> bool:
+    """Whether prompts, by name, are sampled twice or more on average, as those of RL training are."""
+    return len(prompts) >= 2 * len(set(prompts)) > 0
 
 
 def scaled(requests: Sequence[SessionRequest], scale: float) -> list[SessionRequest]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from triptych.errors import ConfigError
 from triptych.workload.load import Timing
+from triptych.workload.load_report import energy_line, rollout_line
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
@@ -62,9 +63,13 @@ def _figures(name: str, found: dict[str, Any]) -> str:
         f"hit rate {rate}: {cache['cached_tokens']:,} of {cache['prompt_tokens']:,} prompt tokens cached, "
         f"{cache['recomputed_tokens']:,} recomputed",
     ]
+    if "rollouts" in found:
+        sentences.append(rollout_line(found["rollouts"]))
     if "cost" in found:
         cost = found["cost"]
         sentences.append(f"{cost['usd_per_session']:.3g} USD a session at {cost['usd_per_hour']:g} USD an hour")
+    if "energy" in found:
+        sentences.append(energy_line(found["energy"]))
     rows = [f"<tr><th>{html.escape(name)}" + "".join(f"<th>{head}" for head in heads) + "<th>95 % of p50<th>of p99"]
     for label, key in _ROWS:
         one = found[key]

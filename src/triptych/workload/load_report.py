@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from triptych.workload.load import Timing
+from triptych.workload.energy import Energy
+from triptych.workload.load import Timing, are_rollouts
 
 _RESAMPLES, _SEED = 400, 0
 
@@ -28,8 +29,10 @@ class Slo:
         return timing.error is None and timing.first <= self.ttft and not slow > self.tpot
 
 
-def summary(timings: Sequence[Timing], slo: Slo, hourly: float | None = None) -> dict[str, Any]:
-    """All figures as JSON data. `hourly`: USD per hour of everything that answers."""
+def summary(
+    timings: Sequence[Timing], slo: Slo, hourly: float | None = None, energy: Energy | None = None
+) -> dict[str, Any]:
+    """All figures as JSON data. `hourly`: USD per hour of everything that answers; `energy`: what the run took."""
     good = [one for one in timings if one.error is None]
     seconds = max((one.end for one in timings), default=0.0) - min((one.intended for one in timings), default=0.0)
     met = sum(slo.met(one) for one in timings)
@@ -57,6 +60,8 @@ def summary(timings: Sequence[Timing], slo: Slo, hourly: float | None = None) ->
         "cache": cache_figures(good),
         "late_s": spread([one.sent - one.intended for one in timings], interval=False),
     }
+    if are_rollouts([one.prompt for one in timings]):
+        found["rollouts"] = rollout_figures(good, seconds, hourly)
     if hourly is not None:
         spent = seconds / 3600 * hourly
         found["cost"] = {
@@ -65,7 +70,71 @@ def summary(timings: Sequence[Timing], slo: Slo, hourly: float | None = None) ->
             "usd_per_session": _over(spent, sessions),
             "usd_per_million_output_tokens": _over(1e6 * spent, output),
         }
+    if energy is not None:
+        found["energy"] = energy_figures(good, energy)
     return found
+
+
+def energy_figures(timings: Sequence[Timing], energy: Energy) -> dict[str, Any]:
+    """Joules in all, by device, per token and per session. `not_told`: why, if no device tells; else what is missing.
+
+    A token is one of a prompt that was run, or one of an output; cached ones cost next to nothing.
+    """
+    output = sum(one.counts.output for one in timings)
+    run = output + sum(one.counts.prompt - one.counts.cached for one in timings)
+    if not energy.told:
+        return {"joules": None, "not_told": energy.missing or "no device tells"}
+    return {
+        "joules": energy.total,
+        "watts": _over(energy.total, energy.seconds),
+        "joules_by_device": dict(energy.joules),
+        "joules_per_output_token": _over(energy.total, output),
+        "joules_per_token_run": _over(energy.total, run),
+        "joules_per_session": _over(energy.total, len({one.session for one in timings})),
+        "not_told": energy.missing,
+    }
+
+
+def energy_line(found: dict[str, Any]) -> str:
+    """One sentence on energy."""
+    if found["joules"] is None:
+        return f"energy: not told by this device ({found['not_told']})"
+    devices = ", ".join(f"{name} {joules:,.0f} J" for name, joules in found["joules_by_device"].items())
+    return (
+        f"energy {found['joules']:,.0f} J, {found['watts']:,.0f} W on average ({devices}): "
+        f"{found['joules_per_output_token']:.3g} J per output token, "
+        f"{found['joules_per_token_run']:.3g} per token run, {found['joules_per_session']:.3g} per session"
+    )
+
+
+def rollout_figures(good: Sequence[Timing], seconds: float, hourly: float | None) -> dict[str, Any]:
+    """What a trainer wants to know of trajectories: how many a second, when the last of them came, what one costs.
+
+    Rewards are not among it: nothing here judges an answer.
+    """
+    ends = sorted(one.end for one in good)
+    begin = min((one.intended for one in good), default=0.0)
+    found: dict[str, Any] = {
+        "trajectories": len(good),
+        "prompts": len({one.prompt for one in good}),
+        "trajectories_per_s": _over(len(good), seconds),
+        "tokens_per_trajectory": _over(sum(one.counts.output for one in good), len(good)),
+        "half_done_s": ends[(len(ends) - 1) // 2] - begin if ends else 0.0,
+        "all_done_s": ends[-1] - begin if ends else 0.0,
+    }
+    if hourly is not None:
+        found["usd_per_trajectory"] = _over(seconds / 3600 * hourly, len(good))
+    return found
+
+
+def rollout_line(found: dict[str, Any]) -> str:
+    """`rollout_figures` as a sentence."""
+    cost = f", {found['usd_per_trajectory']:.3g} USD each" if "usd_per_trajectory" in found else ""
+    return (
+        f"rollouts {found['trajectories_per_s']:.3g} a second: {found['trajectories']:,} trajectories of "
+        f"{found['prompts']:,} prompts, {found['tokens_per_trajectory']:,.0f} tokens on average{cost}; half were done "
+        f"after {found['half_done_s']:.1f} s, all after {found['all_done_s']:.1f} s"
+    )
 
 
 def cache_figures(timings: Sequence[Timing]) -> dict[str, Any]:
@@ -143,6 +212,7 @@ def table(found: dict[str, Any]) -> str:
         f"prompt tokens {cache['prompt_tokens']:,}: cached {cache['cached_tokens']:,} ({rate}), recomputed "
         f"{cache['recomputed_tokens']:,}, computed {cache['computed_tokens']:,}",
     ]
+    lines += [rollout_line(found["rollouts"])] if "rollouts" in found else []
     below = {tier: tokens for tier, tokens in cache["cached_by_tier"].items() if tier != "device"}
     lines += (
         [f"  from lower tiers: {', '.join(f'{tier} {tokens:,}' for tier, tokens in below.items())}"] if below else []
@@ -153,5 +223,7 @@ def table(found: dict[str, Any]) -> str:
             f"cost {cost['usd']:.4g} USD, {cost['usd_per_session']:.3g} a session, "
             f"{cost['usd_per_million_output_tokens']:.3g} per million output tokens"
         )
+    if "energy" in found:
+        lines.append(energy_line(found["energy"]))
     lines += [f"  {count} x {text}" for text, count in found["errors"].items()]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ Keys of bfloat16 are multiplied as such, with float32 sums; of float32 with thre
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
-from triptych.kernels.attend_rows.triton import attend_packed
+from triptych.kernels.attend_rows.triton import FIXED_SPAN, attend_packed
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
@@ -38,6 +40,12 @@ class Tiling(NamedTuple):
     splits: int
     warps: int
     stages: int
+
+
+_FIXED = Tiling(16, _KEYS, 8, 4, 2)
+"""The one tiling of deterministic mode."""
+
+_PARTS = 1 << 29  # bytes of the splits' sums alive at once there
 
 
 def attend(
@@ -92,10 +100,26 @@ def attend(
 def attend_deterministic(
     q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
 ) -> Tensor:
-    """See ref.attend; a row's result does not depend on its batch mates."""
-    if isinstance(window.rows, PackedRows):
-        return attend_packed(q, window, entries, selected, attention, fixed=True)
-    return attend(q, window, entries, selected, attention, Tiling(16, _KEYS, 8, 4, 2))
+    """See ref.attend; a row's result does not depend on its batch mates. Some rows at a time: all have all splits."""
+    rows, heads, dim = q.shape
+    most = WINDOW
+    if entries is not None:
+        seen = entries.most if entries.most is not None else int(entries.visible.max())
+        most += seen if selected is None else selected.shape[1]
+    is_packed = isinstance(window.rows, PackedRows)
+    splits = triton.cdiv(most, FIXED_SPAN) if is_packed else _FIXED.splits
+    step = max(1, _PARTS // (4 * splits * heads * dim))
+    out = torch.empty_like(q)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        mine = replace(window, first=window.first[part], count=window.count[part])
+        some = None if entries is None else entries._replace(seq=entries.seq[part], visible=entries.visible[part])
+        chosen = None if selected is None else selected[part]
+        if is_packed:
+            out[part] = attend_packed(q[part], mine, some, chosen, attention, fixed=True)
+        else:
+            out[part] = attend(q[part], mine, some, chosen, attention, _FIXED)
+    return out
 
 
 def _entry_arguments(window: WindowRows, entries: PagedEntries | None, selected: Tensor | None) -> tuple[Any, ...]:
@@ -206,8 +230,8 @@ def _over_entries(
 def _stretch(in_window, visible_ptr, chosen, splits, MODE: tl.constexpr, KEYS: tl.constexpr):
     """This program's keys [low, high) of a row's: an equal share in whole tiles."""
     total = in_window
-    if MODE == 1:
-        total = in_window + chosen
+    if MODE == 1:  # those that are not -1 come first
+        total = in_window + tl.minimum(tl.load(visible_ptr).to(tl.int32), chosen)
     if MODE == 2:
         total = in_window + tl.load(visible_ptr).to(tl.int32)
     share = tl.cdiv(tl.cdiv(total, splits), KEYS) * KEYS

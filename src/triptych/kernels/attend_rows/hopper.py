@@ -131,6 +131,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     span,
     MODE: gl.constexpr,
     FLAT: gl.constexpr,
+    RAW: gl.constexpr,
     WHOLE: gl.constexpr,
     PER_PAGE: gl.constexpr,
     RING: gl.constexpr,
@@ -209,7 +210,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     hq = h + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     dq = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
     x = gl.load(here + hq[:, None] * DIM + dq[None, :], mask=(hq < heads)[:, None], other=0.0).to(gl.float32)
-    if FLAT:  # normed and rotated already
+    if not RAW:  # normed and rotated already
         q_s.store(x.to(gl.bfloat16))
     else:
         shrink = gl.rsqrt(gl.sum(x * x, 1) / DIM + eps)
@@ -344,6 +345,8 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     _put(part_ptr, sums0, factor, left, 0, 256, l0)
     _put(part_ptr, sums1, factor, left, 256, 128, l1)
     _put(part_ptr, sums2, factor, left, 384, 64, s_layout)
+    if WHOLE and RAW:
+        sumsr = _turned_back(sumsr, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), ROPE)
     _put(part_ptr, sumsr, factor, left, NOPE, ROPE, s_layout)
     if not WHOLE:
         gl.store(peak_ptr + lane + hs, peak, mask=hs < left)
@@ -353,6 +356,17 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
 @gluon.jit
 def _max_and_sum(most, total, most1, total1):
     return gl.maximum(most, most1), total + total1
+
+
+@gluon.jit
+def _turned_back(x, cos_ptr, sin_ptr, ROPE: gl.constexpr):
+    """x [64, ROPE] rotated back; a pair's two dims are in one thread."""
+    even, odd = gl.split(gl.reshape(x, [64, ROPE // 2, 2]))
+    pair = gl.arange(0, ROPE // 2, layout=gl.SliceLayout(0, even.type.layout))
+    cos = gl.load(cos_ptr + pair)[None, :]
+    sin = gl.load(sin_ptr + pair)[None, :]
+    turned = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), [64, ROPE])
+    return gl.convert_layout(turned, x.type.layout, assert_trivial=True)
 
 
 @gluon.jit

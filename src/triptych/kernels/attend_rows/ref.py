@@ -65,3 +65,20 @@ def attend_rows(
     flat = WindowRows(rows, torch.cumsum(count, 0) - count, count)
     chosen = None if ids is None else ids.long()
     return derotate(attend(q, flat, entries, chosen, attention), queries.angles)
+
+
+def attend_heads(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """One joint softmax of step rows of any sequences over window rows, entries and the sink, rotated back: [R, H, c].
+
+    As `attend_rows`, but a row's window is a stretch of the step's window rows, and `entries.seq` maps it to its
+    sequence. `ids` [R, K] int32 or int64 with -1 for none.
+    """
+    q = query_rows(queries.heads, queries.count, queries.dim, queries.angles, queries.eps)
+    chosen = None if ids is None else ids.long()
+    return derotate(attend(q, window, entries, chosen, attention), queries.angles)

@@ -1,4 +1,4 @@
-"""Attention of decode rows for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches.
+"""Attention for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches, or in one for many step rows.
 
     keys of a row    | window rows from the ring | entries: the chosen ones, or all visible ones |
     its splits        [------ span ------][------ span ------][------ span ------][-- rest --]
@@ -9,7 +9,8 @@ its own number of keys, so short rows leave their part of the chip to long ones.
 takes from the batch so that it fills the chip, a row's sums may depend on its batch mates in the last bits; with a
 fixed one they do not.
 
-hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else.
+hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else; chunk.py takes the
+many rows of a prefill chunk there.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from torch import Tensor
 
 from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
-from triptych.kernels.attend_rows import portable
+from triptych.kernels.attend_rows import ordered, portable
 from triptych.kernels.attend_rows.portable import extent
 from triptych.kernels.attend_rows.ref import Queries, RingRows
-from triptych.kernels.gpu import is_hopper, multiprocessors
+from triptych.kernels.gpu import is_hopper, multiprocessors, shared_memory
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
 _LOG2E = 1.4426950408889634
-_FIXED_SPAN = 512  # keys of a split in deterministic mode
+FIXED_SPAN = 512  # keys of a split in deterministic mode
+_SMALL = 16 * 32  # heads times keys of a tile that every GPU has room for
+_SHARED = 165888  # bytes of shared memory that larger tiles want
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter has no bfloat16 arithmetic."""
 
@@ -40,13 +43,17 @@ _NO_ENTRIES, _CHOSEN, _VISIBLE = 0, 1, 2
 
 
 class Tiling(NamedTuple):
-    """Heads and keys of a tile, keys of a split, warps and pipeline stages of a program."""
+    """Heads and keys of a tile, keys of a split, warps and pipeline stages of a program.
+
+    `fixed`: splits are added up one after the other, so that a row's bits do not depend on how many others have.
+    """
 
     heads: int
     keys: int
     span: int
     warps: int
     stages: int
+    fixed: bool = False
 
 
 def attend_rows(
@@ -90,16 +97,64 @@ def attend_packed(
     `fixed`: a row's bits do not depend on its batch mates.
     """
     rows, heads, dim = q.shape
-    if entries is not None and selected is None and entries.most == 0:
-        entries = None
-    out = torch.empty_like(q)
     assert isinstance(window.rows, PackedRows)
     none = torch.empty(1, window.rows.format.rope // 2, device=q.device)
     queries = Queries(q.contiguous().view(rows, heads * dim), heads, dim, (none, none), 0.0)
+    return _step_rows(queries, window, entries, selected, attention, fixed=fixed)
+
+
+def attend_heads(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads. `entries.most` must be known; ids that are not -1 come first."""
+    return _step_rows(queries, window, entries, ids, attention)
+
+
+def attend_heads_deterministic(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    """See ref.attend_heads; a row's bits do not depend on its batch mates."""
+    return _step_rows(queries, window, entries, ids, attention, fixed=True)
+
+
+def _step_rows(
+    queries: Queries,
+    window: WindowRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    *,
+    fixed: bool = False,
+) -> Tensor:
+    """Attention of rows whose window is a stretch of a flat workspace: [R, H, c] in the queries' dtype."""
+    if entries is not None and ids is None and entries.most == 0:
+        entries = None
+    heads, rows = queries.heads, len(queries.heads)
+    if not fixed and _converts(queries, window, entries):
+        chunk = importlib.import_module("triptych.kernels.attend_rows.chunk")
+        return chunk.attend_chunk(queries, window, entries, ids, attention)  # type: ignore[no-any-return]
+    out = torch.empty(rows, queries.count, queries.dim, dtype=heads.dtype, device=heads.device)
     slots = window.first if entries is None else entries.seq
     ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
-    _launch(queries, ring, entries, selected, attention, out, _fixed(queries, ring) if fixed else None)
+    if rows:
+        _launch(queries, ring, entries, ids, attention, out, _fixed(queries, ring) if fixed else None)
     return out
+
+
+def _converts(queries: Queries, window: WindowRows, entries: PagedEntries | None) -> bool:
+    """Whether chunk.py serves, and its way of converting keys once pays."""
+    ring = RingRows(window.rows, 0, 1, window.first, window.first, window.count)
+    if not _on_hopper(queries, ring) or queries.heads.dtype != torch.bfloat16:
+        return False
+    return bool(importlib.import_module("triptych.kernels.attend_rows.chunk").fits(queries, entries))
 
 
 def _launch(
@@ -114,9 +169,9 @@ def _launch(
     """Both launches into `out` [R, H, c].
 
     A stride of 0 stands for step rows, whose window is a stretch of a flat workspace; of a single split of theirs the
-    first launch writes the result itself.
+    first launch writes the result itself. An eps of 0 stands for queries that are normed and rotated already.
     """
-    flat = window.stride == 0
+    flat, raw = window.stride == 0, queries.eps > 0
     rows, heads, dim = out.shape
     mode = _NO_ENTRIES if entries is None else _VISIBLE if ids is None else _CHOSEN
     most = WINDOW
@@ -124,8 +179,10 @@ def _launch(
         assert entries.most is not None
         most += entries.most if ids is None else ids.shape[1]
     t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+        t = t._replace(heads=16, keys=32, warps=4, stages=3)
     splits = triton.cdiv(most, t.span)
-    whole = flat and splits == 1
+    whole = flat and splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
     stats = attention.sink if whole else torch.empty(2, rows, splits, heads, device=out.device)
     cos, sin = queries.angles
@@ -137,6 +194,7 @@ def _launch(
         *(*reads, attention.sink, part, stats, stats[-1] if not whole else stats, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
+        RAW=raw,
         WHOLE=whole,
         PER_PAGE=1 if entries is None else entries.pool.shape[1],
         RING=window.size,
@@ -145,11 +203,18 @@ def _launch(
     )
     if whole:
         return
+    if t.fixed:
+        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](
+            *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
+            **dict(MODE=mode, FLAT=flat, REACH=WINDOW, DIM=dim, ROPE=rope, num_warps=1),
+        )
+        return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
         *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
         MODE=mode,
         FLAT=flat,
+        RAW=raw,
         REACH=WINDOW,
         DIM=dim,
         ROPE=rope,
@@ -192,8 +257,8 @@ def _choices(t: Tiling, window: RingRows, dim: int, rope: int) -> dict[str, Any]
 def _fixed(queries: Queries, window: RingRows) -> Tiling:
     """The one tiling of deterministic mode."""
     if _on_hopper(queries, window):
-        return Tiling(64, 64, _FIXED_SPAN, 0, 0)
-    return Tiling(min(64, _tile(queries.count)), 32, _FIXED_SPAN, 4, 2)
+        return Tiling(64, 64, FIXED_SPAN, 0, 0, True)
+    return Tiling(16, 32, FIXED_SPAN, 4, 2, True)
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: bool = False) -> Tiling:
@@ -267,6 +332,7 @@ def _combine(
     span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
+    RAW: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
@@ -275,8 +341,7 @@ def _combine(
     TAKEN: tl.constexpr,
 ):
     """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
-    r = tl.program_id(2).to(tl.int64)
-    h, start = tl.program_id(1), tl.program_id(0) * WIDTH
+    r, h, start = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
     used = tl.cdiv(total, span)
@@ -288,8 +353,8 @@ def _combine(
     highest = tl.maximum(tl.max(peaks, 0), sink)
     weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
     at = d - (DIM - ROPE)
-    turns = (at >= 0) & (d < DIM) & (not FLAT)
-    partner = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
+    turns = (at >= 0) & (d < DIM) & RAW
+    mate = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
     acc, turned = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     for first in range(0, used, TAKEN):
         t = first + tl.arange(0, TAKEN)
@@ -298,8 +363,8 @@ def _combine(
         there = (t < used)[:, None] & (d < DIM)[None, :]
         x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
         acc += tl.sum(x * factor, 0)
-        if start + WIDTH > DIM - ROPE and not FLAT:
-            y = tl.load(part_ptr + row[:, None] * DIM + partner[None, :], mask=there & turns[None, :], other=0.0)
+        if start + WIDTH > DIM - ROPE and RAW:
+            y = tl.load(part_ptr + row[:, None] * DIM + mate[None, :], mask=there & turns[None, :], other=0.0)
             turned += tl.sum(y * factor, 0)
     turn = r * (ROPE // 2) + at // 2
     cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)

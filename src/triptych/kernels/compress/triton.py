@@ -24,13 +24,15 @@ def compress(
     entries = torch.empty(len(plan.src), dim, device=front.device)
     columns = front[:, start:]
     if len(entries):
-        _pool[(len(entries),)](
+        pool = _pool if plan.src.shape[1] < 2 * _TILE or weights.overlap else _pool_tiles
+        pool[(len(entries),)](
             *(columns, front.stride(0), ring, ring.stride(0), plan.src, plan.phase, weights.ape, weights.norm),
             *(cos.contiguous(), sin.contiguous(), entries, half, dim, 2 * cos.shape[1], weights.eps),
             GROUP=plan.src.shape[1],
             OVERLAP=weights.overlap,
             ABSENT_ROW=ABSENT,
             DIM=triton.next_power_of_2(dim),
+            **({} if pool is _pool else {"TILE": _TILE, "num_warps": 8}),
         )
     if len(plan.keep_src):
         _keep[(len(plan.keep_src),)](
@@ -39,6 +41,9 @@ def compress(
             HALF=triton.next_power_of_2(half),
         )
     return entries
+
+
+_TILE = 16  # rows of a long group that are read at once
 
 
 @triton.jit
@@ -84,7 +89,13 @@ def _pool(
             weight = weight * shrink + p
             total = total * shrink + p * value
             peak = highest
-    x = tl.where(inside, total / weight, 0.0)
+    _finish(tl.where(inside, total / weight, 0.0), e, d, norm_ptr, cos_ptr, sin_ptr, out_ptr, dim, width, eps, DIM)
+
+
+@triton.jit
+def _finish(x, e, d, norm_ptr, cos_ptr, sin_ptr, out_ptr, dim, width, eps, DIM: tl.constexpr):
+    """Norm, rotate and store entry e [DIM]."""
+    inside = d < dim
     x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * tl.load(norm_ptr + d, mask=inside, other=0.0)
     even, odd = tl.split(tl.reshape(x, [DIM // 2, 2]))
     pair = tl.arange(0, DIM // 2) - (dim - width) // 2
@@ -93,6 +104,56 @@ def _pool(
     sin = tl.load(sin_ptr + e * (width // 2) + pair, mask=turns, other=0.0)
     x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [DIM])
     tl.store(out_ptr + e * dim + d, x, mask=inside)
+
+
+@triton.jit
+def _pool_tiles(
+    front_ptr,
+    front_stride,
+    ring_ptr,
+    ring_stride,
+    src_ptr,
+    phase_ptr,
+    ape_ptr,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    half,
+    dim,
+    width,
+    eps,
+    GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ABSENT_ROW: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As `_pool`, of long groups without overlap, which are always whole: TILE rows at a time."""
+    e = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DIM)
+    peak = tl.full([DIM], float("-inf"), tl.float32)
+    weight = tl.zeros([DIM], tl.float32)
+    total = tl.zeros([DIM], tl.float32)
+    for first in range(0, GROUP, TILE):
+        s = tl.load(src_ptr + e * GROUP + first + tl.arange(0, TILE))
+        now, inside = (s >= 0)[:, None], (d < dim)[None, :]
+        here = front_ptr + tl.maximum(s, 0)[:, None] * front_stride + d[None, :]
+        kept = ring_ptr + tl.maximum(-1 - s, 0)[:, None] * ring_stride + d[None, :]
+        phase = tl.load(phase_ptr + tl.maximum(s, 0))
+        value = tl.load(here, mask=now & inside, other=0.0).to(tl.float32)
+        value += tl.load(kept, mask=~now & inside, other=0.0)
+        gate = tl.load(here + half, mask=now & inside, other=0.0).to(tl.float32)
+        gate += tl.load(ape_ptr + phase[:, None] * half + d[None, :], mask=now & inside, other=0.0)
+        gate += tl.load(kept + half, mask=~now & inside, other=0.0)
+        highest = tl.maximum(peak, tl.max(gate, 0))
+        shrink = tl.exp(peak - highest)
+        p = tl.exp(gate - highest[None, :])
+        weight = weight * shrink + tl.sum(p, 0)
+        total = total * shrink + tl.sum(p * value, 0)
+        peak = highest
+    x = tl.where(d < dim, total / weight, 0.0)
+    _finish(x, e, d, norm_ptr, cos_ptr, sin_ptr, out_ptr, dim, width, eps, DIM)
 
 
 @triton.jit

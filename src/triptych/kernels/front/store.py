@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triptych.kernels.quant.e4m3 import e4m3_bytes, e4m3_values
+
 DENSE, ENTRY, FP8, MXFP4 = 0, 1, 2, 3
 """How rows lie in a cache, as kernels are told: numbers, or one of the kinds of kernels/quant/formats.py."""
 
@@ -28,11 +30,11 @@ def power_of_two(code):
 
 @triton.jit
 def to_fp8(x, FLOOR: tl.constexpr):
-    """x [groups, size] -> e4m3 values and the code of each group's scale."""
+    """x [groups, size] -> e4m3 bytes and the code of each group's scale."""
     code = scale_code(tl.maximum(tl.max(tl.abs(x), 1), FLOOR), 8, 0x600000)
     inverse = power_of_two(254 - code)
     inverse = tl.where(code == 255, float("nan"), inverse)
-    return (x * inverse[:, None]).to(tl.float8e4nv), code
+    return e4m3_bytes(x * inverse[:, None]), code
 
 
 @triton.jit
@@ -62,8 +64,7 @@ def put_entry(x, d, dim, rope, values_ptr, scales_ptr, KIND: tl.constexpr, NATIV
         groups = tl.reshape(tl.where(d < nope, x, 0.0), [DIM // 64, 64])
         narrow, code = to_fp8(groups, 1e-4)
         if KIND == 1:
-            at = values_ptr.to(tl.pointer_type(tl.float8e4nv))
-            tl.store(at + d, tl.reshape(narrow, [DIM]), mask=d < nope)
+            tl.store(values_ptr + d, tl.reshape(narrow, [DIM]), mask=d < nope)
             tail = (values_ptr + nope).to(tl.pointer_type(tl.bfloat16))
             tl.store(tail + d - nope, x.to(tl.bfloat16), mask=(d >= nope) & (d < dim))
             g = tl.arange(0, DIM // 64)
@@ -72,8 +73,8 @@ def put_entry(x, d, dim, rope, values_ptr, scales_ptr, KIND: tl.constexpr, NATIV
             more = DIM // 64 + tl.arange(0, 8)  # few dims have fewer groups than the eight bytes
             tl.store(scales_ptr + more, tl.zeros([8], tl.uint8), mask=more < padded)
         else:
-            rounded = tl.reshape(narrow.to(tl.float32) * power_of_two(code)[:, None], [DIM])
-            x = tl.where(d < nope, rounded, x)
+            rounded = tl.reshape(e4m3_values(narrow) * power_of_two(code)[:, None], [DIM])
+            x = tl.where((d < nope) & (x == x), rounded, x)
     if KIND == 0:
         tl.store(values_ptr + d, x.to(values_ptr.dtype.element_ty), mask=d < dim)
 
@@ -117,7 +118,7 @@ def put_key(
         x = tl.reshape(grid * power_of_two(code)[:, None], [DIM])
     if KIND == 2:
         narrow, code = to_fp8(tl.reshape(x, [1, DIM]), 1e-4)
-        tl.store(values_ptr.to(tl.pointer_type(tl.float8e4nv)) + d, tl.reshape(narrow, [DIM]))
+        tl.store(values_ptr + d, tl.reshape(narrow, [DIM]))
         tl.store(scales_ptr.to(tl.pointer_type(tl.float32)) + tl.arange(0, 1), power_of_two(code))
     if KIND == 0:
         tl.store(values_ptr + d, x.to(values_ptr.dtype.element_ty))

@@ -19,6 +19,7 @@ from triptych.kernels.select_rows.triton import select_packed
 
 _TILE = 128  # entries of one product
 _STRETCH = 4  # tiles of one program, for which it loads its queries once
+SCORES = 1 << 28  # bytes of scores alive at once
 _COUNTED = 2048  # scores that one program of the selection looks at
 
 
@@ -46,13 +47,21 @@ def index_scores(q: Tensor, weights: Tensor, keys: PagedEntries) -> Tensor:
 
 
 def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
-    """See ref.select_entries."""
+    """See ref.select_entries. Some rows at a time, so that their scores take at most a quarter of a gigabyte."""
     if isinstance(keys.pool, PackedRows):
         return select_packed(q, weights, keys, topk)
-    if keys.most is None:
-        keys = keys._replace(most=int(keys.visible.max()))
-    scores = index_scores(q, weights, keys)
-    return highest(scores, keys.visible, min(topk, scores.shape[1]))
+    most = keys.most if keys.most is not None else int(keys.visible.max())
+    keys = keys._replace(most=most)
+    rows, k = len(q), min(topk, most)
+    step = max(1, SCORES // (4 * max(most, 1)))
+    if step >= rows:
+        return highest(index_scores(q, weights, keys), keys.visible, k)
+    out = torch.empty(rows, k, dtype=torch.int64, device=q.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
+        out[part] = highest(index_scores(q[part], weights[part], some), some.visible, k)
+    return out
 
 
 def highest(scores: Tensor, visible: Tensor, k: int) -> Tensor:

@@ -47,10 +47,12 @@ def _fp8_part(
     TALL: gl.constexpr,
     ROUND: gl.constexpr,
     N: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
-    MMA: gl.constexpr = mma_layout(4)
-    W: gl.constexpr = weight_layout(8, 4)
+    MMA: gl.constexpr = mma_layout(WARPS)
+    AHEAD: gl.constexpr = 2 if WARPS == 4 else 1  # one warp's blocks are four times as large
+    W: gl.constexpr = weight_layout(8, WARPS, 4 // WARPS)
     r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
     b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, W)))
@@ -60,11 +62,15 @@ def _fp8_part(
     acc = gl.zeros([64, N], gl.float32, MMA)
     zero = gl.zeros([64, N], gl.float32, MMA)
     w0 = gl.load(wp, cache_modifier=".cg")  # past the L1, which is for x
-    w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
+    if AHEAD > 1:
+        w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
     for at in range(0, PART):
         w = w0
-        w0 = w1
-        w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
+        if AHEAD > 1:
+            w0 = w1
+            w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
+        else:
+            w0 = gl.load(wp + (at + 1) * 32, mask=at + 1 < PART, other=0, cache_modifier=".cg")
         x, s = _inputs(xp + at * 128, ROUND, N, MMA)
         f = gl.load(fp + at)
         acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
@@ -72,10 +78,10 @@ def _fp8_part(
 
 
 @gluon.jit
-def _bf16_part(w_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, N: gl.constexpr):
+def _bf16_part(w_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
     """As _fp8_part, of a bf16 matrix and inputs as they are."""
-    MMA: gl.constexpr = mma_layout(4)
-    W: gl.constexpr = wide_layout(4)
+    MMA: gl.constexpr = mma_layout(WARPS)
+    W: gl.constexpr = wide_layout(WARPS, 4 // WARPS)
     r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
     b = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, W)))
@@ -107,14 +113,15 @@ def products(
     TALL: gl.constexpr,
     ROUND: gl.constexpr,
     N: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """out [rows, OUT] of x [rows, ..] bf16: outputs below LATENT by the FP8 matrix, the others by `rest` in bf16.
 
     Every GROUP outputs have their own K columns of x. TALL rows of the FP8 matrix share a scale.
     part [SPLIT, rows, OUT] float32 is scratch.
     """
-    MMA: gl.constexpr = mma_layout(4)
-    X: gl.constexpr = row_layout(N, 4)
+    MMA: gl.constexpr = mma_layout(WARPS)
+    X: gl.constexpr = row_layout(N, WARPS)
     r0 = gl.program_id(0) * N  # programs that share weights run side by side
     n0 = gl.program_id(1) * 64
     split = gl.program_id(2)
@@ -127,12 +134,12 @@ def products(
     xp = x_ptr + n0 // GROUP * K
     xp = xp + gl.expand_dims(xrow[:, None] * x_stride + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
     if LATENT == OUT:
-        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
+        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N, WARPS)
     else:
         if n0 < LATENT:
-            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N)
+            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N, WARPS)
         else:
-            acc = _bf16_part(rest_ptr, xp, row - LATENT, split * PART, K, PART, N)
+            acc = _bf16_part(rest_ptr, xp, row - LATENT, split * PART, K, PART, N, WARPS)
     j = r0 + gl.arange(0, N, gl.SliceLayout(0, MMA))
     keep = (j < rows)[None, :] & (n < OUT)[:, None]
     at = j[None, :] * OUT + n[:, None]
@@ -144,7 +151,7 @@ def products(
         mine = count_ptr + gl.program_id(0) * ((OUT + 63) // 64) + gl.program_id(1)
         if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
             total = gl.zeros([64, N], gl.float32, MMA)
-            for s in range(0, SPLIT):
+            for s in gl.static_range(0, SPLIT):
                 total += gl.load(part_ptr + s * rows * OUT + at, mask=keep, other=0.0, cache_modifier=".cg")
             _store(out_ptr, at, total, keep, n0, LATENT, OUT)
             gl.store(mine, 0)

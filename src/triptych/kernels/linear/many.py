@@ -36,14 +36,15 @@ def product(
     depth,
     xs_row,
     xs_group,
+    out_row,
     SPLIT: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
     SHARE: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
-    """out [rows, columns] = x [rows, depth] w [columns, depth]^T. WIDE divides 128 or is a multiple of it."""
-    at = tl.program_id(0)
-    split = tl.program_id(1)
+    """out = x [rows, depth] w [columns, depth]^T, in bf16 values if NARROW. WIDE divides 128."""
+    at, split = tl.program_id(0), tl.program_id(1)
     down, across = tl.cdiv(rows, TALL), tl.cdiv(columns, WIDE)
     band = at // (SHARE * across) * SHARE  # tiles that share rows and weights run together
     height = tl.minimum(down - band, SHARE)
@@ -58,20 +59,16 @@ def product(
     x_at = x_ptr + rr[:, None] * depth + split * width + d[None, :]
     w_at = w_ptr + cc[None, :] * depth + split * width + d[:, None]
     s_at = xs_ptr + rr * xs_row + split * (width // 128) * xs_group
-    f_at = ws_ptr + (cc // 128) * (depth // 128) + split * (width // 128)
-    f_one = ws_ptr + (c0 * WIDE // 128) * (depth // 128) + split * (width // 128)
+    f_at = ws_ptr + (c0 * WIDE // 128) * (depth // 128) + split * (width // 128)
     total = tl.zeros([TALL, WIDE], tl.float32)
     for k in range(0, width // 128):
         some = tl.dot(tl.load(x_at + k * 128, mask=there, other=0.0), tl.load(w_at + k * 128))
-        s = tl.load(s_at + k * xs_group)
-        if WIDE <= 128:
-            total += some * (s * tl.load(f_one + k))[:, None]
-        else:
-            total += some * s[:, None] * tl.load(f_at + k)[None, :]
+        total += some * (tl.load(s_at + k * xs_group) * tl.load(f_at + k))[:, None]
     keep = there & (c < columns)[None, :]
     place = r[:, None] * columns + c[None, :]
+    out_ptr += r[:, None] * out_row + c[None, :]
     if SPLIT == 1:
-        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
+        _put(out_ptr, total, keep, NARROW)
     else:
         tl.store(part_ptr + split * rows.to(tl.int64) * columns + place, total, mask=keep)
         tl.debug_barrier()
@@ -80,8 +77,16 @@ def product(
             for s in range(SPLIT):
                 more = part_ptr + s * rows.to(tl.int64) * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
+            _put(out_ptr, total, keep, NARROW)
             tl.store(count_ptr + at, 0)
+
+
+@triton.jit
+def _put(place, total, keep, NARROW: tl.constexpr):
+    """Store a tile, rounded to bf16 first if NARROW."""
+    if NARROW:
+        total = total.to(tl.bfloat16)
+    tl.store(place, total.to(place.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -131,3 +136,15 @@ def grouped(
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
             tl.store(mine, 0)
+
+
+@triton.jit
+def dequantised(w_ptr, ws_ptr, out_ptr, size, depth, rows, tall, scale_rows, BLOCK: tl.constexpr):
+    """bf16 of e4m3 matrices of `rows` rows and `depth` columns in a row; `tall` rows and 128 columns share a scale."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    row = at // depth
+    matrix = row // rows
+    place = (matrix * scale_rows + row % rows // tall) * (depth // 128) + at % depth // 128
+    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(ws_ptr + place, mask=inside, other=0.0)
+    tl.store(out_ptr + at, w.to(tl.bfloat16), mask=inside)

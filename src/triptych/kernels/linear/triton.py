@@ -3,7 +3,7 @@
     up to _FEW rows   one launch that streams the weights (few.py), rounding the inputs itself
     more              rows rounded to e4m3 first, then products on the FP8 tensor cores; each 128 columns are summed
                       apart and scaled in float32, since the tensor cores keep few bits of an e4m3 sum
-Dense weights go to the library.
+Dense weights go to the library, released ones on other GPUs than Hopper to portable.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import torch
 import triton
 from torch import Tensor
 
-from triptych.kernels.gpu import multiprocessors
-from triptych.kernels.linear import ref
-from triptych.kernels.linear.many import grouped, product, round_rows
+from triptych.kernels.gpu import is_hopper, multiprocessors
+from triptych.kernels.linear import portable, ref
+from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 _FEW = 8
 _FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
 _MANY = 512  # rows from which on dequantising a matrix for the library's product pays
+_WARPS = 2
+"""Warps that share 64 outputs of few rows. Each rounds the inputs for itself, which is half of its work with four."""
 _COUNTERS = 1 << 16
 
 
@@ -33,48 +35,91 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
             return torch.mm(x.to(torch.bfloat16), weight.T, out_dtype=torch.float32)
         return ref.linear(x, weight)
     if not _fits(weight):
-        return ref.linear(x, weight)
+        return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     if isinstance(x, Tensor) and len(x) <= _FEW:
         out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
         return _stream(x, weight, None, out, weight.shape[0], rounded=True)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
+    if dtype == torch.bfloat16 and _for_library(rows, weight):
+        return _by_library(rows, weight)
     return _many(rows, weight, torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device))
 
 
 def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
     """See ref.front_linear."""
     if not _fits(front.latent):
-        return ref.front_linear(x, front)
+        return portable.front_linear(x, front) if x.is_cuda else ref.front_linear(x, front)
     cut, columns = front.latent.shape[0], front.shape[0]
     out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
     if len(x) <= _FEW:
         return _stream(x, front.latent, front.rest, out, columns, rounded=True)
-    out[:, :cut] = linear(x.to(torch.bfloat16), front.latent)
+    x = x.to(torch.bfloat16)
+    _many(quantize(x), front.latent, out[:, :cut], narrow=True)
     if cut < columns:
-        out[:, cut:] = torch.mm(x.to(torch.bfloat16), front.rest.T, out_dtype=torch.float32)
+        torch.mm(x, front.rest.T, out_dtype=torch.float32, out=out[:, cut:])
     return out
 
 
 def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
     """See ref.grouped_linear."""
     if isinstance(weight, Tensor) or not _fits(weight):
-        return ref.grouped_linear(x, weight)
+        own = isinstance(weight, Fp8Matrix) and x.is_cuda
+        return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
     if len(x) <= _FEW_WHOLE:
         return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
     if len(x) <= _MANY and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
-    blocks = weight.values.to(torch.bfloat16).unflatten(2, (-1, 128)).unflatten(1, (-1, min(rank, 128)))
-    dense = (blocks * weight.scales.to(torch.bfloat16)[:, :, None, :, None]).flatten(3).flatten(1, 2)
-    y = torch.bmm(x.transpose(0, 1).to(torch.bfloat16), dense.transpose(1, 2))
-    return y.transpose(0, 1).flatten(1).to(x.dtype)
+    x = x.to(torch.bfloat16)
+    y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
+    torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(len(x), groups, rank).transpose(0, 1))
+    return y.to(out.dtype)
+
+
+def _dense(weight: Fp8Matrix) -> Tensor:
+    """Matrices [G, N, K] in bf16."""
+    rank, depth = weight.shape[1:]
+    dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
+    block = 4096
+    dequantised[(triton.cdiv(dense.numel(), block),)](
+        *(weight.values, weight.scales, dense, dense.numel(), depth, rank, min(rank, 128), weight.scales.shape[1]),
+        BLOCK=block,
+        num_warps=8,
+    )
+    return dense
+
+
+def _for_library(x: Fp8Rows, weight: Fp8Matrix) -> bool:
+    """Whether cuBLAS multiplies rows and blocks with such scales, which it does on Hopper, and faster than many.py."""
+    rows, depth = x.shape
+    aligned = rows % 4 == 0 and depth % 512 == 0 and weight.shape[0] % 128 == 0
+    return rows >= _MANY and aligned and x.scales.stride() == (1, rows) and _library_can(weight.values.device)
+
+
+@cache
+def _library_can(device: torch.device) -> bool:
+    """Whether the installed torch and cuBLAS have the product on this GPU: they are asked for a small one."""
+    if not is_hopper(device):
+        return False
+    try:
+        x = quantize(torch.ones(512, 512, dtype=torch.bfloat16, device=device))
+        weight = Fp8Matrix(x.values[:128], torch.full((1, 4), 2.0**-8, device=device))  # ones, as x is
+        return bool((_by_library(x, weight) == 512).all())
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+
+
+def _by_library(x: Fp8Rows, weight: Fp8Matrix) -> Tensor:
+    """The product in bf16 by cuBLAS, which also sums each 128 columns apart and scales them in float32."""
+    values, scales = weight.values.T, weight.scales.T
+    return torch._scaled_mm(x.values, values, scale_a=x.scales, scale_b=scales, out_dtype=torch.bfloat16)
 
 
 def _fits(weight: Fp8Matrix) -> bool:
-    """Whether the kernels can multiply it: on a GPU, in whole blocks of columns and tiles of outputs."""
-    return weight.values.is_cuda and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
+    """Whether Hopper's kernels can multiply it: there, in whole blocks of columns and tiles of outputs."""
+    return is_hopper(weight.values.device) and weight.shape[-1] % 128 == 0 and weight.shape[-2] % 64 == 0
 
 
 def quantize(x: Tensor) -> Fp8Rows:
@@ -96,7 +141,8 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
     rows, columns, depth = len(x), out.shape[1], weight.shape[-1]
     n = 8 if rows <= 8 else 16
     chunks, tiles, blocks = triton.cdiv(rows, n), triton.cdiv(columns, 64), depth // 128
-    want = 4 * multiprocessors(x.device)
+    warps = _WARPS if n == 8 else 4
+    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
     split = 1
     while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
         split *= 2
@@ -113,7 +159,8 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
         TALL=min(128, group),
         ROUND=rounded,
         N=n,
-        num_warps=4,
+        WARPS=warps,
+        num_warps=warps,
     )
     return out
 
@@ -137,7 +184,8 @@ def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     return out
 
 
-def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
+def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -> Tensor:
+    """Into out, a matrix of any row stride; `narrow`: values rounded to bf16, whatever it keeps."""
     rows, columns = out.shape
     depth = weight.shape[1]
     tall, wide, warps, stages = _tiles(rows, columns)
@@ -149,11 +197,12 @@ def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     product[(blocks, split)](
         *(x.values, x.scales, weight.values, weight.scales, out, part, _counters(out.device)),
-        *(rows, columns, depth, *x.scales.stride()),
+        *(rows, columns, depth, *x.scales.stride(), out.stride(0)),
         SPLIT=split,
         TALL=tall,
         WIDE=wide,
         SHARE=16,
+        NARROW=narrow,
         num_warps=warps,
         num_stages=stages,
     )

@@ -21,7 +21,7 @@ def _layout(rows):
 
 
 @gluon.jit
-def _offsets(row, stride, LAYOUT: gl.constexpr):
+def offsets(row, stride, LAYOUT: gl.constexpr):
     """Offsets [rows, 4, 8] of 32 dims of rows `row` that are `stride` apart."""
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
@@ -29,7 +29,7 @@ def _offsets(row, stride, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _wide(row):
+def wide(row):
     """row [rows] as [rows, 1, 1]."""
     return gl.expand_dims(row[:, None], 2)
 
@@ -37,12 +37,12 @@ def _wide(row):
 @gluon.jit
 def _mixed(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, K: gl.constexpr):
     """Stream K in float32: post_K y + sum_j comb_jK X_j."""
-    x = _wide(gl.load(post_ptr + r * 4 + K, mask=live, other=0.0)) * y
+    x = wide(gl.load(post_ptr + r * 4 + K, mask=live, other=0.0)) * y
     at = comb_ptr + r * 16 + K
-    x += _wide(gl.load(at, mask=live, other=0.0)) * b0
-    x += _wide(gl.load(at + 4, mask=live, other=0.0)) * b1
-    x += _wide(gl.load(at + 8, mask=live, other=0.0)) * b2
-    return x + _wide(gl.load(at + 12, mask=live, other=0.0)) * b3
+    x += wide(gl.load(at, mask=live, other=0.0)) * b0
+    x += wide(gl.load(at + 4, mask=live, other=0.0)) * b1
+    x += wide(gl.load(at + 8, mask=live, other=0.0)) * b2
+    return x + wide(gl.load(at + 12, mask=live, other=0.0)) * b3
 
 
 @gluon.jit
@@ -58,7 +58,7 @@ def _right(x, ROWS: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _times(share, fn, x, ROWS: gl.constexpr, MAPS: gl.constexpr, MMA: gl.constexpr):
+def times(share, fn, x, ROWS: gl.constexpr, MAPS: gl.constexpr, MMA: gl.constexpr):
     """share [MAPS, ROWS] + fn [MAPS, 4, 8] x [ROWS, 4, 8]^T, fn in two bf16 parts."""
     high = fn.to(gl.bfloat16)
     low = (fn - high.to(gl.float32)).to(gl.bfloat16)
@@ -67,7 +67,8 @@ def _times(share, fn, x, ROWS: gl.constexpr, MAPS: gl.constexpr, MMA: gl.constex
 
 
 @gluon.jit
-def _square(x):
+def squares(x):
+    """Sums of squares [rows] of x [rows, 4, 8]."""
     x = x.to(gl.float32)
     return gl.sum(gl.sum(x * x, 2), 1)
 
@@ -84,25 +85,25 @@ def expand_narrow(
     F: gl.constexpr = _layout(MAPS)
     first = gl.program_id(0) * BLOCK
     m = gl.arange(0, MAPS, gl.SliceLayout(1, gl.SliceLayout(2, F)))
-    fn_ptr += _offsets(m, 4 * dim, F) + first
-    known = _wide(m < maps)
+    fn_ptr += offsets(m, 4 * dim, F) + first
+    known = wide(m < maps)
     fn0 = gl.load(fn_ptr, mask=known, other=0.0)
     fn1 = gl.load(fn_ptr + dim, mask=known, other=0.0)
     fn2 = gl.load(fn_ptr + 2 * dim, mask=known, other=0.0)
     fn3 = gl.load(fn_ptr + 3 * dim, mask=known, other=0.0)
     r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, X)))
     live = r < rows
-    inside = _wide(live)
-    wide = r.to(gl.int64)
-    streams_ptr += _offsets(wide, 4 * dim, X) + first
+    inside = wide(live)
+    far = r.to(gl.int64)
+    streams_ptr += offsets(far, 4 * dim, X) + first
     if FIRST:  # y is the embedding table
-        x0 = gl.load(y_ptr + _offsets(gl.load(ids_ptr + r, mask=live, other=0), dim, X) + first, mask=inside, other=0.0)
+        x0 = gl.load(y_ptr + offsets(gl.load(ids_ptr + r, mask=live, other=0), dim, X) + first, mask=inside, other=0.0)
         x1 = x0
         x2 = x0
         x3 = x0
     else:
-        y = gl.load(y_ptr + _offsets(wide, dim, X) + first, mask=inside, other=0.0).to(gl.float32)
-        before_ptr += _offsets(wide, 4 * dim, X) + first
+        y = gl.load(y_ptr + offsets(far, dim, X) + first, mask=inside, other=0.0).to(gl.float32)
+        before_ptr += offsets(far, 4 * dim, X) + first
         b0 = gl.load(before_ptr, mask=inside, other=0.0).to(gl.float32)
         b1 = gl.load(before_ptr + dim, mask=inside, other=0.0).to(gl.float32)
         b2 = gl.load(before_ptr + 2 * dim, mask=inside, other=0.0).to(gl.float32)
@@ -115,12 +116,12 @@ def expand_narrow(
     gl.store(streams_ptr + dim, x1, mask=inside)
     gl.store(streams_ptr + 2 * dim, x2, mask=inside)
     gl.store(streams_ptr + 3 * dim, x3, mask=inside)
-    share = _times(gl.zeros([MAPS, ROWS], gl.float32, MMA), fn0, x0, ROWS, MAPS, MMA)
-    share = _times(share, fn1, x1, ROWS, MAPS, MMA)
-    share = _times(share, fn2, x2, ROWS, MAPS, MMA)
-    share = _times(share, fn3, x3, ROWS, MAPS, MMA)
-    square = _square(x0) + _square(x1) + _square(x2) + _square(x3)
-    mine = (wide * gl.num_programs(0) + gl.program_id(0)) * MAPS
+    share = times(gl.zeros([MAPS, ROWS], gl.float32, MMA), fn0, x0, ROWS, MAPS, MMA)
+    share = times(share, fn1, x1, ROWS, MAPS, MMA)
+    share = times(share, fn2, x2, ROWS, MAPS, MMA)
+    share = times(share, fn3, x3, ROWS, MAPS, MMA)
+    square = squares(x0) + squares(x1) + squares(x2) + squares(x3)
+    mine = (far * gl.num_programs(0) + gl.program_id(0)) * MAPS
     gl.store(share_ptr + mine + MAPS - 1, square, mask=live)
     at_m = gl.arange(0, MAPS, gl.SliceLayout(1, MMA))
     at_r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, MMA))

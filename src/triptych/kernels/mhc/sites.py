@@ -203,14 +203,12 @@ def _soft4(a, b, c, d, eps):
 
 
 @triton.jit
-def _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.constexpr):
-    """post and comb of row r for four streams, of its scaled maps z. The matrix is sixteen scalars in every thread."""
-    i = tl.arange(0, MAPS)
-    tl.store(post_ptr + r * 4 + i - 4, 2.0 * tl.sigmoid(z), mask=(i >= 4) & (i < 8))
-    a0, a1, a2, a3 = _soft4(_pick(z, 8, MAPS), _pick(z, 9, MAPS), _pick(z, 10, MAPS), _pick(z, 11, MAPS), eps)
-    b0, b1, b2, b3 = _soft4(_pick(z, 12, MAPS), _pick(z, 13, MAPS), _pick(z, 14, MAPS), _pick(z, 15, MAPS), eps)
-    c0, c1, c2, c3 = _soft4(_pick(z, 16, MAPS), _pick(z, 17, MAPS), _pick(z, 18, MAPS), _pick(z, 19, MAPS), eps)
-    d0, d1, d2, d3 = _soft4(_pick(z, 20, MAPS), _pick(z, 21, MAPS), _pick(z, 22, MAPS), _pick(z, 23, MAPS), eps)
+def sinkhorn4(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, eps, ITERS: tl.constexpr):
+    """The doubly stochastic matrix of 4 x 4 logits, row by row: softmax, then `ITERS` normalisations of columns."""
+    a0, a1, a2, a3 = _soft4(a0, a1, a2, a3, eps)
+    b0, b1, b2, b3 = _soft4(b0, b1, b2, b3, eps)
+    c0, c1, c2, c3 = _soft4(c0, c1, c2, c3, eps)
+    d0, d1, d2, d3 = _soft4(d0, d1, d2, d3, eps)
     for step in range(ITERS):
         if step > 0:
             a0, a1, a2, a3 = _normal4(a0, a1, a2, a3, eps)
@@ -221,6 +219,21 @@ def _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.const
         a1, b1, c1, d1 = _normal4(a1, b1, c1, d1, eps)
         a2, b2, c2, d2 = _normal4(a2, b2, c2, d2, eps)
         a3, b3, c3, d3 = _normal4(a3, b3, c3, d3, eps)
+    return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+
+
+@triton.jit
+def _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS: tl.constexpr, MAPS: tl.constexpr):
+    """post and comb of row r for four streams, of its scaled maps z. The matrix is sixteen scalars in every thread."""
+    i = tl.arange(0, MAPS)
+    tl.store(post_ptr + r * 4 + i - 4, 2.0 * tl.sigmoid(z), mask=(i >= 4) & (i < 8))
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = sinkhorn4(
+        *(_pick(z, 8, MAPS), _pick(z, 9, MAPS), _pick(z, 10, MAPS), _pick(z, 11, MAPS)),
+        *(_pick(z, 12, MAPS), _pick(z, 13, MAPS), _pick(z, 14, MAPS), _pick(z, 15, MAPS)),
+        *(_pick(z, 16, MAPS), _pick(z, 17, MAPS), _pick(z, 18, MAPS), _pick(z, 19, MAPS)),
+        *(_pick(z, 20, MAPS), _pick(z, 21, MAPS), _pick(z, 22, MAPS), _pick(z, 23, MAPS)),
+        *(eps, ITERS),
+    )
     at = comb_ptr + r * 16
     _store4(at, a0, a1, a2, a3)
     _store4(at + 4, b0, b1, b2, b3)

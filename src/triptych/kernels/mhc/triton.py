@@ -6,21 +6,28 @@ run on an n x n tile in registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.mhc import sites
+from triptych.kernels.mhc import many, sites
 from triptych.kernels.mhc.few import expand_narrow
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""x W^T; deterministic mode has one of its own."""
 
-def mhc_pre(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def mhc_pre(
+    streams: Tensor, site: MhcSite, norm: Tensor, product: Product = torch.nn.functional.linear
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ref.mhc_pre."""
     rows, n, dim = streams.shape
     streams = streams.contiguous()
-    maps = torch.nn.functional.linear(streams.flatten(1), site.fn)
+    maps = product(streams.flatten(1), site.fn)
     x, post, comb = streams.new_empty(rows, dim), streams.new_empty(rows, n), streams.new_empty(rows, n, n)
     width = triton.next_power_of_2(dim)
     _pre[(rows,)](
@@ -43,11 +50,11 @@ def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out
 
 
-def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
+def mhc_head(streams: Tensor, head: MhcHead, product: Product = torch.nn.functional.linear) -> Tensor:
     """See ref.mhc_head."""
     rows, n, dim = streams.shape
     streams = streams.contiguous()
-    maps = torch.nn.functional.linear(streams.flatten(1), head.fn)
+    maps = product(streams.flatten(1), head.fn)
     out = streams.new_empty(rows, dim)
     width = triton.next_power_of_2(dim)
     _head[(rows,)](
@@ -60,7 +67,7 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ref.mhc_rows; two launches."""
+    """See ref.mhc_rows; two launches, or those of many.py."""
     return _site(y, y, before, site, norm, first=False)
 
 
@@ -88,6 +95,7 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
 
 
 _APART = 256  # rows up to which a program of its own for Sinkhorn shortens the step more than it costs
+_MANY = 512  # rows that fill the GPU with tiles of many.py
 _SLICE = 32  # dims of each stream that one program expands
 _TILE = 16  # rows that share what is read of the maps
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -99,6 +107,8 @@ def _site(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, n, dim = before.streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
+    if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
+        return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
     streams, share = _expand(y, ids, before, site.fn, first=first)
     x, slices = streams.new_empty(rows, dim), share.shape[1]
     post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)

@@ -3,10 +3,10 @@
     up     routed w13 in MXFP4 and the shared one in FP8, SwiGLU, routing weight, rounding to the e4m3 grid
     down   w2 of all of them, and the sum over a row's experts
 
-A program has 64 rows of weights or 128 (TILES) and up to eight pairs of one expert, mostly one such piece: programs that
-stayed for more were slower, however the pieces were shared out. Whoever finishes last what another
-step needs whole, a group of 128 hidden values or all experts of a row, does that step; sums are in a fixed order, so
-results do not depend on who that was. Counters are back at zero afterwards.
+A program has 64 rows of weights or 128 (TILES) and up to eight pairs of one expert, mostly one such piece: programs
+that stayed for more were slower, however the pieces were shared out. Whoever finishes last what another step needs
+whole, a group of 128 hidden values or all experts of a row, does that step; sums are in a fixed order, so results do
+not depend on who that was. Counters are back at zero afterwards.
 """
 
 from __future__ import annotations

@@ -109,9 +109,10 @@ def up(
 ):  # fmt: skip
     """Hidden values h [pairs, ROWS / 2], 32 TILES columns of up to N sorted pairs of an expert at a time.
 
-    x is the descriptor of rows [pairs, K] e4m3 in slots, values and scales those of w13's tiles; scale [K / 128, padded]
-    float32 has at least 128 columns more than pairs; tile [.., 3] int32: expert, first pair, pairs, of which there are tiles_ptr[0];
-    gate [pairs] the routing weights."""
+    x is the descriptor of rows [pairs, K] e4m3 in slots, values and scales those of w13's tiles. scale [K / 128,
+    padded] float32 has at least 128 columns more than pairs. tile [.., 3] int32: expert, first pair, pairs, of which
+    there are tiles_ptr[0]; gate [pairs] the routing weights.
+    """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, N, 32])
     PIECES: gl.constexpr = ROWS // (64 * TILES)
     INNER: gl.constexpr = ROWS // 2

@@ -1,78 +1,117 @@
-"""The router of few rows in one launch: scores, choice, the experts' lists, and the rows rounded for their products.
+"""The router of few rows in two launches: shares of the logits and rounded rows; then choice and the experts' lists.
 
-Programs of the first part hold some experts, rows and part of the columns. The last of those that share rows chooses
-for them; the last of all writes the lists. Sums are in a fixed order. Counters are back at zero afterwards.
+Programs of the first hold some experts, rows and part of the columns, or round rows. Those of the second hold a row;
+the last of them writes the lists. Sums are in a fixed order. Counters are back at zero afterwards.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from triptych.kernels.moe.affinity import affinity
+from triptych.kernels.moe.ref import Router
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "most"])
-def route_rows(
-    x_ptr,
-    gate_ptr,
-    bias_ptr,
-    table_ptr,
-    token_ptr,
-    part_ptr,
-    ids_ptr,
-    weights_ptr,
-    tile_ptr,
-    order_ptr,
-    xq_ptr,
-    xs_ptr,
-    count_ptr,
-    rows,
-    dim,
-    experts,
-    k,
-    tiles,
-    scaling,
-    most,
-    HASHED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SOME: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SIXTEENS: tl.constexpr,
-):
-    """x [rows, dim]; part [SPLIT, rows, experts] float32 is scratch; out: ids int32 and weights [rows, k], tile
-    [tiles, 3] int32 and order [rows * k] as in few.py, xq f16 on the e4m3 grid,
-    paired as in fragments.py, and xs [rows, dim / 128]."""
+def route_few(
+    x: Tensor, token_ids: Tensor, router: Router, n: int, tiles: int, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Routes some rows x [rows, dim] bfloat16; `counters` int32 [1 + experts] are zero before and after.
+
+    Returns weights [rows, k] float32; lists of the (row, choice) pairs by expert in tiles of up to `n`, see
+    choose_rows; and the rows on the e4m3 grid with their scales, see score_rows.
+    """
+    rows, dim = x.shape
+    experts, k = router.gate.shape[0], router.experts_per_token
+    split = 8 if rows <= 32 else 4
+    while dim % (split * 128):
+        split //= 2
+    dev = x.device
+    part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
+    ids, ranks = torch.empty(2, rows, k, dtype=torch.int32, device=dev)
+    starts = torch.empty(experts, dtype=torch.int32, device=dev)
+    weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
+    tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
+    order = torch.empty(rows * k, dtype=torch.int32, device=dev)
+    xq = torch.empty(rows, dim, dtype=torch.float16, device=dev)
+    xs = torch.empty(rows, dim // 128, dtype=torch.float32, device=dev)
+    hashed = router.tid2eid is not None
+    score_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
+        *(x, router.gate, part, xq, xs, rows, dim, experts),
+        SPLIT=split,
+        SOME=16,
+        BLOCK=16,
+        num_warps=8,
+        num_stages=4,
+        maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
+    )
+    choose_rows[(rows,)](
+        *(part, router.bias if router.bias is not None else part, router.tid2eid if hashed else ids, token_ids),
+        *(ids, ranks, weights, tile, order, starts, counters, rows, experts, k, tiles, router.scaling),
+        HASHED=hashed,
+        EXPERTS=triton.next_power_of_2(experts),
+        K=triton.next_power_of_2(k),
+        SPLIT=split,
+        PAIRS=n,
+        num_warps=1,
+    )
+    return weights, tile, order, xq, xs
+
+
+@triton.jit(do_not_specialize=["rows"])
+def score_rows(
+    x_ptr, gate_ptr, part_ptr, xq_ptr, xs_ptr, rows, dim, experts,
+    SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """x [rows, dim] -> part [SPLIT, rows, experts] float32, shares of the logits; xq f16 on the e4m3 grid, paired as in
+    fragments.py, and xs [rows, dim / 128]."""
     block = tl.program_id(1)
     r = block * BLOCK + tl.arange(0, BLOCK)
     parts = tl.cdiv(experts, SOME) * SPLIT
+    piece = tl.program_id(0) % SPLIT
+    e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
     if tl.program_id(0) >= parts:
         _round_rows(x_ptr, xq_ptr, xs_ptr, block * BLOCK, rows, (tl.program_id(0) - parts) * 4, dim, BLOCK)
     else:
-        piece = tl.program_id(0) % SPLIT
-        e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
         total = _logits(x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT, BLOCK, SOME)
         place = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
         tl.store(place, total, mask=(r < rows)[:, None] & (e < experts)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def choose_rows(
+    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr, starts_ptr,
+    count_ptr, rows, experts, k, tiles, scaling,
+    HASHED: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """A row each: its experts' ids int32 and weights [rows, k]. The last program writes the lists that few.py reads:
+    tile [tiles, 3] int32 and order [rows * k]. ranks [rows, k] and starts [experts] are scratch; count [1 + experts].
+
+    One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
+    first, and no result on that: its products are its own, and a row's are added in the order of its choices.
+    """
+    r = tl.program_id(0)
+    slot = tl.arange(0, K)
+    ids = _choose(
+        part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr, r, rows, experts, k, scaling,
+        HASHED, EXPERTS, K, SPLIT,
+    )  # fmt: skip
+    if tl.num_programs(0) == 1:
+        tl.store(tile_ptr + slot * 3, ids, mask=slot < k)  # a single row's experts are all different
+        tl.store(tile_ptr + slot * 3 + 1, slot, mask=slot < k)
+        tl.store(tile_ptr + slot * 3 + 2, 1, mask=slot < k)
+        tl.store(order_ptr + slot, slot, mask=slot < k)
+    else:
+        rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=slot < k, sem="relaxed")
+        tl.store(ranks_ptr + r * k + slot, rank, mask=slot < k)
         tl.debug_barrier()
-        mine = count_ptr + 1 + block
-        if tl.atomic_add(mine, 1, sem="acq_rel") == parts - 1:
-            tl.store(mine, 0)
-            for first in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, rows), 4):
-                four = first + tl.arange(0, 4)
-                ids = _choose(
-                    *(part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr),
-                    *(four, rows, experts, k, scaling, HASHED, EXPERTS, K, SPLIT, 4),
-                )
-                if SIXTEENS == 0:
-                    _list_one(ids, four, tile_ptr, order_ptr, k, K)
-            tl.debug_barrier()
-            if SIXTEENS > 0 and tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-                tl.store(count_ptr, 0)
-                _list(ids_ptr, tile_ptr, order_ptr, rows, experts, k, tiles, most, EXPERTS, K, PAIRS, SIXTEENS)
+        if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            _list(
+                ids_ptr, ranks_ptr, tile_ptr, order_ptr, starts_ptr, count_ptr, rows * k, experts, tiles, EXPERTS, PAIRS
+            )
+            tl.store(count_ptr, 0)
 
 
 @triton.jit
@@ -112,99 +151,55 @@ def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.conste
 
 @triton.jit
 def _choose(
-    part_ptr,
-    bias_ptr,
-    table_ptr,
-    token_ptr,
-    ids_ptr,
-    weights_ptr,
-    r,
-    rows,
-    experts,
-    k,
-    scaling,
-    HASHED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr, r, rows, experts, k, scaling,
+    HASHED: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Ids [K] of row r's experts; stores them and their weights."""
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
-    here = (r < rows)[:, None]
-    known = here & (e < experts)[None, :]
-    logits = tl.zeros([BLOCK, EXPERTS], tl.float32)
+    known = e < experts
+    logits = tl.zeros([EXPERTS], tl.float32)
     for piece in tl.static_range(SPLIT):
-        at = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
-        logits += tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+        at = part_ptr + (piece * rows + r) * experts + e
+        logits += tl.load(at, mask=known, other=0.0)
     score = affinity(logits)
-    ids = tl.zeros([BLOCK, K], tl.int32)
-    chosen = tl.zeros([BLOCK, K], tl.float32)
+    ids = tl.zeros([K], tl.int32)
+    chosen = tl.zeros([K], tl.float32)
     left = score
     if HASHED:
-        token = tl.load(token_ptr + r, mask=r < rows, other=0)
+        table_ptr += tl.load(token_ptr + r) * k
     else:
-        left = score + tl.load(bias_ptr + e, mask=e < experts, other=0.0)[None, :]
+        left = score + tl.load(bias_ptr + e, mask=known, other=0.0)
     left = tl.where(known, left, float("-inf"))
     for i in range(k):
-        if HASHED:
-            best = tl.load(table_ptr + token * k + i, mask=r < rows, other=0).to(tl.int32)
+        if HASHED:  # noqa: SIM108  (a branch that the compiler resolves)
+            best = tl.load(table_ptr + i).to(tl.int32)
         else:
-            best = tl.minimum(tl.argmax(left, 1), experts - 1)  # where all are NaN any index may come back
-        mine = e[None, :] == best[:, None]
-        ids = tl.where(slot[None, :] == i, best[:, None], ids)
-        value = tl.sum(tl.where(mine, score, 0.0), 1)
-        chosen = tl.where(slot[None, :] == i, value[:, None], chosen)
-        left = tl.where(mine, float("-inf"), left)
-    weights = chosen * (scaling / (tl.sum(chosen, 1) + 1e-20))[:, None]
-    keep = here & (slot < k)[None, :]
-    tl.store(ids_ptr + r[:, None] * k + slot[None, :], ids, mask=keep)
-    tl.store(weights_ptr + r[:, None] * k + slot[None, :], weights, mask=keep)
+            best = tl.minimum(tl.argmax(left, 0), experts - 1)  # where all are NaN any index may come back
+        ids = tl.where(slot == i, best, ids)
+        chosen = tl.where(slot == i, tl.sum(tl.where(e == best, score, 0.0), 0), chosen)
+        left = tl.where(e == best, float("-inf"), left)
+    weights = chosen * (scaling / (tl.sum(chosen, 0) + 1e-20))
+    tl.store(ids_ptr + r * k + slot, ids, mask=slot < k)
+    tl.store(weights_ptr + r * k + slot, weights, mask=slot < k)
     return ids
 
 
 @triton.jit
-def _list_one(ids, r, tile_ptr, order_ptr, k, K: tl.constexpr):
-    """The lists of a single row, whose experts are all different."""
-    slot = tl.arange(0, K)
-    mine = (r == 0)[:, None] & (slot < k)[None, :]
-    at = slot[None, :] + 0 * r[:, None]
-    tl.store(tile_ptr + at * 3, ids, mask=mine)
-    tl.store(tile_ptr + at * 3 + 1, at, mask=mine)
-    tl.store(tile_ptr + at * 3 + 2, 1, mask=mine)
-    tl.store(order_ptr + at, at, mask=mine)
-
-
-@triton.jit
 def _list(
-    ids_ptr,
-    tile_ptr,
-    order_ptr,
-    rows,
-    experts,
-    k,
-    tiles,
-    most,
-    EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SIXTEENS: tl.constexpr,
-):
-    """Counting sort of the pairs by expert, 16 rows at a time, and tiles of up to PAIRS pairs of one expert.
-
-    No expert has more than `most` tiles.
-    """
+    ids_ptr, ranks_ptr, tile_ptr, order_ptr, starts_ptr, count_ptr, pairs, experts, tiles,
+    EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Pairs in the order of their experts, and tiles of up to PAIRS pairs of one expert; counts back to zero."""
     e = tl.arange(0, EXPERTS)
-    slot = tl.arange(0, K)
-    counts = tl.zeros([EXPERTS], tl.int32)
-    for part in range(SIXTEENS):
-        ids = _ids_of(ids_ptr, part, rows, k, slot)
-        for i in range(k):
-            counts += tl.sum((_column(ids, slot, i)[:, None] == e[None, :]).to(tl.int32), 0)
+    known = e < experts
+    counts = tl.load(count_ptr + 1 + e, mask=known, other=0, cache_modifier=".cg")
+    tl.store(count_ptr + 1 + e, 0, mask=known)
     starts = tl.cumsum(counts, 0) - counts
+    tl.store(starts_ptr + e, starts, mask=known)
     pieces = (counts + PAIRS - 1) // PAIRS
     at = tl.cumsum(pieces, 0) - pieces
-    for part in range(most):
+    for part in range(tl.max(pieces, 0)):
         entry = tile_ptr + (at + part) * 3
         some = part < pieces
         tl.store(entry, e, mask=some)
@@ -213,25 +208,9 @@ def _list(
     used = tl.sum(pieces, 0)
     for first in range(0, tiles, EXPERTS):
         tl.store(tile_ptr + (first + e) * 3, -1, mask=(first + e >= used) & (first + e < tiles))
-    for part in range(SIXTEENS):
-        ids = _ids_of(ids_ptr, part, rows, k, slot)
-        r = part * 16 + tl.arange(0, 16)
-        pair = tl.zeros([16, EXPERTS], tl.int32) - 1
-        for i in range(k):
-            pair = tl.where(_column(ids, slot, i)[:, None] == e[None, :], (r * k + i)[:, None], pair)
-        has = (pair >= 0).to(tl.int32)
-        rank = tl.cumsum(has, 0) - has
-        tl.store(order_ptr + starts[None, :] + rank, pair, mask=pair >= 0)
-        starts += tl.sum(has, 0)
-
-
-@triton.jit
-def _ids_of(ids_ptr, part, rows, k, slot):
-    r = part * 16 + tl.arange(0, 16)
-    keep = (r < rows)[:, None] & (slot < k)[None, :]
-    return tl.load(ids_ptr + r[:, None] * k + slot[None, :], mask=keep, other=-1, cache_modifier=".cg")
-
-
-@triton.jit
-def _column(ids, slot, i):
-    return tl.sum(tl.where(slot[None, :] == i, ids, 0), 1)
+    tl.debug_barrier()  # starts are read by other threads
+    for first in range(0, pairs, EXPERTS):
+        p = first + e
+        ids = tl.load(ids_ptr + p, mask=p < pairs, other=0, cache_modifier=".cg")
+        rank = tl.load(ranks_ptr + p, mask=p < pairs, other=0, cache_modifier=".cg")
+        tl.store(order_ptr + tl.load(starts_ptr + ids, mask=p < pairs, other=0) + rank, p, mask=p < pairs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triptych.kernels.moe import few
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.moe.router import route_rows
+from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.tiled import blocks_of, descriptors
 from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 
@@ -53,7 +53,7 @@ def moe_rows_on_gpu(
     most = extra + min(tiles, _expected(rows, k, w2.shape[0]))
     counters = _counters(dev)
     x = x.contiguous()
-    weights, tile, order, xq, xs = _route(x, token_ids, router, _PAIRS, tiles, counters[0])
+    weights, tile, order, xq, xs = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
     hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=dev)
     hq = torch.empty(pairs, inner, dtype=torch.uint8, device=dev)
     sq = torch.empty(rows, inner, dtype=torch.float16, device=dev)
@@ -88,46 +88,11 @@ def moe_rows_on_gpu(
 
 
 def _expected(rows: int, k: int, experts: int) -> int:
-    """Tiles of as many programs as start: about as many as there are if experts are equally likely, which is the most.
+    """For how many tiles programs start: for about as many as there are if all experts are equally likely.
 
-    With more, later pieces wait for a program that is done; with fewer, programs end at once, but cost time to start."""
+    Tiles beyond them wait for programs that are done; programs beyond the tiles end at once, but take time to start.
+    """
     return math.ceil(1.03 * experts * (1 - (1 - k / experts) ** rows)) + rows * k // (_PAIRS * 2)
-
-
-def _route(
-    x: Tensor, token_ids: Tensor, router: Router, n: int, tiles: int, counters: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, dim = x.shape
-    experts, k = router.gate.shape[0], router.experts_per_token
-    split = 8 if rows <= 32 else 4
-    while dim % (split * 128):
-        split //= 2
-    dev = x.device
-    part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
-    ids = torch.empty(rows, k, dtype=torch.int32, device=dev)
-    weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
-    tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
-    order = torch.empty(rows * k, dtype=torch.int32, device=dev)
-    xq = torch.empty(rows, dim, dtype=torch.float16, device=dev)
-    xs = torch.empty(rows, dim // 128, dtype=torch.float32, device=dev)
-    hashed = router.tid2eid is not None
-    route_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
-        *(x, router.gate, router.bias if router.bias is not None else part, router.tid2eid if hashed else ids),
-        *(token_ids, part, ids, weights, tile, order, xq, xs, counters),
-        *(rows, dim, experts, k, tiles, router.scaling, triton.cdiv(rows, n)),
-        HASHED=hashed,
-        EXPERTS=triton.next_power_of_2(experts),
-        K=triton.next_power_of_2(k),
-        SPLIT=split,
-        SOME=16,
-        BLOCK=16,
-        PAIRS=n,
-        SIXTEENS=triton.next_power_of_2(triton.cdiv(rows, 16)) if rows > 1 else 0,
-        num_warps=8,
-        num_stages=4,
-        maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
-    )
-    return weights, tile, order, xq, xs
 
 
 @cache

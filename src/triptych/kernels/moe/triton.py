@@ -11,38 +11,32 @@ their order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.linear.triton import linear
-from triptych.kernels.moe import ref
+from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
+from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.moe.rows import moe_rows_on_gpu
 from triptych.kernels.moe.sorted import experts_on_gpu
 from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
 
 
-class _Pairs(NamedTuple):
-    """Pairs sorted by expert: order [P], and per expert the end of its pairs and of its tiles [E]; most tiles."""
-
-    order: Tensor
-    ends: Tensor
-    tile_ends: Tensor
-    tiles: int
-
-
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """See ref.route."""
-    logits = _logits(x, router.gate)
+    return choose(_logits(x, router.gate), token_ids, router)
+
+
+def choose(logits: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """Experts and weights, as ref.route gives them, from the gate's products [R, E] in float32."""
     rows, count = logits.shape
     k = router.experts_per_token
-    ids = torch.empty(rows, k, dtype=torch.int64, device=x.device)
-    weights = torch.empty(rows, k, device=x.device)
+    ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(rows, k, device=logits.device)
     hashed = router.tid2eid is not None
     _route[(rows,)](
         *(logits, router.bias if router.bias is not None else logits, router.tid2eid if hashed else ids, token_ids),
@@ -68,17 +62,23 @@ def _logits(x: Tensor, gate: Tensor) -> Tensor:
     return total.add_(torch.mm(x, high.T, out_dtype=torch.float32))
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None) -> Tensor:
-    """See ref.experts."""
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rounding | None = None, tile: int | None = None
+) -> Tensor:
+    """See ref.experts. `tile`: pairs of a tile of dense weights, 64 or 16 by their number if not given."""
     if isinstance(moe.w13, Mxfp4Matrix):
-        # the reference waits for the GPU; released models have no such size
-        if x.is_cuda and rounding is not None and not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
+        if not x.is_cuda or rounding is None:
+            return ref.experts(x, ids, weights, moe, rounding)
+        if moe.w13.tops is None:
+            return portable.experts(x, ids, weights, moe)
+        if not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
             return experts_on_gpu(x, ids, weights, moe)
-        return ref.experts(x, ids, weights, moe, rounding)
+        # the reference waits for the GPU; released models have no such size
+        return ref.experts(rounding(x.float()), ids, weights, moe, rounding).to(x.dtype)
     rows, k = ids.shape
     count, dim, inner = moe.w2.shape
-    tile = 16 if rows * k <= 16 * count else 64
-    pairs = _sorted_pairs(ids, count, tile)
+    tile = tile or (16 if rows * k <= 16 * count else 64)
+    pairs = sorted_pairs(ids, count, tile)
     hidden = torch.empty(rows * k, inner, device=x.device)
     narrow = moe.w13.dtype == torch.bfloat16
     shape = dict(PAIRS=tile, BLOCK=64, DEPTH=64, NARROW=narrow, num_warps=4, num_stages=3 if narrow else 2)
@@ -95,31 +95,30 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, rounding: Rou
     _down[(pairs.tiles, triton.cdiv(dim, 64))](
         *(hidden, moe.w2, each, *pairs[:3], count, inner, dim), EXPERTS=experts_width, **shape
     )
-    return each.view(rows, k, dim).sum(1).to(x.dtype)
+    return add_up(each, rows, x.dtype)
 
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
-    """See ref.moe_rows. Weights as released on an NVIDIA GPU take three launches."""
-    if x.is_cuda and isinstance(moe.w13, Mxfp4Matrix):
+    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router."""
+    if not x.is_cuda or not isinstance(moe.w13, Mxfp4Matrix):
+        return ref.moe_rows(x, token_ids, router, moe, shared)
+    if moe.w13.tops is not None:
         return moe_rows_on_gpu(x, token_ids, router, moe, shared)
-    return ref.moe_rows(x, token_ids, router, moe, shared)
+    ids, weights = route(x, token_ids, router)
+    return portable.experts(x, ids, weights, moe) + shared_expert(x, *shared, moe.limit)
 
 
 def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
     """See ref.shared_expert."""
-    gate_up = linear(x, w13)
-    rows, inner = len(x), w2.shape[1]
-    hidden = torch.empty(rows, inner, dtype=x.dtype, device=x.device)
-    _swiglu[(rows, triton.cdiv(inner, 1024))](gate_up, hidden, inner, limit, BLOCK=1024)
+    hidden = swiglu(linear(x, w13), w2.shape[1], limit, x.dtype)
     return linear(hidden if rounding is None else rounding(hidden), w2)
 
 
-def _sorted_pairs(ids: Tensor, count: int, tile: int) -> _Pairs:
-    flat, order = torch.sort(ids.flatten(), stable=True)
-    ends = torch.searchsorted(flat, torch.arange(count, device=ids.device), right=True)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-    tile_ends = torch.cumsum((sizes + tile - 1) // tile, 0)
-    return _Pairs(order, ends, tile_ends, min(len(flat), len(flat) // tile + count))
+def swiglu(gate_up: Tensor, inner: int, limit: float, dtype: torch.dtype) -> Tensor:
+    """See ref.swiglu; gate_up [R, 2 * inner] -> [R, inner] in `dtype`."""
+    hidden = torch.empty(len(gate_up), inner, dtype=dtype, device=gate_up.device)
+    _swiglu[(len(gate_up), triton.cdiv(inner, 1024))](gate_up, hidden, inner, limit, BLOCK=1024)
+    return hidden
 
 
 @triton.jit
@@ -163,21 +162,6 @@ def _route(
 
 
 @triton.jit
-def _tile_of(ends_ptr, tile_ends_ptr, count, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Expert of this program's tile (count if there is none) and its places in the sorted pairs, with validity."""
-    at = tl.program_id(0)
-    e = tl.arange(0, EXPERTS)
-    tile_ends = tl.load(tile_ends_ptr + e, mask=e < count, other=1 << 60)
-    expert = tl.sum(((tile_ends <= at) & (e < count)).to(tl.int32), 0)
-    before = tl.maximum(tl.max(tl.where(tile_ends <= at, tile_ends, 0), 0), 0)
-    known = expert < count
-    end = tl.load(ends_ptr + expert, mask=known, other=0)
-    start = tl.load(ends_ptr + expert - 1, mask=known & (expert > 0), other=0)
-    place = start + (at - before) * PAIRS + tl.arange(0, PAIRS)
-    return expert.to(tl.int64), place, place < end
-
-
-@triton.jit
 def _dot(a, b, acc, NARROW: tl.constexpr):
     if NARROW:
         return tl.dot(a.to(tl.bfloat16), b, acc)
@@ -205,7 +189,7 @@ def _up(
     DEPTH: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    expert, place, valid = _tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
+    expert, place, valid = tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
     if expert < count:
         pair = tl.load(order_ptr + place, mask=valid, other=0)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -243,7 +227,7 @@ def _down(
     DEPTH: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    expert, place, valid = _tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
+    expert, place, valid = tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
     if expert < count:
         pair = tl.load(order_ptr + place, mask=valid, other=0)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

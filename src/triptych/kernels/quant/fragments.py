@@ -102,21 +102,24 @@ def mma_layout(warps):
 
 
 @gluon.constexpr_function
-def weight_layout(words, warps):
-    """Weights [16 * warps, 4, words] int32: a thread has two rows, and of each `words` (4 of MXFP4, 8 of FP8)."""
+def weight_layout(words, warps, tiles=1):
+    """Weights [16 * warps * tiles, 4, words] int32: a thread has two rows of each tile of 16 of its warp, and of each
+    `words` (4 of MXFP4, 8 of FP8)."""
     deep = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout([*deep, [8, 0, 0]], lanes, rows, [], [16 * warps, 4, words])
+    more = [[16 * warps << i, 0, 0] for i in range(tiles.bit_length() - 1)]
+    return gl.DistributedLinearLayout([*deep, [8, 0, 0], *more], lanes, rows, [], [16 * warps * tiles, 4, words])
 
 
 @gluon.constexpr_function
-def wide_layout(warps):
-    """bf16 weights [16 * warps, 4, 32]: a thread has two rows of 32."""
+def wide_layout(warps, tiles=1):
+    """bf16 weights [16 * warps * tiles, 4, 32]: a thread has two rows of each tile, and 32 of each."""
     deep = [[0, 0, 1 << i] for i in range(5)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout([*deep, [8, 0, 0]], lanes, rows, [], [16 * warps, 4, 32])
+    more = [[16 * warps << i, 0, 0] for i in range(tiles.bit_length() - 1)]
+    return gl.DistributedLinearLayout([*deep, [8, 0, 0], *more], lanes, rows, [], [16 * warps * tiles, 4, 32])
 
 
 @gluon.constexpr_function

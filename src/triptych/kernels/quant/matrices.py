@@ -93,15 +93,15 @@ class Mxfp4Matrix:
         assert self.tops is None and not self.shape[1] % TILE_ROWS and not self.shape[2] % TILE_COLUMNS, self.shape
         tops = torch.empty(self.shape[:2], dtype=torch.uint8, device=self.values.device)
         tiled = Mxfp4Matrix(self.values, self.scales, tops, paired)
-        for expert in range(len(tops)):
-            tiled.put(expert, self.one(expert))
+        tiled.tile()
         return tiled
 
-    def put(self, expert: int, matrix: Mxfp4Matrix) -> None:
-        """Make `matrix` [N, K], as released, one of this stack in tiles."""
-        assert self.tops is not None and matrix.tops is None
-        self.values[expert] = tile_values(matrix.values, self.paired)
-        self.scales[expert], self.tops[expert] = tile_scales(matrix.scales, self.paired)
+    def tile(self) -> None:
+        """Bring a stack whose memory was filled as released into tiles, in place."""
+        assert self.tops is not None
+        for expert in range(len(self.values)):
+            self.values[expert] = tile_values(self.values[expert], self.paired)
+            self.scales[expert], self.tops[expert] = tile_scales(self.scales[expert], self.paired)
 
     def dequantize(self) -> Tensor:
         """float32 [.., N, K]."""

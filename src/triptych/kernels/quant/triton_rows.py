@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.quant.e4m3 import e4m3_bytes
 from triptych.kernels.quant.formats import Index, PackedRows
 
 ENTRY, FP8, MXFP4 = 0, 1, 2
@@ -60,7 +61,7 @@ def store_entry(values, scales, x, dim, ROPE: tl.constexpr, DIM: tl.constexpr):
     code = e8m0_of(tl.maximum(amax, 1e-4), 0x600000, 8)
     inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)
     y = tl.reshape(tl.reshape(x, [DIM // 64, 64]) * inverse[:, None], [DIM])
-    y = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    y = e4m3_bytes(tl.minimum(tl.maximum(y, -448.0), 448.0))
     tl.store(values + d, y, mask=d < nope)
     tail = (values + nope).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     tl.store(tail + (d - nope), x.to(tl.bfloat16), mask=(d >= nope) & (d < dim))
@@ -80,7 +81,7 @@ def store_fp8_key(values, scales, x, dim, DIM: tl.constexpr):
     size = tl.where(d < dim, tl.where(x == x, tl.abs(x), float("inf")), 0.0)
     code = e8m0_of(tl.maximum(tl.max(size, 0), 1e-4), 0x600000, 8)
     y = x * ((254 - code) << 23).to(tl.float32, bitcast=True)
-    y = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    y = e4m3_bytes(tl.minimum(tl.maximum(y, -448.0), 448.0))
     tl.store(values + d, y, mask=d < dim)
     scale = tl.where(code == 255, 0x7FC00000, code << 23)
     tl.store(scales.to(tl.pointer_type(tl.int32), bitcast=True), scale)

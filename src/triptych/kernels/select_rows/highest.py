@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import multiprocessors
+
 GROUP = 16
 """Scores that share one of the `tops`."""
 
@@ -30,6 +32,7 @@ def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     while total > 64 * listed:
         listed *= 2
     room = 4 * wide
+    alone = rows <= 4 * multiprocessors(scores.device)  # else rows are many, and shall not fill a multiprocessor each
     scratch = torch.empty(rows, 2 * room + 4 * wide, dtype=torch.int32, device=scores.device)
     _highest[(rows,)](
         *(scores, tops, visible, out, scratch, total, k),
@@ -37,7 +40,8 @@ def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
         LISTED=listed,
         GROUPS=2 * wide,
         ROOM=room,
-        num_warps=16 if total > listed else 8,
+        PART=wide if alone else max(16, wide // 8),
+        num_warps=(16 if total > listed else 8) if alone else 4,
     )
     return out
 
@@ -104,14 +108,14 @@ def _expand(
     value_ptr,
     members,
     MEMBERS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PART: tl.constexpr,
     ROOM: tl.constexpr,
 ):
     """Members of the `found` groups listed at list_ptr, of `members` (<= MEMBERS) each, that are not below `bound`.
 
-    Their numbers go to put_ptr in order, their values to value_ptr; returns how many there are, of which ROOM fit.
+    Their numbers go to put_ptr in order, their values to value_ptr; returns how many there are, of which ROOM fit. PART
+    groups are looked at at once.
     """
-    PART: tl.constexpr = GROUPS // 2
     total = tl.full([], 0, tl.int32)
     member = tl.arange(0, MEMBERS)
     for first in range(0, found, PART):
@@ -161,6 +165,7 @@ def _highest(
     LISTED: tl.constexpr,
     GROUPS: tl.constexpr,
     ROOM: tl.constexpr,
+    PART: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     n = tl.load(visible_ptr + r).to(tl.int32)
@@ -195,14 +200,14 @@ def _highest(
         if size == 64:
             found = _expand(
                 tops_ptr, list_ptr, tl.minimum(found, GROUPS), tl.cdiv(n, 16), bound,
-                list_ptr + GROUPS, scratch_ptr, 4, 4, GROUPS, GROUPS,
+                list_ptr + GROUPS, scratch_ptr, 4, 4, PART, GROUPS,
             )  # fmt: skip
             fits = fits & (found <= GROUPS)
             list_ptr += GROUPS
             tl.debug_barrier()
         found = _expand(
             scores_ptr, list_ptr, tl.minimum(found, GROUPS), n, bound,
-            scratch_ptr + ROOM, scratch_ptr, tl.minimum(size, 16), 16, GROUPS, ROOM,
+            scratch_ptr + ROOM, scratch_ptr, tl.minimum(size, 16), 16, PART, ROOM,
         )  # fmt: skip
         tl.debug_barrier()
         _choose(scores_ptr, scratch_ptr, tl.where(fits, found, ROOM + 1), n, k, out_ptr, ROOM)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _copy_tile(
+def copy_tile(
     target,
     scales_target,
     page,
@@ -45,12 +45,13 @@ def _copy_tile(
 
 
 @gluon.jit
-def _pages(table_ptr, g, PER_PAGE: gl.constexpr):
+def pages_of(table_ptr, g, PER_PAGE: gl.constexpr):
+    """Pages of keys g."""
     return gl.load(table_ptr + g // PER_PAGE).to(gl.int64)
 
 
 @gluon.jit
-def _unpacked(target, source, words, layout: gl.constexpr):
+def unpacked_to(target, source, words, layout: gl.constexpr):
     """Write a tile of MXFP4 keys to `target` as e4m3, each over the largest scale of its key times 2^6.
 
     words [128] are a key's four e8m0 codes. A byte permutation looks magnitudes up, four a time, in the 8 bytes of
@@ -181,15 +182,15 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
         for stage in gl.static_range(STAGES - 1):
             g = gl.minimum(begin + stage * 128 + rows, last)
             g1 = gl.minimum(begin + stage * 128 + rows1, last)
-            _copy_tile(
-                *(keys_s.index(stage), scales_s.index(stage), _pages(line_ptr, g, PER_PAGE), g, pool_ptr, pool_page),
-                *(pool_row, _pages(line_ptr, g1, PER_PAGE), g1, scales_ptr, scales_page, scales_row),
+            copy_tile(
+                *(keys_s.index(stage), scales_s.index(stage), pages_of(line_ptr, g, PER_PAGE), g, pool_ptr, pool_page),
+                *(pool_row, pages_of(line_ptr, g1, PER_PAGE), g1, scales_ptr, scales_page, scales_row),
                 *(PER_PAGE, BYTES, copied),
             )
         g = gl.minimum(begin + (STAGES - 1) * 128 + rows, last)
         g1 = gl.minimum(begin + (STAGES - 1) * 128 + rows1, last)
-        page = _pages(line_ptr, g, PER_PAGE)
-        page1 = _pages(line_ptr, g1, PER_PAGE)
+        page = pages_of(line_ptr, g, PER_PAGE)
+        page1 = pages_of(line_ptr, g1, PER_PAGE)
         for t in range(tiles):
             at = begin + t * 128
             async_copy.wait_group(STAGES - 2)
@@ -203,13 +204,13 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
                 target = wide_s._reinterpret(
                     gl.int32, [128, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
                 )
-                most = _unpacked(target, keys_s.index(t % STAGES), words, unpacked)
+                most = unpacked_to(target, keys_s.index(t % STAGES), words, unpacked)
                 fence_async_shared()
                 keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
                 factor = gl.convert_layout((gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True), by_key)
             if t + STAGES - 1 < tiles:
                 slot = (t + STAGES - 1) % STAGES
-                _copy_tile(
+                copy_tile(
                     *(keys_s.index(slot), scales_s.index(slot), page, g, pool_ptr, pool_page, pool_row, page1, g1),
                     *(scales_ptr, scales_page, scales_row, PER_PAGE, BYTES, copied),
                 )
@@ -217,8 +218,8 @@ def scores(  # noqa: C901  (branches that the compiler resolves)
                 async_copy.commit_group()
             g = gl.minimum(at + STAGES * 128 + rows, last)
             g1 = gl.minimum(at + STAGES * 128 + rows1, last)
-            page = _pages(line_ptr, g, PER_PAGE)
-            page1 = _pages(line_ptr, g1, PER_PAGE)
+            page = pages_of(line_ptr, g, PER_PAGE)
+            page1 = pages_of(line_ptr, g1, PER_PAGE)
             for n in gl.static_range(ROWS):
                 queries = q_s.index(n)._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
                 token = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)

@@ -17,24 +17,42 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.e4m3 import e4m3_values
 from triptych.kernels.quant.formats import PackedRows, Rows
 from triptych.kernels.select_rows.highest import GROUP, highest
 from triptych.kernels.select_rows.ref import IndexQueries
 
 _TILE = 128  # keys of one product
+_ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
 
 def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
-    """See ref.select_rows. `keys.most` must bound what any row sees."""
+    """See ref.select_rows. `keys.most` must bound what any row sees.
+
+    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
+    """
     assert keys.most is not None
-    scores, tops = ordered_scores(queries, keys)
-    return highest(scores, tops, keys.visible, topk)
+    rows = len(queries.heads)
+    step = max(_ALONE, _SCORES // (4 * max(keys.most, _TILE)))
+    if rows <= step:
+        scores, tops = ordered_scores(queries, keys)
+        return highest(scores, tops, keys.visible, topk)
+    out = torch.empty(rows, topk, dtype=torch.int32, device=queries.heads.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
+        angles = (queries.angles[0][part], queries.angles[1][part])
+        mine = queries._replace(heads=queries.heads[part], angles=angles, weights=queries.weights[part])
+        scores, tops = ordered_scores(mine, some)
+        out[part] = highest(scores, tops, some.visible, topk)
+    return out
 
 
 def ordered_scores(
@@ -53,7 +71,8 @@ def ordered_scores(
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
         programs = max(1, 3 * multiprocessors(device) // rows)
-        stretch = min(2048, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        longest = 2048 if rows <= _ALONE else 8192
+        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
@@ -117,29 +136,27 @@ def _hopper_scores(
     cos, sin = queries.angles
     q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
     power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
-    _prepare[(rows, triton.cdiv(heads, 16))](
-        *(raw, raw.stride(0), cos, sin, q, power, heads),
-        ROUNDS=queries.rounds,
-        HEADS=16,
-        DIM=dim,
-        ROPE=2 * cos.shape[1],
-        num_warps=4,
-    )
-    pool = keys.pool
+    pool, total = keys.pool, scores.shape[1]
     assert isinstance(pool, PackedRows)
-    total = scores.shape[1]
-    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    shared = 1 if queries.rounds else 4  # rows of a prefill chunk read the same keys
-    launch[(triton.cdiv(total, stretch), triton.cdiv(len(q), shared))](
+    reads = (
         *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
         *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
-        *(keys.visible, scores, tops, total, q.shape[1], stretch, len(q)),
-        KIND=1 if pool.format.kind == "fp8" else 2,
-        PER_PAGE=pool.shape[1],
-        STAGES=4,
-        ROWS=shared,
-        num_warps=4,
+        *(keys.visible, scores, tops, total, heads, stretch, rows),
     )
+    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1]}
+    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "num_warps": 4}
+    if rows > _ALONE:  # rows of a chunk read the same keys
+        chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
+        chunk.prepare[(triton.cdiv(rows, 8),)](
+            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size
+        )
+        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](
+            *reads, STAGES=3, num_warps=8, maxnreg=128, **how
+        )
+        return
+    _prepare[(rows, triton.cdiv(heads, 16))](raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size)
+    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
+    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, num_warps=4, **how)
 
 
 @triton.jit
@@ -148,7 +165,7 @@ def _round_even(x):
 
 
 @triton.jit
-def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
+def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
     """x [HEADS, DIM] on the e2m1 grid, groups of 32: values divided by 2^(p_max - 6) and p_max [HEADS].
 
     2^p is a group's scale, p_max the largest of a row; so values are at most 6 * 2^6.
@@ -202,7 +219,7 @@ def _queries(
         signs = (1 - 2 * (i & 1)).to(kind)
         x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
         x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
-        x, power = _rounded_e2m1(x, HEADS, DIM)
+        x, power = rounded_e2m1(x, HEADS, DIM)
         power -= 6
     return x, power
 
@@ -278,7 +295,7 @@ def _scores(
     x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, WIDE)
     weight = tl.load(weight_ptr + r * weight_row + h, mask=h < heads, other=0.0).to(tl.float32)
     weight = weight * ((127 + power) << 23).to(tl.float32, bitcast=True)
-    eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE
+    eighth: tl.constexpr = (KIND != 0) and ROUNDS and not WIDE and cuda_capability_geq(8, 9)
     kind: tl.constexpr = tl.float32 if WIDE else tl.float8e4nv if eighth else tl.bfloat16
     q = x.to(kind)
     line = table_ptr + tl.load(seq_ptr + r).to(tl.int64) * table_row
@@ -294,7 +311,10 @@ def _scores(
         if KIND == 1:
             place = tl.multiple_of(place, 16)
             k = tl.load(place[:, None] + d[None, :], mask=seen[:, None], other=0)
-            k = k.to(tl.float8e4nv, bitcast=True).to(kind)
+            if eighth:  # noqa: SIM108  (resolved by the compiler)
+                k = k.to(tl.float8e4nv, bitcast=True)
+            else:
+                k = e4m3_values(k).to(kind)
             scales = tl.multiple_of(scales, 4)
             factor = tl.load(scales.to(tl.pointer_type(tl.float32), bitcast=True), mask=seen, other=0.0)
         elif KIND == 2:

@@ -283,7 +283,8 @@ function show(data) {
   state.last = state.rows.length ? state.rows.at(-1).number : 0;
   const length = Math.max(120, Math.min(data.kept * data.every, data.now - data.born));
   byId("model").textContent = data.model;
-  byId("uptime").textContent = `up ${span(Math.max(0, data.now - data.born))}, contexts up to ${whole(data.max_context)} tokens`;
+  byId("uptime").textContent = `up ${span(Math.max(0, data.now - data.born))}, contexts up to ${whole(data.max_context)} tokens`
+    + (data.weights ? `, weights replaced ${whole(data.weights)}×` : "");
   document.title = `${data.model}: ${data.running} running, ${data.waiting} waiting`;
   tiles(data);
   lineChart("prefill", "prefill", "csa", "tokens/s", length);
@@ -298,6 +299,8 @@ function show(data) {
 }
 
 // ---- asking
+
+const STATES = { running: "live", paused: "paused: no step begins", updating: "updating: new weights wait for requests to end" };
 
 function say(kind, text) {
   const status = byId("status");
@@ -323,7 +326,7 @@ async function ask() {
     byId("figures").hidden = false;
     show(data);
     state.heard = Date.now();
-    say(data.draining ? "late" : "live", data.draining ? "draining: no new requests" : "live");
+    say(data.draining || data.state !== "running" ? "late" : "live", data.draining ? "draining: no new requests" : STATES[data.state]);
     if (data.running || data.waiting) pause = 1000;
   } catch (error) {
     say("gone", state.heard ? `no answer for ${span((Date.now() - state.heard) / 1000)}` : "the server does not answer");

@@ -1,0 +1,138 @@
+"""Small prefill chunks by CUDA graphs: what a cached prompt has left costs the host more than the GPU without them.
+
+A graph needs fixed shapes, which a chunk has not: it is padded by repeating its last row and the last one of every list
+of rows, groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
+one signature share a graph, recorded when the signature comes for the second time.
+
+    rows          up to a multiple of 32
+    pages         as for decode steps; entries that a row may see are bounded by them
+    other lists   as many as so many rows can need
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS
+from triptych.config import CSA_RATIO, HCA_RATIO, PAGE
+from triptych.engine.device import signature, sized, staged
+from triptych.model.batch import Batch, EntryPlan
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 512
+"""Rows of a step up to which the host is slower than the GPU."""
+MOST_GRAPHS = 24
+"""Graphs at most; the one that was not used for longest goes."""
+_ROWS = 32
+
+Key = tuple[object, ...]
+
+
+def padded(batch: Batch, pages: int) -> Batch | None:
+    """`batch` in the shapes of its bucket, `pages` wide; None where some list that would be repeated is empty.
+
+    Results and caches are those of `batch`.
+    """
+    rows = -(-batch.rows // _ROWS) * _ROWS
+    window, more = batch.window, rows - batch.rows
+    sequences = len(batch.page_table)
+    groups = [len(plan.first) for plan in (batch.csa, batch.hca)]
+    if batch.narrow or not groups[0] or not len(window.past_src):
+        return None
+    kept = min(rows, SLOT_ROWS) * sequences
+    past = RESTORED * sequences
+    table = torch.zeros(sequences, pages, dtype=torch.int64)
+    table[:, : batch.page_table.shape[1]] = batch.page_table
+    return replace(
+        batch,
+        token_ids=_more(batch.token_ids, more),
+        positions=_more(batch.positions, more),
+        seq=_more(batch.seq, more),
+        page_table=table,
+        window=replace(
+            window,
+            total=past + rows,
+            past_src=_up_to(window.past_src, past),
+            past_dst=_up_to(window.past_dst, past),
+            step_dst=_more(window.step_dst, more),
+            first=_more(window.first, more),
+            count=_more(window.count, more),
+            keep_src=_up_to(window.keep_src, kept),
+            keep_dst=_up_to(window.keep_dst, kept),
+        ),
+        csa=_padded(batch.csa, more, rows // CSA_RATIO + sequences, CSA_RING * sequences, pages * (PAGE // CSA_RATIO)),
+        hca=_padded(batch.hca, more, rows // HCA_RATIO + sequences, HCA_RING * sequences, pages * (PAGE // HCA_RATIO)),
+    )
+
+
+def _padded(plan: EntryPlan, more: int, groups: int, ring: int, most: int) -> EntryPlan:
+    """`more` rows and, where any group completes, `groups` groups."""
+    groups = groups if len(plan.first) else 0
+    steps = plan.compress
+    compress = steps._replace(
+        src=_up_to(steps.src, groups),
+        page=_up_to(steps.page, groups),
+        offset=_up_to(steps.offset, groups),
+        phase=_more(steps.phase, more),
+        keep_src=_up_to(steps.keep_src, ring),
+        keep_dst=_up_to(steps.keep_dst, ring),
+    )
+    visible = _more(plan.visible, more)
+    return replace(plan, compress=compress, first=_up_to(plan.first, groups), visible=visible, max_visible=most)
+
+
+def _more(values: Tensor, count: int) -> Tensor:
+    """`values` and `count` times the last of them."""
+    return torch.cat([values, values[-1:].expand(count, *values.shape[1:])])
+
+
+def _up_to(values: Tensor, count: int) -> Tensor:
+    """`values` with the last one repeated until there are `count`."""
+    return _more(values, count - len(values))
+
+
+class ChunkGraphs:
+    """Runs small batches through graphs of `forward`, which maps a batch on `device` to logits."""
+
+    def __init__(self, forward: Callable[[Batch], Tensor], device: torch.device, pool: Any) -> None:
+        self._forward, self._device, self._pool = forward, device, pool
+        self._seen: set[Key] = set()
+        self._works = True
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [S, V] of a padded batch on the host, good until the next call."""
+        key = signature(batch)
+        host = staged(batch)
+        if key not in self._graphs and key in self._seen and self._works:
+            self._record(key, batch)
+        self._seen.add(key)
+        if key not in self._graphs:
+            return self._forward(sized(batch, host.to(self._device, non_blocking=True)))
+        graph, there, logits = self._graphs[key] = self._graphs.pop(key)  # the newest comes last
+        there.copy_(host, non_blocking=True)
+        graph.replay()
+        return logits
+
+    def _record(self, key: Key, batch: Batch) -> None:
+        """Record a graph, whose kernels a run of the same signature has compiled. Without one the host goes on."""
+        if len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.pop(next(iter(self._graphs)))
+        there = staged(batch).to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._forward(sized(batch, there))
+        except RuntimeError as error:  # no memory left, or an operation that has to wait for the GPU
+            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(error).split("\n", 1)[0])
+            self._works = False
+            return
+        self._graphs[key] = graph, there, logits

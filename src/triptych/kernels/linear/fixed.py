@@ -1,0 +1,24 @@
+"""Linear maps of deterministic mode: one size of tiles for any number of rows, so a row's bits are its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from triptych.kernels.linear import portable
+from triptych.kernels.linear.portable import FIXED_ROWS
+from triptych.kernels.quant.matrices import Fp8Rows, FrontMatrix, Matrix
+
+
+def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+    """See ref.linear."""
+    return portable.linear(x, weight, FIXED_ROWS)
+
+
+def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+    """See ref.front_linear."""
+    return portable.front_linear(x, front, FIXED_ROWS)
+
+
+def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
+    """See ref.grouped_linear."""
+    return portable.grouped_linear(x, weight, FIXED_ROWS)

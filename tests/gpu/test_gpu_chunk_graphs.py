@@ -1,0 +1,50 @@
+"""A small chunk by a graph: as without one, the first time, when it is recorded and when it is replayed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from test_gpu_decode import LENGTHS, PAGES, SHAPE, chunk, near
+from torch import Tensor
+
+from triptych.cache.geometry import CacheCapacity, CacheGeometry
+from triptych.checkpoint import random_tensors
+from triptych.config import EngineConfig
+from triptych.engine.batching import build_batch
+from triptych.engine.device import on_device
+from triptych.engine.pools import Pools
+from triptych.engine.runner import DeviceRunner
+from triptych.model.weights import WeightStore
+
+
+def tokens(sequence: int, start: int, end: int) -> np.ndarray:
+    return np.random.default_rng(sequence).integers(0, 1024, 400)[start:end]
+
+
+@torch.inference_mode()
+def test_a_chunk_by_a_graph_is_the_chunk() -> None:
+    store = WeightStore(SHAPE, "released", mtp=False, device="cuda")
+    for name, tensor in random_tensors(SHAPE, seed=1):
+        store.place(name, tensor)
+    config = EngineConfig(numerics="native", device="cuda", max_running=len(LENGTHS), max_context=PAGES * 128)
+    geometry = CacheGeometry.of(SHAPE, "fp8", "fp8")
+    pools = Pools(SHAPE, geometry, CacheCapacity(len(LENGTHS) * PAGES, len(LENGTHS)), torch.device("cuda"), spare=1)
+    runner = DeviceRunner(store.weights, config, pools, capture=True)
+    memory = [value for value in vars(pools).values() if isinstance(value, Tensor)]
+    for value in memory:
+        value.zero_()
+    runner.chunks([chunk(s, 0, tokens(s, 0, 250)) for s in (0, 1)])
+    before = [value.clone() for value in memory]
+    new = [chunk(0, 250, tokens(0, 250, 291)), chunk(1, 250, tokens(1, 250, 340))]
+    plain = runner.model.forward(on_device(build_batch(new, pools), pools.device), pools.layers).clone()
+    got, caches = [], []
+    for _ in range(4):
+        for value, old in zip(memory, before, strict=True):
+            value.copy_(old)
+        got.append(runner.chunks(new).clone())
+        caches.append([value.clone() for value in memory])
+    assert runner._graphs is not None and len(runner._graphs._graphs) == 1 and runner._graphs._works
+    near(got[:1], [plain.cpu()])
+    for logits, cache in zip(got[1:], caches[1:], strict=True):
+        assert torch.equal(logits, got[0])
+        assert all(torch.equal(a, b) for a, b in zip(cache, caches[0], strict=True))

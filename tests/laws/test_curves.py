@@ -1,0 +1,120 @@
+"""docs/curves.md and its pictures are what the committed rows give."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from package_source import ROOT
+
+matplotlib = pytest.importorskip("matplotlib", reason="the pictures are drawn with the extra `bench`")
+DOCS = ROOT / "docs"
+STALE = "run `make bench` and commit what it writes"
+
+
+@pytest.fixture(scope="module")
+def curves() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT))
+    yield importlib.import_module("benchmarks.curves")
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def drawn(curves: ModuleType) -> list[Any]:
+    return [module.curve() for module in curves.CURVES]
+
+
+def test_the_page_is_what_the_rows_give(curves: ModuleType, drawn: list[Any]) -> None:
+    assert (DOCS / "curves.md").read_text(encoding="utf-8") == curves.page(drawn), f"docs/curves.md is old: {STALE}"
+
+
+def test_the_pictures_are_what_the_rows_give(drawn: list[Any]) -> None:
+    pictures = {f"{one.name}.svg": one.picture for one in drawn if one.picture is not None}
+    assert set(pictures) == {path.name for path in (DOCS / "curves").iterdir()}
+    for name, picture in pictures.items():
+        committed = (DOCS / "curves" / name).read_text(encoding="utf-8")
+        assert f"rows {picture.digest}" in committed, f"docs/curves/{name} shows other rows: {STALE}"
+        if f"Matplotlib v{matplotlib.__version__}," in committed:  # another version may draw the same otherwise
+            assert committed == picture.svg, f"docs/curves/{name} is old: {STALE}"
+
+
+def test_every_picture_has_labels_units_origin_and_something_in_it(drawn: list[Any]) -> None:
+    for one in drawn:
+        if one.picture is None:
+            assert "rows of" in one.text, "where nothing can be drawn the page says why"
+            continue
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", one.picture.svg)
+        assert any("commit" in text and "python -m benchmarks" in text for text in texts), one.name
+        assert any(word in text for text in texts for word in ("tokens", "GiB", "pressure", "seconds")), one.name
+        marks = len(re.findall(r"<use ", one.picture.svg))
+        assert marks > 40, f"{one.name} shows next to nothing"
+
+
+def test_pictures_name_no_machine_paths() -> None:
+    for path in [DOCS / "curves.md", *(DOCS / "curves").iterdir()]:
+        assert not re.search(r"/(home|root|tmp|work)/", path.read_text(encoding="utf-8")), path.name
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        ((0.5, 0.5, 2.0, 4.0), "below **1.4**"),
+        ((2.0, 1.01, 0.5, 0.25), "above **1**"),  # what is within 3 % decides nothing
+        ((0.5, 0.6, 0.7, 0.8), "everywhere"),
+        ((2.0, 2.0, 1.5, 1.2), "nowhere"),
+        ((1.0, 1.01, 0.99, 1.0), "equal"),
+        ((1.0, 0.5, 1.0, 1.0), "nowhere dearer, by most at 1"),
+    ],
+)
+def test_a_crossing_is_named_where_costs_change_sides(
+    curves: ModuleType, ratios: tuple[float, ...], words: str
+) -> None:
+    places = (0.5, 1.0, 2.0, 4.0)
+    one, other = [(x, 3.0 * r) for x, r in zip(places, ratios, strict=True)], [(x, 3.0) for x in places]
+    assert curves.prefixes.crossing(one, other) == words
+    assert all(a < b for a, b in pairwise(places))
+
+
+def test_a_curve_without_rows_says_so(curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = importlib.import_module("benchmarks.rows")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for module in (curves.hits, curves.prefixes, curves.profiles):
+        found = module.curve()
+        assert found.picture is None and "no rows of" in found.text.lower()
+
+
+def test_profiles_are_drawn_from_their_newest_rows(
+    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
+    old, new = profile_row(2.0, "2026-01-01"), profile_row(3.0, "2026-02-01")
+    (tmp_path / "profiles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (new, old)))
+    found = curves.profiles.curve()
+    assert "| chat | `chat` | mixed | 3.00 | 2.50 to 3.50 | better |" in found.text
+    assert "| chat | `chat` | rl-rollout | 1.01 | 0.90 to 1.10 | equal |" in found.text
+    assert "Not measured yet: coding-agent, research-agent, rl-rollout." in found.text
+    assert "s to the first token (lower is better)" in found.picture.svg
+
+
+def profile_row(gain: float, time: str) -> dict[str, Any]:
+    """A row of `profiles` as that benchmark writes them."""
+    gains = {
+        "mixed": {"gain": gain, "gain_95": [gain - 0.5, gain + 0.5]},
+        "rl-rollout": {"gain": 1.01, "gain_95": [0.9, 1.1]},
+    }
+    trial = {"requests": 20, "scale": 0.02, "arrivals": "closed:4", "rounds": 2, "clock": "cpu"}
+    objective = {"key": "t", "label": "s to the first token", "meaning": "mean", "higher_is_better": False}
+    profiles = {name: {"objective": [1.0, 1.1], "mean": 1.05} for name in ("chat", "mixed", "rl-rollout")}
+    return {
+        **{"benchmark": "profiles", "time": time, "command": "python -m benchmarks profiles", "commit": "abc"},
+        **{"machine": {"cpu": "a processor", "cores": 2}, "workload": "chat", "trial": trial, "objective": objective},
+        **{"profiles": profiles, "recommended": "chat", "measured_best": "chat", "gains": gains},
+    }
