@@ -98,4 +98,4 @@ def test_experts_of_many_rows(name: str, rows: int) -> None:
     ids, weights = moe_ref.route(x, torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
     want = moe_ref.experts(x, ids, weights, moe, fake_quant_fp8)
     # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
-    agree(lambda: experts(x, ids, weights, moe, fake_quant_fp8), want, 2.5e-2)
+    agree(lambda: experts(x, ids, weights, moe, fake_quant_fp8), want, 8e-3)
