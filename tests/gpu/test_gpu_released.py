@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from triptych.kernels.linear import portable
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
+from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.triton import experts, moe_rows
@@ -48,27 +50,30 @@ def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
     assert torch.equal(got.scales, want.scales)
 
 
+@pytest.mark.parametrize("run", [linear, portable.linear], ids=("own", "portable"))
 @pytest.mark.parametrize("size", LINEARS)
 @pytest.mark.parametrize("rows", [1, 8, 17, 700])
-def test_fp8_linears(size: tuple[int, int], rows: int) -> None:
+def test_fp8_linears(size: tuple[int, int], rows: int, run: Callable[..., Tensor]) -> None:
     x, weight = torch.randn(rows, size[1], device="cuda").to(torch.bfloat16), fp8(*size)
-    agree(lambda: linear(x, weight), linear_ref.linear(x, weight))
+    agree(lambda: run(x, weight), linear_ref.linear(x, weight))
 
 
 @pytest.mark.parametrize("columns", [(1536, 2624, 4096), (192, 392, 256)])
 @pytest.mark.parametrize("rows", [5, 100])
-def test_fronts(columns: tuple[int, int, int], rows: int) -> None:
+@pytest.mark.parametrize("run", [front_linear, portable.front_linear], ids=("own", "portable"))
+def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     latent, rest, k = columns
     front = FrontMatrix(fp8(latent, k), torch.randn(rest, k, device="cuda").to(torch.bfloat16) / 64)
     x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
-    agree(lambda: front_linear(x, front), linear_ref.front_linear(x, front))
+    agree(lambda: run(x, front), linear_ref.front_linear(x, front))
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
 @pytest.mark.parametrize("rows", [1, 64, 600])
-def test_grouped_linears(size: tuple[int, int, int], rows: int) -> None:
+@pytest.mark.parametrize("run", [grouped_linear, portable.grouped_linear], ids=("own", "portable"))
+def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
-    agree(lambda: grouped_linear(x, weight), linear_ref.grouped_linear(x, weight))
+    agree(lambda: run(x, weight), linear_ref.grouped_linear(x, weight))
 
 
 def _layer(name: str, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, Fp8Matrix]]:
@@ -99,3 +104,4 @@ def test_experts_of_many_rows(name: str, rows: int) -> None:
     want = moe_ref.experts(x, ids, weights, moe, fake_quant_fp8)
     # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
     agree(lambda: experts(x, ids, weights, moe, fake_quant_fp8), want, 2.5e-2)
+    agree(lambda: mixtures.experts(x, ids, weights, moe), want, 2.5e-2)

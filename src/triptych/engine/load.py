@@ -75,7 +75,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     config = with_defaults(config, device)
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
-        _refuse_released(config, device)
+        _refuse_released(config)
     store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device=device)
     fill(store, reader)
     weights = store.weights
@@ -219,7 +219,7 @@ def check_complete(store: WeightStore) -> None:
         raise CheckpointError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
 
 
-def _refuse_released(config: EngineConfig, device: torch.device) -> None:
+def _refuse_released(config: EngineConfig) -> None:
     """ConfigError where weights in the released formats cannot be multiplied."""
     if config.numerics != "native":
         raise ConfigError(
