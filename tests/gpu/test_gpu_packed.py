@@ -90,7 +90,7 @@ def test_selection_of_prefill_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "tiny"])
-@pytest.mark.parametrize("total", [2048, 262144])
+@pytest.mark.parametrize("total", [2048, 4096, 8192, 262144])
 @pytest.mark.parametrize("k", [512, 1024])
 def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
     visible = torch.tensor([total, total - 5, total // 2 + 1, k + 1], device="cuda")

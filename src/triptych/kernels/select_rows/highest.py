@@ -28,20 +28,22 @@ def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     rows, total = scores.shape
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     wide = triton.next_power_of_2(k)
-    listed = 4 * wide  # groups searched at once; all steps in which groups grow leave at least k of them
-    while total > 64 * listed:
-        listed *= 2
     room = 4 * wide
     alone = rows <= 4 * multiprocessors(scores.device)  # else rows are many, and shall not fill a multiprocessor each
+    # scores or groups searched at once; all steps in which groups grow leave at least k of them. The sixteen warps of
+    # few rows search twice as many, so that rows that just outgrow `room` need no groups yet
+    listed = 2 * room if alone and total > room else room
+    while total > 64 * listed:
+        listed *= 2
     scratch = torch.empty(rows, 2 * room + 4 * wide, dtype=torch.int32, device=scores.device)
     _highest[(rows,)](
         *(scores, tops, visible, out, scratch, total, k),
-        GROUPED=total > listed,
+        GROUPED=total > room,
         LISTED=listed,
         GROUPS=2 * wide,
         ROOM=room,
         PART=wide if alone else max(16, wide // 8),
-        num_warps=(16 if total > listed else 8) if alone else 4,
+        num_warps=(16 if total > room else 8) if alone else 4,
     )
     return out
 
