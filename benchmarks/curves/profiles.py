@@ -39,8 +39,8 @@ def _draw(axes: Axes, row: Row) -> None:
     for place, name in enumerate(names):
         values = row["profiles"][name]["objective"]
         axes.plot([place] * len(values), values, ".", color="#111827", markersize=4)
-    axes.set_title(row["workload"])
-    axes.set_ylabel(f"{objective['label']} ({'higher' if objective['higher_is_better'] else 'lower'} is better)")
+    axes.set_ylabel(objective["label"])
+    axes.set_title(f"{row['workload']}: {'higher' if objective['higher_is_better'] else 'lower'} is better")
     axes.set_xlabel("profile")
     axes.tick_params(axis="x", rotation=35)
     for label in axes.get_xticklabels():
@@ -58,7 +58,7 @@ def _text(made_from: Sequence[Row]) -> str:
                           f"{low:.2f} to {high:.2f}", verdict))  # fmt: skip
     table = markdown_table(("workload", "recommended", "against", "times better", "95 %", ""), lines)
     meanings = "\n".join(
-        f"- *{row['workload']}*: {row['objective']['label']}: {row['objective']['meaning']}; {_trial(row['trial'])}."
+        f"- *{row['workload']}*: {row['objective']['label']}: {row['objective']['meaning'].rstrip('.')}; {_trial(row['trial'])}."
         for row in made_from
     )
     absent = sorted({"chat", "coding-agent", "research-agent", "rl-rollout"} - {row["workload"] for row in made_from})

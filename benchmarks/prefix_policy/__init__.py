@@ -16,7 +16,6 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.prefix_policy.costs import TIERS, Costs, priced, settings_of
-from benchmarks.prefix_policy.spot import spot_checks
 from benchmarks.prefix_policy.traffic import SCENARIOS, Cell
 from triptych.cache.geometry import CacheGeometry
 from triptych.config import SHAPES
@@ -93,6 +92,8 @@ def _show(cells: list[dict[str, Any]], seconds: float) -> None:
 
 
 def _spot() -> int:
+    from benchmarks.prefix_policy.spot import spot_checks  # loads torch, which replays need not
+
     found = spot_checks()
     for one in found:
         print(
