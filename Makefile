@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 FRAME := pyproject.toml constraints-dev.txt
 
-.PHONY: setup serve test quick lint types bench test-gpu sanitize-gpu docs clean
+.PHONY: setup serve test quick lint types bench test-gpu docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.dev  ## all that development needs, in .venv
@@ -41,12 +41,13 @@ types: $(VENV)/.dev  ## mypy, strict
 bench: $(VENV)/.dev  ## docs/curves.md from committed rows; measurements: names of benchmarks in ARGS
 	$(BIN)/python -m benchmarks $(or $(ARGS),curves)
 
-test-gpu: $(VENV)/.dev  ## tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
-
-sanitize-gpu: $(VENV)/.dev  ## every kernel once under compute-sanitizer: memory and races
+test-gpu: $(VENV)/.dev  ## tests that need an NVIDIA GPU; SANITIZE=1: every kernel under compute-sanitizer
+ifdef SANITIZE
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 		--error-exitcode 1 --print-limit 5 $(BIN)/python tests/gpu/sanitize.py $(ARGS) || exit 1; done
+else
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+endif
 
 docs: $(VENV)/.dev  ## write the generated pages again
 	$(BIN)/python docs/generate.py

@@ -32,11 +32,14 @@ def main() -> None:
     print(f"loaded in {time.perf_counter() - began:.1f} s", flush=True)
     assert engine.tokenizer is not None
     model = InProcess(engine)
+    laid = time.perf_counter()
     case = draw_case(model, model.encode(standard_filler()), given.tokens, given.seed)
     asked: list[dict[str, Any]] = []
     step = max(1, len(case.facts) // given.facts)
+    print(f"text made in {time.perf_counter() - laid:.1f} s", flush=True)
     for fact, depth in list(zip(case.facts, case.depths, strict=True))[::step][: given.facts]:
         prompt = render((Message(Role.USER, f"{case.document}\n\n{fact.question}"),), engine.tokenizer).ids
+        print(f"asking with {len(prompt)} tokens at {time.perf_counter() - began:.1f} s", flush=True)
         first, _, tokens, usage = answer(engine, prompt, 12, ignore_eos=False)
         said = engine.tokenizer.decode(tokens).strip()
         right = said == fact.value.strip()

@@ -41,8 +41,8 @@ def main() -> None:
     weights = made.released_weights(shape)
     with tempfile.TemporaryDirectory() as disk:
         engine = engine_of(
-            *(shape, weights, 200_000), batch=16, step_tokens=2048, max_context=65536, host_memory=1 << 30, disk=disk,
-            disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
+            *(shape, weights, 250_000), spare=48 << 20, batch=16, step_tokens=2048, max_context=65536,
+            host_memory=1 << 30, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
         )  # fmt: skip
         started = time.monotonic()
         done = load(engine, given.seconds, np.random.default_rng(given.seed))
@@ -54,7 +54,15 @@ def main() -> None:
         engine.close()
     took = round(time.monotonic() - started, 1)
     out = {"card": torch.cuda.get_device_name(), "layers": given.layers, "seconds": took}
-    kept = ("preemptions", "host_bytes_in", "host_bytes_out", "disk_bytes_in", "disk_bytes_out", "fetches_failed")
+    kept = (
+        "preemptions",
+        "rerun_tokens",
+        "host_bytes_in",
+        "host_bytes_out",
+        "disk_bytes_in",
+        "disk_bytes_out",
+        "fetches_failed",
+    )
     kept += ("canary_checked", "canary_failed")
     out |= {**done, "steps": stats.steps, "generated": stats.generated_tokens, "prompt": stats.prompt_tokens}
     out |= {

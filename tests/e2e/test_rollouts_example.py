@@ -10,6 +10,16 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "rollouts.py"
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "rollouts.md"
+
+
+def test_the_loop_on_the_page_runs() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["8 1", "8 2"]
+
+
 def test_the_example_runs() -> None:
     argv = [sys.executable, str(EXAMPLE), "--steps", "2", "--samples", "3", "--tokens", "6"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=600)

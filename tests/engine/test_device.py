@@ -91,12 +91,7 @@ def test_weights_on_no_device_tell_their_size() -> None:
     assert nowhere.weights.embed.device.type == "meta"
 
 
-def test_released_weights_on_a_gpu_without_kernels_for_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(weight_dtype="released", numerics="native")
-    card = torch.device("cuda", 0)
-    monkeypatch.setattr(load, "is_hopper", lambda device: False)
-    with pytest.raises(ConfigError, match=r"compute capability 9\.0 .*Use --weight-dtype bfloat16"):
-        load._refuse_released(config, card)
-    load._refuse_released(config, torch.device("cpu"))
-    monkeypatch.setattr(load, "is_hopper", lambda device: True)
-    load._refuse_released(config, card)
+def test_released_weights_want_native_numerics() -> None:
+    load._refuse_released(EngineConfig(weight_dtype="released", numerics="native"))
+    with pytest.raises(ConfigError, match="exact numerics do not have"):
+        load._refuse_released(EngineConfig(weight_dtype="released", numerics="exact"))

@@ -1,4 +1,4 @@
-"""Every kernel once at small sizes, for compute-sanitizer to look at: `make sanitize-gpu`.
+"""Every kernel once at small sizes, for compute-sanitizer to look at: `make test-gpu SANITIZE=1`.
 
 Nothing is compared here, that is what tests do; a kernel that reads or writes beyond its tensors, or whose threads race
 in shared memory, is named by the tool. Names in the arguments choose parts. Tensors must be allocations of their own,
@@ -60,6 +60,11 @@ def packed() -> None:
         step = cases.step_case(kind, 20, 700, 64, ENTRY, 512, "cuda")
         attend.attend(*step)
         attend.attend_deterministic(*step)
+        raw = cases.heads_case(kind, 150, 700, 64, ENTRY, 512, "cuda")
+        rows.attend_heads(*raw)
+        rows.attend_heads_deterministic(*raw)
+        if rows.is_hopper(torch.device("cuda")):
+            importlib.import_module("triptych.kernels.attend_rows.chunk").attend_chunk(*raw)
 
 
 def selection() -> None:
@@ -67,6 +72,13 @@ def selection() -> None:
     for kind in ("fp8", "mxfp4"):
         queries, keys = cases.index_case(kind, [2048, 600, 3, 0], 64, 128, "cuda")
         select.select_rows(queries, keys, 512)
+        many = torch.arange(140, device="cuda")
+        turns = torch.randn(140, 32, device="cuda")
+        chunk = queries._replace(
+            heads=torch.randn(140, 64 * 128, device="cuda").bfloat16(), angles=(turns.cos(), turns.sin()),
+            weights=torch.randn(140, 64, device="cuda"),
+        )  # fmt: skip
+        select.select_rows(chunk, keys._replace(seq=many // 100, visible=many % 100 + 560, most=2048), 512)
         q = torch.randn(9, 64, 128, device="cuda", dtype=torch.bfloat16)
         seq, visible = torch.zeros(9, dtype=torch.int64, device="cuda"), torch.arange(600, 609, device="cuda")
         some = keys._replace(seq=seq, visible=visible, most=608)
@@ -96,14 +108,14 @@ def mixtures_of_released_weights() -> None:
         for count in (3, 40):
             x = torch.randn(count, 256, device="cuda").bfloat16()
             tokens = torch.randint(0, 50, (count,), device="cuda")
-            moe_rows(x, tokens, router, moe, shared)
+            moe_rows(x, tokens, router, released.tiled(moe), shared)
             ids, weights = route(x, tokens, router)
             mixtures.experts(x, ids, weights, moe)
             shared_expert(x, *shared, moe.limit)
     moe = moe._replace(w13=released.mxfp4(24, 512, 256), w2=released.mxfp4(24, 256, 256))
     x = torch.randn(200, 256, device="cuda").bfloat16()
     ids, weights = route(x, torch.randint(0, 50, (200,), device="cuda"), router)
-    experts(x, ids, weights, moe, fake_quant_fp8)
+    experts(x, ids, weights, released.tiled(moe), fake_quant_fp8)
 
 
 PARTS: dict[str, Callable[[], None]] = {

@@ -18,6 +18,7 @@ from triptych.engine.api import Engine
 from triptych.errors import CheckpointError
 from triptych.kernels.gpu import is_hopper
 from triptych.tiny.bundle import ensure_checkpoint
+from triptych.words import SamplingParams
 
 OPTIONS: dict[str, Any] = {
     **{"max_running": 4, "step_tokens": 256, "max_context": 2048},
@@ -72,3 +73,22 @@ def test_flash_heads_in_every_form_of_weights(form: str) -> None:
     got = engine.generate(prompts, greedy(12))
     assert [out.token_ids for out in got] != [out.token_ids for out in old]
     same(got, want)
+
+
+def test_in_deterministic_mode_it_is_so_to_the_bit() -> None:
+    """Samples of a group, after an update, alone and in company, are those of an engine that began with the weights."""
+    options = OPTIONS | {"deterministic": True}
+    engine = Engine.load("tiny", **options)
+    after = {
+        name: tensor.flip(0) if name.endswith("attn.wq_b.weight") else tensor
+        for name, tensor in CheckpointReader(ensure_checkpoint()).tensors(show_progress=False)
+    }
+    draws = SamplingParams(max_tokens=12, n=3, seed=3, logprobs=1, ignore_eos=True)
+    engine.generate([LONG, LONG[:130]], draws)
+    engine.update_weights(after.items())
+    together = engine.generate([LONG, LONG[:130]], draws)
+    fresh = Engine.load("tiny", **(options | {"max_running": 1, "prefix_cache": False}))
+    fresh.update_weights(after.items())
+    alone = [out for prompt in (LONG, LONG[:130]) for out in fresh.generate([prompt], draws)]
+    for got, want in zip(together, alone, strict=True):
+        assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)

@@ -73,10 +73,12 @@ def test_graphs_give_the_tokens_of_eager_steps(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_graphs_give_the_tokens_of_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = random_engine(NARROW_FLASH, **OPTIONS)
+    """In float32 but for the caches, whose attention rounds its weights: ties are a little wider."""
+    engine = random_engine(NARROW_FLASH, **OPTIONS, kv_format="bfloat16")
     got = engine.generate(PROMPTS, greedy(20))
     engine.check_integrity()
-    same(got, with_runner(monkeypatch, plain).generate(PROMPTS, greedy(20, logprobs=2)))
+    want = with_runner(monkeypatch, plain, kv_format="bfloat16").generate(PROMPTS, greedy(20, logprobs=2))
+    same(got, want, near=0.02)
 
 
 def test_drawn_tokens_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +117,12 @@ def test_an_abort_while_its_rows_run_leaves_nothing_behind() -> None:
         assert got.token_ids == want.token_ids
 
 
-@pytest.mark.parametrize("options", (NATIVE | {"deterministic": True}, {}), ids=("deterministic", "graphs"))
-def test_tiers_bring_back_the_same_tokens(tmp_path: Path, options: dict[str, Any]) -> None:
-    """To the bit where nothing depends on how rows were cut; else in float32, where only near-ties may turn over."""
-    wide = 1 if options else 4
-    tiers = {"host_memory": wide * 64 << 20, "disk": str(tmp_path), "kv_memory": wide * 24 << 20}
+@pytest.mark.parametrize("graphs", (False, True), ids=("deterministic", "graphs"))
+def test_tiers_bring_back_the_same_tokens(tmp_path: Path, graphs: bool) -> None:
+    """To the bit where nothing depends on how rows were cut; else only near-ties may turn over."""
+    options = {"kv_format": "bfloat16"} if graphs else NATIVE | {"deterministic": True}
+    wide = 2 if graphs else 1
+    tiers = {"host_memory": wide * 64 << 20, "disk": str(tmp_path), "kv_memory": wide * 9 << 20}
     engine = random_engine(NARROW_FLASH, **(OPTIONS | tiers), **options)
     prompts = [text(NARROW_FLASH, 50 + i, 2200) for i in range(12)]
     first = [engine.generate([prompt], greedy(8, logprobs=2))[0] for prompt in prompts]
@@ -127,11 +130,11 @@ def test_tiers_bring_back_the_same_tokens(tmp_path: Path, options: dict[str, Any
     engine.check_integrity()
     for prompt, want in zip(prompts, first, strict=True):
         [got] = engine.generate([prompt], greedy(8, logprobs=2))
-        if options:
+        if not graphs:
             assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
         else:
-            same([got], [want])
+            same([got], [want], near=0.02)
     engine.check_integrity()
     stats = engine._loop.stats().cache
     print({name: value for name, value in stats.items() if "bytes" in name or "fetch" in name})
-    assert stats["host_bytes_in"] > 0 and stats["host_bytes_out"] > 0 and stats["fetches_failed"] == 0
+    assert stats.get("host_bytes_in", 0) > 0 and stats.get("host_bytes_out", 0) > 0 and stats["fetches_failed"] == 0

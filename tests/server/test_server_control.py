@@ -5,20 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from conftest import Server, wait_for
 from fake_engine import FakeEngine
 from test_server_operations import metrics_of
+from torch import Tensor
 from typer.testing import CliRunner
 
+from triptych.checkpoint import CheckpointReader, write_checkpoint
 from triptych.cli.serve import app as serve
+from triptych.engine.api import AsyncEngine, Engine
 from triptych.errors import ConfigError
 from triptych.server.app import build_app
 from triptych.server.keys import load_keys
 from triptych.server.openapi import document
 from triptych.server.options import ServerOptions
+from triptych.tiny.bundle import ensure_checkpoint
+from triptych.words import SamplingParams
 
 KEYS = """
 [[key]]
@@ -197,3 +203,49 @@ def test_a_root_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_the_command_does_not_offer_it_to_everyone(tmp_path: Path) -> None:
     result = CliRunner().invoke(serve, ["--host", "0.0.0.0", "--weights-root", str(tmp_path)])
     assert isinstance(result.exception, ConfigError) and "--api-keys" in str(result.exception)
+
+
+def test_the_real_engine_behind_it_says_what_a_fresh_one_says(tmp_path: Path) -> None:
+    """By a file that is sent, and by a directory; requests of the time before end on the weights of that time."""
+    old = ensure_checkpoint(tmp_path / "old")
+    new = tmp_path / "root" / "step-1"
+    reader = CheckpointReader(old)
+    moved = ((name, tensor * 1.2 if name == "head.weight" else tensor) for name, tensor in _changed(reader))
+    write_checkpoint(new, reader.shape, moved, weights="fp32", tokenizer=old / "tokenizer.json")
+    settings: dict[str, Any] = {"kv_memory": 64 << 20, "deterministic": True, "threads": 1}
+    body = {"model": "it", "prompt": "Once upon a time there was a harbour", "max_tokens": 12, "temperature": 0}
+    said = {}
+    for directory in (old, new):
+        fresh = Engine.load(directory, **settings)
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        said[directory] = list(fresh.generate([str(body["prompt"])], params)[0].token_ids)
+        fresh.close()
+    assert said[old] != said[new]
+    engine = AsyncEngine.load(old, **settings)
+    options = ServerOptions(served_model_name="it", weights_root=str(tmp_path / "root"))
+    server = Server(build_app(engine, options))
+    try:
+        with server.http() as http:
+
+            def ask() -> tuple[list[int], dict[str, int]]:
+                answer = http.post("/v1/completions", json=body | {"return_token_ids": True}).json()
+                details = answer["usage"]["completion_tokens_details"]
+                return answer["choices"][0]["token_ids"], details.get("by_weights", {})
+
+            assert ask() == (said[old], {})
+            [file] = new.glob("*.safetensors")
+            done = http.post(UPDATE, content=file.read_bytes(), headers=BYTES)
+            assert done.status_code == 200, done.text
+            assert ask() == (said[new], {"1": 12})
+            cut = http.post(UPDATE, content=file.read_bytes()[:-100], headers=BYTES)
+            assert cut.status_code == 400 and "end early" in cut.json()["error"]["message"]
+            again = http.post(UPDATE, json={"path": "step-1", "running": "recompute"})
+            assert again.json()["identity"] == done.json()["identity"]
+            assert ask() == (said[new], {"2": 12})
+    finally:
+        server.stop()
+
+
+def _changed(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in reader.tensors(show_progress=False):
+        yield name, tensor.flip(0) if name.endswith("attn.wq_b.weight") else tensor

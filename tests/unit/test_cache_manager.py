@@ -324,3 +324,31 @@ def test_integrity_notices_what_is_out_of_place() -> None:
     for harm in harms:
         with pytest.raises(AssertionError, match=r"\w"):
             broken(harm).check_integrity()
+
+
+def test_another_namespace_shares_nothing_and_the_old_one_is_itself_again() -> None:
+    """Other weights: no page, snapshot, session or visit of theirs is found; what runs meanwhile is not kept."""
+    cache = manager()
+    cache.renew(b"one")
+    serve(cache, "a", text(400))
+    names = cache.root("")
+    admit(cache, "runs", text(300, seed=1))
+    run(cache, "runs", text(300, seed=1), 0, 200)
+    cache.renew(b"two")
+    assert cache.root("") != names and not len(cache.sessions)
+    assert admit(cache, "b", text(400)).kind == "cold"
+    assert cache.holdings["b"].branch.turn == 0, "it continues nothing"
+    run(cache, "b", text(400), 0, 400)
+    run(cache, "runs", text(300, seed=1), 200, 300)
+    assert cache.boundary_snapshot("runs") is None
+    for name in ("runs", "b"):
+        cache.release(name)
+        cache.check_integrity()
+    assert admit(cache, "c", text(300, seed=1)).kind == "cold", "its first page came from the old weights"
+    cache.release("c")
+    assert admit(cache, "d", text(400)).kind == "snapshot"
+    cache.release("d")
+    cache.renew(b"one")
+    assert cache.root("") == names, "what lower tiers kept of these weights may be found"
+    cache.reset()
+    assert cache.root("") != names, "unless it became doubtful"

@@ -43,10 +43,9 @@ def padded(batch: Batch, pages: int) -> Batch | None:
     rows = -(-batch.rows // _ROWS) * _ROWS
     window, more = batch.window, rows - batch.rows
     sequences = len(batch.page_table)
-    groups = [len(plan.first) for plan in (batch.csa, batch.hca)]
-    if batch.narrow or not groups[0] or not len(window.past_src):
+    if batch.narrow or not len(batch.csa.first) or not len(window.past_src):
         return None
-    kept = min(rows, SLOT_ROWS) * sequences
+    kept = min(rows, SLOT_ROWS * sequences)
     past = RESTORED * sequences
     table = torch.zeros(sequences, pages, dtype=torch.int64)
     table[:, : batch.page_table.shape[1]] = batch.page_table
@@ -67,14 +66,16 @@ def padded(batch: Batch, pages: int) -> Batch | None:
             keep_src=_up_to(window.keep_src, kept),
             keep_dst=_up_to(window.keep_dst, kept),
         ),
-        csa=_padded(batch.csa, more, rows // CSA_RATIO + sequences, CSA_RING * sequences, pages * (PAGE // CSA_RATIO)),
-        hca=_padded(batch.hca, more, rows // HCA_RATIO + sequences, HCA_RING * sequences, pages * (PAGE // HCA_RATIO)),
+        csa=_padded(batch.csa, rows, sequences, pages, (CSA_RATIO, CSA_RING)),
+        hca=_padded(batch.hca, rows, sequences, pages, (HCA_RATIO, HCA_RING)),
     )
 
 
-def _padded(plan: EntryPlan, more: int, groups: int, ring: int, most: int) -> EntryPlan:
-    """`more` rows and, where any group completes, `groups` groups."""
-    groups = groups if len(plan.first) else 0
+def _padded(plan: EntryPlan, rows: int, sequences: int, pages: int, kind: tuple[int, int]) -> EntryPlan:
+    """A plan for `rows` rows and, where any group completes, as many groups as they can complete."""
+    ratio, ring = kind
+    groups = rows // ratio + sequences if len(plan.first) else 0
+    more, ring = rows - len(plan.visible), min(rows, ring * sequences)
     steps = plan.compress
     compress = steps._replace(
         src=_up_to(steps.src, groups),
@@ -85,7 +86,9 @@ def _padded(plan: EntryPlan, more: int, groups: int, ring: int, most: int) -> En
         keep_dst=_up_to(steps.keep_dst, ring),
     )
     visible = _more(plan.visible, more)
-    return replace(plan, compress=compress, first=_up_to(plan.first, groups), visible=visible, max_visible=most)
+    return replace(
+        plan, compress=compress, first=_up_to(plan.first, groups), visible=visible, max_visible=pages * (PAGE // ratio)
+    )
 
 
 def _more(values: Tensor, count: int) -> Tensor:

@@ -76,7 +76,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     config = with_defaults(config, device)
     _refuse_too_much(reader, config, device)
     if config.weight_dtype == "released":
-        _refuse_released(config, device)
+        _refuse_released(config)
     store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device=device)
     fill(store, reader)
     arrange(store, config)
@@ -230,7 +230,7 @@ def arrange(store: WeightStore, config: EngineConfig) -> None:
         store.put_in_tiles()
 
 
-def _refuse_released(config: EngineConfig, device: torch.device) -> None:
+def _refuse_released(config: EngineConfig) -> None:
     """ConfigError where weights in the released formats cannot be multiplied."""
     if config.numerics != "native":
         raise ConfigError(

@@ -31,15 +31,15 @@ class Vendor:
 
 _FLASH_MLA = Vendor("FlashMLA", "sgl-flash-mla", "1.0.0", ((9, 0),), "")
 VENDORS = {
-    "attend_rows": replace(_FLASH_MLA, faster="where it was measured faster for rows over FP8 caches"),
-    "attend_heads": replace(_FLASH_MLA, faster="for many rows over FP8 caches that are not too long"),
+    "attend_rows": replace(_FLASH_MLA, faster="for long lists and many heads, over FP8 caches"),
+    "attend_heads": replace(_FLASH_MLA, faster="for chunks of 256 rows that see 256 entries or more, over FP8 caches"),
 }
 
 
 UNUSED = {
     "select_rows": "DeepGEMM reads pages of 64 keys, and ours hold 32",
-    "experts": "Marlin and humming want the weights in an order of their own",
-    "moe_rows": "Marlin and humming want the weights in an order of their own",
+    "experts": "humming wants the weights in an order of its own",
+    "moe_rows": "humming wants the weights in an order of its own",
 }
 """Why an operation of which a vendor has a kernel has no adapter for it (docs/kernels.md)."""
 

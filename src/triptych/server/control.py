@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from triptych.errors import Forbidden, RequestError, TooSlow, nearest
+from triptych.errors import ConfigError, Forbidden, RequestError, TooSlow, nearest
 from triptych.server.fields import Fields, FieldTable, parse_object
 from triptych.server.http import json_response, parts, unless_left
 from triptych.server.state import ServerState
@@ -72,7 +73,8 @@ class Control:
             path = self._inside(Fields(raw).text("path"))
             running, timeout = _how(Fields(raw))
             work = self._state.engine.update_weights(path, running=running, timeout=timeout)
-            done = await unless_left(request.receive, work)
+            with _blaming():
+                done = await unless_left(request.receive, work)
         logger.info("weights version %d, %s, put in place by %s", done.version, done.identity[:16], self._who(request))
         return json_response(done)
 
@@ -86,7 +88,8 @@ class Control:
                 raise RequestError("timeout must be a number of seconds.", param="timeout") from None
         running, timeout = _how(Fields(raw))
         pieces = _pulled(self._pieces(request), asyncio.get_running_loop())
-        return await self._state.engine.upload_weights(pieces, running=running, timeout=timeout)
+        with _blaming():
+            return await self._state.engine.upload_weights(pieces, running=running, timeout=timeout)
 
     async def _pieces(self, request: Request) -> AsyncIterator[bytes]:
         """The body as it comes. It may be large, but it must come."""
@@ -124,6 +127,15 @@ class Control:
     @staticmethod
     def _who(request: Request) -> str:
         return request.state.record.caller.name or "a caller without a key"
+
+
+@contextmanager
+def _blaming() -> Iterator[None]:
+    """Weights that cannot be used are the sender's fault, not the server's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RequestError(error.message, error.remedy) from None
 
 
 def _how(fields: Fields) -> tuple[Running, float | None]:

@@ -10,7 +10,7 @@ A keys file is TOML; only hashes need to be in it (`triptych serve --help` says 
     tokens_per_minute = 2000000
     concurrent = 32
     cache_share = 0.25            # of the cache, while others want room
-    admin = false                 # may read /metrics and the dashboard
+    admin = false                 # may read /metrics and the dashboard, and use /admin where that is on
 """
 
 from __future__ import annotations

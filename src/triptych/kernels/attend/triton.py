@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
-from triptych.kernels.attend_rows.triton import FIXED_SPAN, attend_packed
+from triptych.kernels.attend_rows.triton import attend_packed
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
@@ -101,24 +100,17 @@ def attend_deterministic(
     q: Tensor, window: WindowRows, entries: PagedEntries | None, selected: Tensor | None, attention: Attention
 ) -> Tensor:
     """See ref.attend; a row's result does not depend on its batch mates. Some rows at a time: all have all splits."""
+    if isinstance(window.rows, PackedRows):
+        return attend_packed(q, window, entries, selected, attention, fixed=True)
     rows, heads, dim = q.shape
-    most = WINDOW
-    if entries is not None:
-        seen = entries.most if entries.most is not None else int(entries.visible.max())
-        most += seen if selected is None else selected.shape[1]
-    is_packed = isinstance(window.rows, PackedRows)
-    splits = triton.cdiv(most, FIXED_SPAN) if is_packed else _FIXED.splits
-    step = max(1, _PARTS // (4 * splits * heads * dim))
+    step = max(1, _PARTS // (4 * _FIXED.splits * heads * dim))
     out = torch.empty_like(q)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         mine = replace(window, first=window.first[part], count=window.count[part])
         some = None if entries is None else entries._replace(seq=entries.seq[part], visible=entries.visible[part])
         chosen = None if selected is None else selected[part]
-        if is_packed:
-            out[part] = attend_packed(q[part], mine, some, chosen, attention, fixed=True)
-        else:
-            out[part] = attend(q[part], mine, some, chosen, attention, _FIXED)
+        out[part] = attend(q[part], mine, some, chosen, attention, _FIXED)
     return out
 
 

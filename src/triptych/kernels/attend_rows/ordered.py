@@ -34,11 +34,12 @@ def combine(
     span,
     MODE: tl.constexpr,
     FLAT: tl.constexpr,
+    RAW: tl.constexpr,
     REACH: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    """128 dims of one head of one row: the splits' sums by their weights, rotated back unless FLAT."""
+    """128 dims of one head of one row: the splits' sums by their weights, rotated back if queries came RAW."""
     r = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
     d = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -50,7 +51,7 @@ def combine(
     for s in range(0, used):
         highest = tl.maximum(highest, tl.load(peak_ptr + line + s * heads))
     at = d - (DIM - ROPE)
-    turns = (at >= 0) & (d < DIM) & (not FLAT)
+    turns = (at >= 0) & (d < DIM) & RAW
     partner = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
     weight = tl.exp2(sink - highest)
     acc, turned = tl.zeros([128], tl.float32), tl.zeros([128], tl.float32)
@@ -59,7 +60,7 @@ def combine(
         factor = tl.exp2(tl.load(peak_ptr + row) - highest)
         weight += tl.load(weight_ptr + row) * factor
         acc += tl.load(part_ptr + row * DIM + d, mask=d < DIM, other=0.0) * factor
-        if not FLAT:
+        if RAW:
             turned += tl.load(part_ptr + row * DIM + partner, mask=turns, other=0.0) * factor
     turn = r * (ROPE // 2) + at // 2
     cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)

@@ -34,6 +34,7 @@ from triptych.kernels.quant.formats import PackedRows, Rows
 
 _LOG2E = 1.4426950408889634
 FIXED_SPAN = 512  # keys of a split in deterministic mode
+_PARTS = 1 << 29  # bytes of the splits' sums alive at once in deterministic mode
 _SMALL = 16 * 32  # heads times keys of a tile that every GPU has room for
 _SHARED = 165888  # bytes of shared memory that larger tiles want
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -144,9 +145,30 @@ def _step_rows(
     out = torch.empty(rows, queries.count, queries.dim, dtype=heads.dtype, device=heads.device)
     slots = window.first if entries is None else entries.seq
     ring = RingRows(window.rows, 0, 1, window.first, slots, window.count)
-    if rows:
-        _launch(queries, ring, entries, ids, attention, out, _fixed(queries, ring) if fixed else None)
+    tiling = _fixed(queries, ring) if fixed else None
+    for part in _parts_of(queries, entries, ids, fixed):
+        some = None if entries is None else entries._replace(seq=slots[part], visible=entries.visible[part])
+        mine = ring._replace(positions=window.first[part], slots=slots[part], lowest=window.count[part])
+        chosen = None if ids is None else ids[part]
+        _launch(_some(queries, part), mine, some, chosen, attention, out[part], tiling)
     return out
+
+
+def _parts_of(queries: Queries, entries: PagedEntries | None, ids: Tensor | None, fixed: bool) -> list[slice]:
+    """All rows at once; or, where splits are many because they are short, so many that their sums take _PARTS bytes."""
+    rows, step = len(queries.heads), len(queries.heads)
+    if fixed and entries is not None:
+        assert entries.most is not None
+        splits = triton.cdiv(WINDOW + (entries.most if ids is None else ids.shape[1]), FIXED_SPAN)
+        step = max(1, _PARTS // (4 * splits * queries.count * queries.dim))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, max(step, 1))]
+
+
+def _some(queries: Queries, rows: slice) -> Queries:
+    """These rows' queries; those that are rotated already have no angles."""
+    cos, sin = queries.angles
+    angles = (cos[rows], sin[rows]) if queries.eps > 0 else (cos, sin)
+    return queries._replace(heads=queries.heads[rows], angles=angles)
 
 
 def _converts(queries: Queries, window: WindowRows, entries: PagedEntries | None) -> bool:
@@ -178,9 +200,7 @@ def _launch(
     if entries is not None:
         assert entries.most is not None
         most += entries.most if ids is None else ids.shape[1]
-    t = tiling or tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
-    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
-        t = t._replace(heads=16, keys=32, warps=4, stages=3)
+    t = tiling or _usual(queries, window, out, most)
     splits = triton.cdiv(most, t.span)
     whole = flat and splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
@@ -201,28 +221,34 @@ def _launch(
         REACH=WINDOW,
         **_choices(t, window, dim, rope),
     )
-    if whole:
-        return
-    if t.fixed:
-        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](
-            *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
-            **dict(MODE=mode, FLAT=flat, REACH=WINDOW, DIM=dim, ROPE=rope, num_warps=1),
-        )
+    if not whole:
+        sums = (part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span)
+        meta = dict(MODE=mode, FLAT=flat, RAW=raw, REACH=WINDOW, DIM=dim, ROPE=rope)
+        _second_launch(sums, meta, out, splits, fixed=t.fixed)
+
+
+def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, splits: int, *, fixed: bool) -> None:
+    rows, heads, dim = out.shape
+    if fixed:
+        ordered.combine[(triton.cdiv(dim, 128), heads, rows)](*sums, **meta, num_warps=1)
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *(part, stats, stats[1], attention.sink, cos, sin, *reads, out, heads, splits, t.span),
-        MODE=mode,
-        FLAT=flat,
-        RAW=raw,
-        REACH=WINDOW,
-        DIM=dim,
-        ROPE=rope,
+        *sums,
+        **meta,
         WIDTH=width,
         SPLITS=triton.next_power_of_2(splits),
         TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
         num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
+
+
+def _usual(queries: Queries, window: RingRows, out: Tensor, most: int) -> Tiling:
+    rows, heads, _ = out.shape
+    t = tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
+    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+        return t._replace(heads=16, keys=32, warps=4, stages=3)
+    return t
 
 
 def _on_hopper(queries: Queries, window: RingRows) -> bool:

@@ -34,9 +34,11 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
-_HEADS = (64, 128)
-_FEWEST_ROWS = ((128, 8), (384, 4), (2048, 2), (1 << 62, 1))
-"""Entries that a row reads at most, and from how many rows of 64 heads on FlashMLA is faster."""
+_FEWEST_ROWS = {
+    64: ((2048, 96), (1 << 62, 1)),
+    128: ((128, 64), (384, 32), (2048, 8), (1 << 62, 1)),
+}
+"""By heads: entries that a row reads at most, and from how many rows on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
 _FEWEST_STEP_ROWS, _LEAST_STEP_REACH = 256, 256
 _TILE_HEADS, _TILE_KEYS, _TURNED = 4, 256, 16
@@ -117,17 +119,17 @@ def serves_step(queries: Queries, window: WindowRows, entries: PagedEntries | No
 
 def _known(queries: Queries, rows: Rows) -> bool:
     fits = isinstance(rows, PackedRows) and queries.dim == 512 and rows.format.rope == 64
-    fits = fits and queries.count in _HEADS and queries.heads.dtype == torch.bfloat16
+    fits = fits and queries.count in _FEWEST_ROWS and queries.heads.dtype == torch.bfloat16
     return fits and is_hopper(queries.heads.device)
 
 
 def faster(heads: int, rows: int, reach: int) -> bool:
     """Whether FlashMLA with its launches around it beats our own kernels where a row reads at most `reach` entries.
 
-    As measured on an H200 (benchmarks/results/gpu_attention.jsonl): short lists of few rows are over before they are
-    prepared, and 128 heads count as two rows of 64.
+    As measured on an H200 (benchmarks/results/gpu_attention.jsonl), by 7 us or more: what it gained alone was up to
+    6 us more a call than what was left of it between the other kernels of a decode step.
     """
-    return rows * heads // 64 >= next(least for most, least in _FEWEST_ROWS if reach <= most)
+    return rows >= next(least for most, least in _FEWEST_ROWS[heads] if reach <= most)
 
 
 def _reach(entries: PagedEntries | None, ids: Tensor | None) -> int:

@@ -64,6 +64,13 @@ def select_entries(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) ->
     return out
 
 
+def select_entries_deterministic(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_entries; a row's scores do not depend on how many rows there are."""
+    if isinstance(keys.pool, PackedRows):
+        return select_packed(q, weights, keys, topk, fixed=True)
+    return select_entries(q, weights, keys, topk)
+
+
 def highest(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """Ids [R, k] int64, ascending, of the k highest of the first visible[r] scores of each row, padded with -1."""
     rows, total = scores.shape

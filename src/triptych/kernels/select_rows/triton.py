@@ -39,8 +39,16 @@ def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
     Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
     """
     assert keys.most is not None
+    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE))))
+
+
+def select_rows_deterministic(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
+    """See ref.select_rows; rows go through the kernel of decode rows, however many there are."""
+    return _some_at_a_time(queries, keys, topk, _ALONE)
+
+
+def _some_at_a_time(queries: IndexQueries, keys: PagedEntries, topk: int, step: int) -> Tensor:
     rows = len(queries.heads)
-    step = max(_ALONE, _SCORES // (4 * max(keys.most, _TILE)))
     if rows <= step:
         scores, tops = ordered_scores(queries, keys)
         return highest(scores, tops, keys.visible, topk)
@@ -102,16 +110,16 @@ def ordered_scores(
     return scores, tops
 
 
-def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int) -> Tensor:
+def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int, *, fixed: bool = False) -> Tensor:
     """index.ref.select_entries for packed keys; q [R, Hi, Di] ready to be multiplied.
 
-    Some rows at a time, so that their scores take at most a quarter of a gigabyte.
+    Some rows at a time, so that their scores take at most a quarter of a gigabyte; `fixed`: by one kernel always.
     """
     most = keys.most if keys.most is not None else int(keys.visible.max())
     rows, heads, dim = q.shape
     out = torch.empty(rows, min(topk, most), dtype=torch.int64, device=q.device)
     none = torch.empty(1, 0, device=q.device)
-    step = max(1, _SCORES // (4 * max(most, _TILE)))
+    step = _ALONE if fixed else max(1, _SCORES // (4 * max(most, _TILE)))
     for first in range(0, rows, step):
         part = slice(first, first + step)
         some = keys._replace(seq=keys.seq[part], visible=keys.visible[part], most=most)
