@@ -108,14 +108,14 @@ def mixtures_of_released_weights() -> None:
         for count in (3, 40):
             x = torch.randn(count, 256, device="cuda").bfloat16()
             tokens = torch.randint(0, 50, (count,), device="cuda")
-            moe_rows(x, tokens, router, moe, shared)
+            moe_rows(x, tokens, router, released.tiled(moe), shared)
             ids, weights = route(x, tokens, router)
             mixtures.experts(x, ids, weights, moe)
             shared_expert(x, *shared, moe.limit)
     moe = moe._replace(w13=released.mxfp4(24, 512, 256), w2=released.mxfp4(24, 256, 256))
     x = torch.randn(200, 256, device="cuda").bfloat16()
     ids, weights = route(x, torch.randint(0, 50, (200,), device="cuda"), router)
-    experts(x, ids, weights, moe, fake_quant_fp8)
+    experts(x, ids, weights, released.tiled(moe), fake_quant_fp8)
 
 
 PARTS: dict[str, Callable[[], None]] = {
