@@ -143,6 +143,9 @@ priced with the planner's prefill rate and each tier's latency and bandwidth.
 
 {_below(cells)}
 
+Tiers: {_tiers(row)}. Where a tier is slower than computing, nothing is fetched from it, and its figures are those of
+the device above.
+
 **Break-even by arithmetic** (what must hold for keeping to pay, by the planner):
 
 {_break_even()}
@@ -207,6 +210,13 @@ def _below(cells: Cells) -> str:
     pressures = sorted({pressure for _, tier, _, pressure, _ in cells if tier != "device"})
     head = (f"ms: {' / '.join(_SHOWN_BELOW)}", "tier", "length", *(f"pressure {one:g}" for one in pressures))
     return markdown_table(head, lines)
+
+
+def _tiers(row: Row) -> str:
+    known = [(name, tier) for name, tier in row["tiers"].items() if tier is not None]
+    return ", ".join(
+        f"{name} {tier['bandwidth'] / 1e9:g} GB/s after {1e3 * tier['latency']:g} ms" for name, tier in known
+    )
 
 
 _SHOWN_BELOW = ("full", "periodic:8192", "none", "adaptive")

@@ -27,7 +27,7 @@ from triptych.engine.pools import Pools
 from triptych.kernels.registry import select
 from triptych.model.batch import DecodeBatch
 from triptych.model.transformer import Transformer
-from triptych.model.weights import ModelWeights, WeightStore
+from triptych.model.weights import ModelWeights, WeightStore, in_tiles
 from triptych.words import Chunk
 
 REPLAYS = 9
@@ -57,7 +57,7 @@ def random_weights(shape: ModelShape) -> ModelWeights:
         for matrix in found(layer):
             if matrix.dtype == torch.float32 and matrix.dim() >= 2 and matrix.shape[-1] in (32, 8, 64, 16):
                 matrix.fill_(2.0**-6)
-    return store.weights
+    return in_tiles(store.weights)
 
 
 def found(value: Any) -> Iterator[Tensor]:

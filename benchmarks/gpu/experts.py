@@ -49,7 +49,7 @@ def layer(name: str, experts: int | None = None, hashed: bool = False) -> tuple[
     bias = torch.randn(count, device="cuda") * 0.01
     table = torch.stack([torch.randperm(count, device="cuda")[:6] for _ in range(512)]) if hashed else None
     router = Router(gate, None if hashed else bias, table, 6, 1.5)
-    moe = Experts(mxfp4(count, 2 * inner, dim), mxfp4(count, dim, inner), 10.0)
+    moe = Experts(mxfp4(count, 2 * inner, dim).in_tiles(True), mxfp4(count, dim, inner).in_tiles(False), 10.0)
     return router, moe, (fp8(2 * inner, dim), fp8(dim, inner))
 
 
@@ -86,7 +86,7 @@ def check_many() -> bool:
             same = torch.equal(got, experts(x, ids, weights, moe, fake_quant_fp8))
             want = ref.experts(x, ids, weights, moe, fake_quant_fp8)
             error = float((got.double() - want.double()).norm() / want.double().norm())
-            fine = error < 2.5e-2 and same  # hidden values lie an e4m3 step off where a sum is a little off
+            fine = error < 8e-3 and same  # hidden values lie an e4m3 step off where a sum is a little off
             good &= fine
             print(f"{name:6} many {rows:5} error {error:.2e} repeatable {same} {'ok' if fine else 'WRONG'}", flush=True)
     return good

@@ -14,7 +14,7 @@ from triptych.cache.geometry import CacheGeometry
 from triptych.config import PAGE, SHAPES, CacheConfig, EngineConfig, ModelShape
 from triptych.engine.pools import Pools
 from triptych.kernels.quant.formats import PackedRows
-from triptych.model.weights import ModelWeights, WeightStore
+from triptych.model.weights import ModelWeights, WeightStore, in_tiles
 from triptych.words import Chunk, StepPlan
 
 RELEASED_CACHE = {"kv_format": "fp8"}
@@ -41,7 +41,7 @@ def released_weights(shape: ModelShape, device: str = "cuda") -> ModelWeights:
     generator = torch.Generator(device).manual_seed(0)
     for name, target in store._targets.items():
         _fill(name, target.values, target.scales, shape, generator)
-    return store.weights
+    return in_tiles(store.weights) if device == "cuda" else store.weights
 
 
 def _fill(name: str, values: Tensor, scales: Tensor | None, shape: ModelShape, generator: torch.Generator) -> None:

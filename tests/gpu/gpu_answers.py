@@ -12,7 +12,7 @@ from triptych.checkpoint import random_tensors
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.api import Engine, Output
 from triptych.engine.device import device_for
-from triptych.engine.load import _DTYPES, LoadedEngine, build_loop
+from triptych.engine.load import _DTYPES, LoadedEngine, arrange, build_loop
 from triptych.model.weights import WeightStore
 from triptych.words import SamplingParams, TokenIds
 
@@ -41,6 +41,7 @@ def random_engine(shape: ModelShape, *, seed: int = 0, **options: object) -> Eng
             store.place(name, tensor)
     geometry = CacheGeometry.of(shape, config.cache.kv_format, config.cache.index_format)
     capacity = plan_capacity(geometry, config.cache.kv_memory or 1 << 30, config.max_running)
+    arrange(store, config)
     loop = build_loop(store.weights, config, geometry, capacity)
     limit = min(shape.max_position, capacity.tokens)
     return Engine(LoadedEngine("random", shape, config, None, loop, limit, "", store))

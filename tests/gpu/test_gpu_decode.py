@@ -19,7 +19,7 @@ from triptych.config import PAGE, WINDOW, EngineConfig
 from triptych.engine.pools import Pools
 from triptych.engine.runner import Runner
 from triptych.model.batch import DecodeBatch
-from triptych.model.weights import Storage, WeightStore
+from triptych.model.weights import Storage, WeightStore, in_tiles
 from triptych.words import Chunk, StepPlan
 
 SHAPE = replace(NARROW_FLASH, index_topk=64)
@@ -34,7 +34,8 @@ def runner_on(device: str, storage: Storage, kv_format: Any, index_format: Any) 
         store.place(name, tensor)
     geometry = CacheGeometry.of(SHAPE, kv_format, index_format)
     pools = Pools(SHAPE, geometry, CacheCapacity(len(LENGTHS) * PAGES, len(LENGTHS)), torch.device(device), spare=1)
-    return Runner(store.weights, EngineConfig(numerics="native", device=device), pools)
+    weights = in_tiles(store.weights) if device == "cuda" else store.weights
+    return Runner(weights, EngineConfig(numerics="native", device=device), pools)
 
 
 def pages_of(sequence: int) -> np.ndarray:

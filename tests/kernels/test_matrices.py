@@ -17,6 +17,7 @@ from triptych.kernels.quant.ref import (
     quantize_fp8,
     quantize_mxfp4,
 )
+from triptych.kernels.quant.tiles import tile_values
 
 
 def fp8(rows: int, columns: int, seed: int = 0) -> Fp8Matrix:
@@ -48,6 +49,32 @@ def test_mxfp4_matrices_are_their_groups() -> None:
     assert stack.shape == (3, 20, 64)
     assert torch.equal(stack.dequantize()[1], dequantize_mxfp4(stack.values[1], stack.scales[1]))
     assert torch.equal(stack.one(2).dequantize(), stack.dequantize()[2])
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("size", [(64, 128), (192, 384), (128, 512)])
+def test_tiles_hold_what_was_put_into_them(size: tuple[int, int], paired: bool) -> None:
+    stack = mxfp4(2, *size)
+    stack.scales[1, 3] = torch.randint(0, 254, (size[1] // 32,), dtype=torch.uint8)
+    want = stack.dequantize()
+    tiled = stack.in_tiles(paired)
+    assert tiled.shape == stack.shape
+    assert torch.equal(tiled.dequantize(), want)
+    assert torch.equal(tiled.one(1).dequantize(), want[1])
+
+
+def test_a_tile_is_what_threads_multiply() -> None:
+    """Word i of thread (warp w, row r, scale c) of a half of rows, against the columns that tiles.py says it has."""
+    values = torch.randint(0, 256, (64, 64), dtype=torch.uint8)
+    codes = torch.stack([values & 15, values >> 4], -1).view(64, 128).int()
+    words = tile_values(values, paired=False).flatten().view(torch.int32)
+    for half, w, r, c, i in ((0, 0, 0, 0, 0), (1, 2, 5, 3, 1), (0, 3, 7, 1, 3)):
+        word = int(words[(half * 128 + w * 32 + r * 4 + c) * 4 + i]) & 0xFFFFFFFF
+        for h in range(2):
+            for place in range(4):
+                magnitude = word >> (16 * h + 4 * place) & 7
+                sign = word >> (8 * place + (3 if h else 7)) & 1
+                assert codes[16 * w + 8 * half + r, 32 * c + 8 * i + 4 * h + place] == 8 * sign + magnitude
 
 
 @pytest.mark.parametrize("width", [64, 128, 300])

@@ -64,6 +64,21 @@ def test_what_is_stored_is_kept_bit_for_bit(released: Path) -> None:
     assert experts.w2.shape == (s.num_experts, s.hidden_size, s.moe_intermediate_size)
 
 
+def test_experts_in_tiles_are_overwritten_in_tiles(released: Path) -> None:
+    reader = CheckpointReader(released)
+    store = WeightStore(reader.shape, "released", mtp=reader.has_mtp)
+    other = store.blank()
+    for raw in reader.raw_tensors():
+        other.place(raw.spec.name, raw.data, raw.scale)
+        store.place(raw.spec.name, raw.data.flip(0), None if raw.scale is None else raw.scale.flip(0))
+    store.put_in_tiles()
+    mine, theirs = store.weights.layers[1].moe.experts.w13, other.weights.layers[1].moe.experts.w13
+    assert isinstance(mine, Mxfp4Matrix) and isinstance(theirs, Mxfp4Matrix) and mine.tops is not None
+    assert not torch.equal(mine.one(0).dequantize(), theirs.one(0).dequantize())
+    store.overwrite(other)
+    assert torch.equal(mine.dequantize(), theirs.dequantize())
+
+
 def test_released_bytes_are_those_of_the_files() -> None:
     shape = replace(SHAPES["flash"], num_mtp_layers=0)
     kept = WeightStore(shape, "released", device="meta").nbytes

@@ -305,3 +305,14 @@ def test_a_browser_asks_for_a_key(guarded: Server, tmp_path: Path) -> None:
     assert "needs a key" in text_of(seen.markup)
     assert re.search(r'<form id="key">', seen.markup), "the form is shown"
     assert "chatcmpl-" not in seen.markup
+
+
+@needs_chromium
+def test_a_browser_says_when_no_step_begins(engine: FakeEngine, server: Server, tmp_path: Path) -> None:
+    engine.updates += [("a directory", "drain", None)] * 3
+    for state, sentence in (("paused", "paused: no step begins"), ("updating", "new weights wait for requests to end")):
+        engine.state = state
+        seen = visit(f"{server.url}/dashboard", tmp_path)
+        words = text_of(seen.markup)
+        assert not seen.console, seen.console
+        assert sentence in words and "weights replaced 3×" in words

@@ -34,6 +34,7 @@ from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, prepare_chunks, warm_up
 from triptych.errors import CheckpointError, ConfigError, nearest
 from triptych.kernels import parallel
+from triptych.kernels.gpu import is_hopper
 from triptych.model.weights import ModelWeights, Storage, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.text.grammar import GrammarCache
@@ -78,6 +79,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
         _refuse_released(config)
     store = WeightStore(shape, _DTYPES[config.weight_dtype], mtp=reader.has_mtp, device=device)
     fill(store, reader)
+    arrange(store, config)
     weights = store.weights
     memory = _cache_memory(weights, config, geometry)
     capacity = plan_capacity(geometry, memory, config.max_running)
@@ -217,6 +219,15 @@ def check_complete(store: WeightStore) -> None:
     missing = store.missing()
     if missing:
         raise CheckpointError(f"The checkpoint lacks tensor {missing[0]} ({len(missing)} in all).")
+
+
+def arrange(store: WeightStore, config: EngineConfig) -> None:
+    """Bring a filled store's weights into the form that the kernels read which `config` chooses.
+
+    Deterministic mode has kernels for any GPU, which read MXFP4 as it is released.
+    """
+    if is_hopper(store.weights.embed.device) and not config.deterministic:
+        store.put_in_tiles()
 
 
 def _refuse_released(config: EngineConfig) -> None:

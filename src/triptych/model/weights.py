@@ -8,7 +8,7 @@ Projections that read the same input share one matrix, so that one product serve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -148,6 +148,7 @@ class WeightStore:
         self._dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         self._targets: dict[str, _Place] = {}
         self._placed: set[str] = set()
+        self._tiled = False
         if self._released:
             _check_blocks(shape)
         with torch.device(device):
@@ -165,6 +166,7 @@ class WeightStore:
         With `scale` (e8m0 codes or float32) it is as stored in a file: float8_e4m3fn, or packed e2m1. Whatever is not
         in the form in which it is kept is brought into it.
         """
+        assert not self._tiled, name
         target = self._targets.get(name)
         if target is None:
             raise CheckpointError(f"Tensor {name} has no place in this model.")
@@ -198,12 +200,23 @@ class WeightStore:
         return WeightStore(self._shape, self._storage, mtp=self.has_mtp, device=device)
 
     def overwrite(self, other: WeightStore) -> None:
-        """Put what was placed in `other`, a blank of this one, into the tensors of this one: no address changes."""
+        """Put what was placed in `other`, a filled blank of this one, into this one's tensors: no address changes."""
         for name in other.placed:
             mine, theirs = self._targets[name], other._targets[name]
             mine.values.copy_(theirs.values)
             if mine.scales is not None and theirs.scales is not None:
                 mine.scales.copy_(theirs.scales)
+        if self._tiled:
+            again = self.weights.mtp if any(name.startswith("mtp.") for name in other.placed) else ()
+            for layer in (*self.weights.layers, *(block.block for block in again)):
+                for matrix in (layer.moe.experts.w13, layer.moe.experts.w2):
+                    if isinstance(matrix, Mxfp4Matrix):
+                        matrix.tile()
+
+    def put_in_tiles(self) -> None:
+        """Arrange MXFP4 experts as a GPU's kernels read them; nothing may be placed after it, only overwritten."""
+        self.weights = in_tiles(self.weights)
+        self._tiled = True
 
     @property
     def released(self) -> bool:
@@ -414,6 +427,23 @@ def _dense(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if tensor.dtype == torch.float8_e4m3fn:
         return dequantize_fp8(tensor, scale)
     return Mxfp4Matrix(tensor, scale).dequantize()
+
+
+def in_tiles(weights: ModelWeights) -> ModelWeights:
+    """`weights` with MXFP4 experts as a GPU's kernels read them, in the same memory: `weights` are none any more."""
+    return replace(
+        weights,
+        layers=tuple(_layer_in_tiles(layer) for layer in weights.layers),
+        mtp=tuple(replace(mtp, block=_layer_in_tiles(mtp.block)) for mtp in weights.mtp),
+    )
+
+
+def _layer_in_tiles(layer: LayerWeights) -> LayerWeights:
+    w13, w2, limit = layer.moe.experts
+    if not isinstance(w13, Mxfp4Matrix) or not isinstance(w2, Mxfp4Matrix):
+        return layer
+    experts = Experts(w13.in_tiles(paired=True), w2.in_tiles(paired=False), limit)
+    return replace(layer, moe=replace(layer.moe, experts=experts))
 
 
 def _check_blocks(s: ModelShape) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,46 +13,86 @@ from torch import Tensor
 from triptych.kernels.moe import few
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.router import route_few
+from triptych.kernels.moe.tiled import blocks_of, descriptors
 from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
+
+_PAIRS = 8
+"""Pairs of one expert that a program multiplies by; those beyond them are another program's."""
 
 _COUNTERS = 1 << 15
 """Counters of each launch: it needs one a tile and 128 hidden columns, or one a row and 64 output columns."""
 
 
+class Tiling(NamedTuple):
+    """Of a launch: tiles of 64 weight rows a program, blocks of 128 columns a stage, stages, at most."""
+
+    tiles: int
+    blocks: int
+    stages: int
+
+
+UP = DOWN = Tiling(1, 4, 2)
+"""More stages, or more rows a program, leave room for fewer programs on a multiprocessor, and were slower."""
+
+
 def moe_rows_on_gpu(
     x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
 ) -> Tensor:
-    """See ref.moe_rows; x bfloat16, 1 to some hundred rows. Neither synchronises nor depends on what is routed."""
+    """See ref.moe_rows; x bfloat16, 1 to some hundred rows, experts in tiles. Neither synchronises nor depends on what
+    is routed."""
     w13, w2 = moe.w13, moe.w2
     shared13, shared2 = shared
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
+    assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
     rows, dim = x.shape
     inner, k = w2.shape[2], router.experts_per_token
-    pairs = rows * k
-    n = 8  # an expert's pairs beyond them are another tile: tiles of 16 cost registers, and with them programs
-    tiles = min(pairs, pairs // n + min(pairs, w2.shape[0]))
-    extra = triton.cdiv(rows, n)
-    counters = _counters(x.device)
+    pairs, dev = rows * k, x.device
+    tiles = min(pairs, pairs // _PAIRS + min(pairs, w2.shape[0]))
+    extra = triton.cdiv(rows, _PAIRS)
+    most = extra + min(tiles, _expected(rows, k, w2.shape[0]))
+    counters = _counters(dev)
     x = x.contiguous()
-    weights, tile, order, xq, xs = route_few(x, token_ids, router, n, tiles, counters[0])
-    hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=x.device)
-    hq = torch.empty(pairs + rows, inner, dtype=torch.float16, device=x.device)
-    hs = torch.empty(pairs + rows, inner // 128, dtype=torch.float32, device=x.device)
-    shape = dict(DIM=dim, INNER=inner, TOPK=k, N=n, num_warps=4)
-    few.up[(inner // 32, extra + tiles)](
-        *(xq, xs, tile, order, weights, _words(w13.values), w13.scales, _words(shared13.values), shared13.scales),
-        *(hidden, hq, hs, counters[1], rows, pairs, moe.limit, extra),
+    weights, tile, order, xq, xs = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
+    hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=dev)
+    hq = torch.empty(pairs, inner, dtype=torch.uint8, device=dev)
+    sq = torch.empty(rows, inner, dtype=torch.float16, device=dev)
+    hs = torch.empty(pairs + rows, inner // 128, dtype=torch.float32, device=dev)
+    shape = dict(DIM=dim, INNER=inner, TOPK=k)
+    tiling = UP
+    blocks = blocks_of(dim, tiling.blocks)
+    few.up[(most * inner // (32 * tiling.tiles),)](
+        *(xq, xs, tile, order, weights, *descriptors(w13, tiling.tiles, blocks), w13.tops),
+        *(_words(shared13.values), shared13.scales, hidden, hq, sq, hs, counters[1]),
+        *(rows, pairs, tiles, moe.limit, extra),
+        KS=blocks,
+        STAGES=min(tiling.stages, dim // 128 // blocks),
+        TILES=tiling.tiles,
+        num_warps=4 * tiling.tiles,
         **shape,
     )
-    each = torch.empty(pairs + rows, dim, dtype=torch.float32, device=x.device)
+    each = torch.empty(pairs + rows, dim, dtype=torch.float32, device=dev)
     out = torch.empty_like(x)
-    few.down[(dim // 64, extra + tiles)](
-        *(hq, hs, tile, order, _words(w2.values), w2.scales, _words(shared2.values), shared2.scales),
-        *(each, out, counters[2], rows, pairs, extra),
+    tiling = DOWN
+    blocks = blocks_of(inner, tiling.blocks)
+    few.down[(most * dim // (64 * tiling.tiles),)](
+        *(hq, sq, hs, tile, order, *descriptors(w2, tiling.tiles, blocks), w2.tops),
+        *(_words(shared2.values), shared2.scales, each, out, counters[2], rows, pairs, tiles, extra),
+        KS=blocks,
+        STAGES=min(tiling.stages, inner // 128 // blocks),
+        TILES=tiling.tiles,
+        num_warps=4 * tiling.tiles,
         **shape,
     )
     return out
+
+
+def _expected(rows: int, k: int, experts: int) -> int:
+    """For how many tiles programs start: for about as many as there are if all experts are equally likely.
+
+    Tiles beyond them wait for programs that are done; programs beyond the tiles end at once, but take time to start.
+    """
+    return math.ceil(1.03 * experts * (1 - (1 - k / experts) ** rows)) + rows * k // (_PAIRS * 2)
 
 
 @cache

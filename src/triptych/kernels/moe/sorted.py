@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.moe import many
 from triptych.kernels.moe.ref import Experts
+from triptych.kernels.moe.tiled import blocks_of, descriptors
 from triptych.kernels.quant.matrices import Mxfp4Matrix
 
-_TILE = 128
+
+class Tiling(NamedTuple):
+    """Of a launch: blocks of 128 columns a stage, tiles of 64 weight rows, programs a multiprocessor; stages of wide
+    pieces, of 128 pairs, and of narrow ones, of 64."""
+
+    blocks: int
+    tiles: int
+    programs: int
+    wide: int
+    narrow: int
+
+
+TILING = Tiling(2, 1, 2, 2, 3)
+HIDDEN = torch.float32
+"""What hidden values are kept in until they are rounded."""
+
+_WIDE = 128
+
+
+class _Pieces(NamedTuple):
+    """`width` pairs or fewer of one expert each: [.., 3] int32 (expert, first pair, pairs), and how many [1] int32."""
+
+    width: int
+    table: Tensor
+    total: Tensor
 
 
 def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tensor:
-    """See ref.experts, in native numerics. Does not synchronise.
+    """See ref.experts, in native numerics, experts in tiles. Does not synchronise.
 
-    Takes per pair: 1 byte a column of x, 3 of the hidden values, 4 of the output.
+    Takes per pair: 1 byte a column of x, 5 of the hidden values, 4 of the output.
     """
     w13, w2 = moe.w13, moe.w2
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
+    assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     rows, k = ids.shape
     count, dim, inner = w2.shape
     pairs, dev = rows * k, x.device
     flat, order = torch.sort(ids.flatten(), stable=True)
-    tiles = _tiles(flat, count)
+    pieces = _pieces(flat, count)
     gates = weights.flatten()[order].float()
     padded = -(-pairs // 128) * 128 + 128
-    xq, xs = _rounded(x.contiguous(), order, pairs, padded, k)
-    hidden = torch.empty(pairs, inner, dtype=torch.bfloat16, device=dev)
-    shape = dict(DIM=dim, INNER=inner, num_warps=8)
-    many.up[(inner // 64, len(tiles))](
-        *(xq, xs, tiles, gates, w13.values, w13.scales, hidden, padded, moe.limit), **shape
-    )
-    del xq, xs
-    hq, hs = _rounded(hidden, order, pairs, padded, 0)
+    inputs = _rounded(x.contiguous(), order, pairs, padded, k)
+    hidden = torch.empty(pairs, inner, dtype=HIDDEN, device=dev)
+    for some in pieces:
+        _launch(many.up, inputs, w13, some, gates, w13.tops, hidden, moe.limit)
+    inputs = _rounded(hidden, order, pairs, padded, 0)
     del hidden
     each = torch.empty(pairs, dim, dtype=torch.float32, device=dev)
-    many.down[(dim // 128, len(tiles))](hq, hs, tiles, w2.values, w2.scales, each, padded, **shape)
+    for some in pieces:
+        _launch(many.down, inputs, w2, some, w2.tops, each)
     place = torch.empty_like(order)
     place[order] = torch.arange(pairs, device=dev)
     out = torch.empty(rows, dim, dtype=x.dtype, device=dev)
@@ -46,20 +75,46 @@ def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Ten
     return out
 
 
-def _tiles(flat: Tensor, count: int) -> Tensor:
-    """[most, 3] int32: expert, first pair and pairs of each tile of sorted experts `flat`; expert -1 beyond them."""
+def _launch(kernel: Any, inputs: tuple[Tensor, Tensor], matrix: Mxfp4Matrix, pieces: _Pieces, *rest: Any) -> None:
+    x, scales = inputs
+    columns = matrix.shape[2]
+    blocks = blocks_of(columns, TILING.blocks)
+    stages = TILING.wide if pieces.width == _WIDE else TILING.narrow
+    kernel[(TILING.programs * multiprocessors(x.device),)](
+        TensorDescriptor.from_tensor(x, [pieces.width, 128], gl.NVMMASharedLayout(128, 8)),
+        *(*descriptors(matrix, TILING.tiles, blocks), scales, scales.shape[1], pieces.table, pieces.total, *rest),
+        ROWS=matrix.shape[1],
+        K=columns,
+        N=pieces.width,
+        KS=blocks,
+        TILES=TILING.tiles,
+        STAGES=min(stages, columns // 128 // blocks),
+        num_warps=4 * TILING.tiles,
+    )
+
+
+def _pieces(flat: Tensor, count: int) -> tuple[_Pieces, _Pieces]:
+    """Wide and narrow pieces of sorted experts `flat` [pairs]; a narrow one is the rest of an expert's."""
     pairs, dev = len(flat), flat.device
     ends = torch.searchsorted(flat, torch.arange(count, device=dev), right=True)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    tile_ends = torch.cumsum((ends - starts + _TILE - 1) // _TILE, 0)
-    t = torch.arange(min(pairs, pairs // _TILE + min(pairs, count)), device=dev)
-    expert = torch.searchsorted(tile_ends, t, right=True)
-    known = expert < count
-    e = expert.clamp(max=count - 1)
-    before = torch.where(e > 0, tile_ends[(e - 1).clamp(min=0)], 0)
-    first = starts[e] + (t - before) * _TILE
-    size = (ends[e] - first).clamp(max=_TILE)
-    return torch.stack([torch.where(known, e, -1), first, size], 1).to(torch.int32)
+    rest = (ends - starts) % _WIDE
+    narrow = ((rest > 0) & (rest <= _WIDE // 2)).long()
+    wide = (ends - starts + _WIDE - 1) // _WIDE - narrow
+    return (
+        _table(_WIDE, starts, ends, wide, min(pairs, pairs // _WIDE + count)),
+        _table(_WIDE // 2, starts + wide * _WIDE, ends, narrow, min(pairs, count)),
+    )
+
+
+def _table(width: int, starts: Tensor, ends: Tensor, pieces: Tensor, most: int) -> _Pieces:
+    """`pieces` [experts] of each expert from `starts` on, no more than `most` of all."""
+    piece_ends = torch.cumsum(pieces, 0)
+    t = torch.arange(most, device=starts.device)
+    expert = torch.searchsorted(piece_ends, t, right=True).clamp(max=len(starts) - 1)
+    first = starts[expert] + (t - (piece_ends - pieces)[expert]) * width
+    size = (ends[expert] - first).clamp(max=width)
+    return _Pieces(width, torch.stack([expert, first, size], 1).to(torch.int32), piece_ends[-1:].to(torch.int32))
 
 
 def _rounded(x: Tensor, order: Tensor, pairs: int, padded: int, k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.gpu import is_hopper
 from triptych.kernels.linear.triton import linear
 from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
@@ -70,8 +69,12 @@ def experts(
     if isinstance(moe.w13, Mxfp4Matrix):
         if not x.is_cuda or rounding is None:
             return ref.experts(x, ids, weights, moe, rounding)
-        whole = not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256
-        return (experts_on_gpu if whole and is_hopper(x.device) else portable.experts)(x, ids, weights, moe)
+        if moe.w13.tops is None:
+            return portable.experts(x, ids, weights, moe)
+        if not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
+            return experts_on_gpu(x, ids, weights, moe)
+        # the reference waits for the GPU; released models have no such size
+        return ref.experts(rounding(x.float()), ids, weights, moe, rounding).to(x.dtype)
     rows, k = ids.shape
     count, dim, inner = moe.w2.shape
     tile = tile or (16 if rows * k <= 16 * count else 64)
@@ -96,10 +99,10 @@ def experts(
 
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
-    """See ref.moe_rows. Weights as released on Hopper take three launches."""
+    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router."""
     if not x.is_cuda or not isinstance(moe.w13, Mxfp4Matrix):
         return ref.moe_rows(x, token_ids, router, moe, shared)
-    if is_hopper(x.device):
+    if moe.w13.tops is not None:
         return moe_rows_on_gpu(x, token_ids, router, moe, shared)
     ids, weights = route(x, token_ids, router)
     return portable.experts(x, ids, weights, moe) + shared_expert(x, *shared, moe.limit)

@@ -6,7 +6,7 @@ through shared memory, and each weight is read once, by 16-byte loads:
 
     thread c of 4, columns 32c + 4t + 2h + j   ->   slot 16t + 8h + 2c + j of the 128
 
-Both operands are f16, in which e4m3 values and e2m1 values with their scales are exact. (Hopper has no e4m3 product of
+Both operands are f16, in which e4m3 values are exact. (Hopper has no e4m3 product of
 this kind: the compiler would convert to f16 element by element.)
 """
 
@@ -16,43 +16,6 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-ASM_MXFP4: Any = gl.constexpr(
-    """
-{
-.reg .b32 a, b, c, d, t;
-shl.b32 a, $8, 9;
-shl.b32 b, $8, 5;
-shl.b32 c, $8, 1;
-shr.u32 d, $8, 3;
-and.b32 a, a, 0x0e000e00;
-and.b32 b, b, 0x0e000e00;
-and.b32 c, c, 0x0e000e00;
-and.b32 d, d, 0x0e000e00;
-shl.b32 t, $8, 12;
-lop3.b32 a, t, 0x80008000, a, 0xea;
-shl.b32 t, $8, 8;
-lop3.b32 b, t, 0x80008000, b, 0xea;
-shl.b32 t, $8, 4;
-lop3.b32 c, t, 0x80008000, c, 0xea;
-lop3.b32 d, $8, 0x80008000, d, 0xea;
-mul.rn.f16x2 a, a, $9;
-mul.rn.f16x2 b, b, $9;
-mul.rn.f16x2 c, c, $9;
-mul.rn.f16x2 d, d, $9;
-mov.b32 {$0, $1}, a;
-mov.b32 {$2, $3}, b;
-mov.b32 {$4, $5}, c;
-mov.b32 {$6, $7}, d;
-}
-"""
-)
-"""Eight e2m1 ($8) times a scale ($9, f16 twice) to f16: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-
-With its sign in front and its three other bits over the border of exponent and mantissa, an e2m1 is an f16 2^-14 times
-as large, subnormal where e2m1 is. Scales are 2^(n + 15), n from -29 to 0; values come out as e2m1's times 2^(n + 1),
-exact down to n = -24. Shifts to the left go to the multipliers, which are idle; the logic unit is what limits a stream.
-"""
 
 ASM_FP8: Any = gl.constexpr(
     """
@@ -91,9 +54,6 @@ mov.b32 {$6, $7}, b;
 )
 """Twice four e4m3 ($8, $9) to f16: bytes 0 of both, 1 of both, 2 of both, 3 of both."""
 
-DEPTH: Any = gl.constexpr(30)
-RAISED: Any = gl.constexpr(1)
-
 
 @gluon.constexpr_function
 def mma_layout(warps):
@@ -104,7 +64,7 @@ def mma_layout(warps):
 @gluon.constexpr_function
 def weight_layout(words, warps, tiles=1):
     """Weights [16 * warps * tiles, 4, words] int32: a thread has two rows of each tile of 16 of its warp, and of each
-    `words` (4 of MXFP4, 8 of FP8)."""
+    `words`, 8 of FP8."""
     deep = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
@@ -128,27 +88,6 @@ def row_layout(n, warps):
     deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [n, 4, 32])
-
-
-@gluon.jit
-def from_mxfp4(packed, scales, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """packed [ROWS, 4, 4] and scales [ROWS, 4] int32, see ASM_MXFP4 -> the left operand, f16 [ROWS, 128].
-
-    Slots differ from those above: of a word's columns 0 to 7 the pairs (0, 4), (1, 5), (2, 6), (3, 7) are neighbours.
-    """
-    _, scales = gl.broadcast(packed, gl.expand_dims(scales, 2))
-    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-        ASM_MXFP4,
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-        [packed, scales],
-        dtype=(gl.float16,) * 8,
-        is_pure=True,
-        pack=1,
-    )
-    low = gl.join(gl.join(a, b), gl.join(c, d))  # row, thread, word, j, h
-    high = gl.join(gl.join(e, f), gl.join(g, h))
-    slots = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 5, 4, 1, 3)), [ROWS, 128])
-    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -178,7 +117,7 @@ def from_rows(x, N: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def from_fp8_paired(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """packed [ROWS, 4, 8] int32 -> the left operand f16 [ROWS, 128] in the order of from_mxfp4."""
+    """packed [ROWS, 4, 8] int32 -> the left operand f16 [ROWS, 128], for rows in the order of `paired`."""
     even, odd = gl.split(gl.reshape(packed, [ROWS, 4, 4, 2]))
     a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
         ASM_FP8_PAIRED,
@@ -196,7 +135,7 @@ def from_fp8_paired(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def paired(column):
-    """Where a column lies in rows that from_mxfp4 is multiplied by: of eight, in the order 0 4 1 5 2 6 3 7."""
+    """Where a column lies in rows that from_fp8_paired is multiplied by: of eight, in the order 0 4 1 5 2 6 3 7."""
     return column // 8 * 8 + column % 4 * 2 + column // 4 % 2
 
 

@@ -19,6 +19,14 @@ from triptych.kernels.quant.ref import (
     scale_codes,
     to_groups,
 )
+from triptych.kernels.quant.tiles import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    tile_scales,
+    tile_values,
+    untile_scales,
+    untile_values,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +59,16 @@ class Fp8Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Matrix:
-    """values [.., N, K/2] uint8, two e2m1 a byte, even columns low; scales [.., N, K/32] uint8 e8m0 codes."""
+    """values [.., N, K/2] uint8, two e2m1 a byte, even columns low; scales [.., N, K/32] uint8 e8m0 codes.
+
+    With `tops`, the largest code of each row [.., N] uint8, the bytes of values and scales are in the order of tiles.py
+    instead; `paired` says that a tile has rows of both halves.
+    """
 
     values: Tensor
     scales: Tensor
+    tops: Tensor | None = None
+    paired: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -64,15 +78,39 @@ class Mxfp4Matrix:
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales."""
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.nbytes + (0 if self.tops is None else self.tops.nbytes)
 
     def one(self, expert: int) -> Mxfp4Matrix:
         """One matrix of a stack."""
-        return Mxfp4Matrix(self.values[expert], self.scales[expert])
+        tops = None if self.tops is None else self.tops[expert]
+        return Mxfp4Matrix(self.values[expert], self.scales[expert], tops, self.paired)
+
+    def in_tiles(self, paired: bool) -> Mxfp4Matrix:
+        """A stack [E, N, K] in the order of tiles.py, in the same memory: this object is none any more.
+
+        N is a multiple of 64, K of 128.
+        """
+        assert self.tops is None and not self.shape[1] % TILE_ROWS and not self.shape[2] % TILE_COLUMNS, self.shape
+        tops = torch.empty(self.shape[:2], dtype=torch.uint8, device=self.values.device)
+        tiled = Mxfp4Matrix(self.values, self.scales, tops, paired)
+        tiled.tile()
+        return tiled
+
+    def tile(self) -> None:
+        """Bring a stack whose memory was filled as released into tiles, in place."""
+        assert self.tops is not None
+        for expert in range(len(self.values)):
+            self.values[expert] = tile_values(self.values[expert], self.paired)
+            self.scales[expert], self.tops[expert] = tile_scales(self.scales[expert], self.paired)
 
     def dequantize(self) -> Tensor:
         """float32 [.., N, K]."""
-        return dequantize_mxfp4(self.values, self.scales)
+        if self.tops is None:
+            return dequantize_mxfp4(self.values, self.scales)
+        if self.values.dim() > 2:
+            return torch.stack([self.one(i).dequantize() for i in range(len(self.values))])
+        scales = untile_scales(self.scales, self.tops, self.paired)
+        return dequantize_mxfp4(untile_values(self.values, self.paired), scales)
 
 
 @dataclass(frozen=True, slots=True)
