@@ -93,7 +93,7 @@ def _entry(chosen_ptr, j, in_window, end, MODE: gl.constexpr):
         return j
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_row", "splits"])  # which differ from step to step
 def partial(  # noqa: C901  (branches that the compiler resolves)
     heads_ptr,
     heads_row,

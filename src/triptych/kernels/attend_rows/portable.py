@@ -109,7 +109,7 @@ def _key_part(
     return x.to(kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "splits"])  # which differ from step to step
 def partial(  # noqa: C901  (branches that the compiler resolves)
     heads_ptr,
     heads_row,

@@ -233,12 +233,15 @@ def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, spl
         ordered.combine[(triton.cdiv(dim, 128), heads, rows)](*sums, **meta, num_warps=1)
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
+    listed = 4  # powers of four: each is compiled anew
+    while listed < splits:
+        listed *= 4
     _combine[(triton.cdiv(dim, width), heads, rows)](
         *sums,
         **meta,
         WIDTH=width,
-        SPLITS=triton.next_power_of_2(splits),
-        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
+        SPLITS=listed,
+        TAKEN=min(64 if width <= 128 else 4, listed),
         num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
 
@@ -335,7 +338,7 @@ def _entry_arguments(window: RingRows, entries: PagedEntries | None, ids: Tensor
     return (entries.page_table, entries.page_table.stride(0), entries.visible, *chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "splits"])
 def _combine(
     part_ptr,
     peak_ptr,

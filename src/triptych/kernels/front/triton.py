@@ -292,7 +292,7 @@ def _query(
     tl.store(scaled_ptr + r * heads + h, _narrowed(front_ptr + heads_at + h, h < heads, NATIVE) * scale, mask=h < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _front(
     front_ptr, front_stride, qr_ptr, scaled_ptr, q_norm_ptr, kv_norm_ptr, cos_ptr, sin_ptr, late_cos_ptr, late_sin_ptr,
     positions_ptr, slots_ptr, table_ptr, table_stride,

@@ -95,7 +95,7 @@ def unpacked_to(target, source, words, layout: gl.constexpr):
     return most
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_row", "count"])  # which differ from step to step
 def scores(  # noqa: C901  (branches that the compiler resolves)
     q_ptr,
     power_ptr,
