@@ -58,7 +58,8 @@ def _text(made_from: Sequence[Row]) -> str:
                           f"{low:.2f} to {high:.2f}", verdict))  # fmt: skip
     table = markdown_table(("workload", "recommended", "against", "times better", "95 %", ""), lines)
     meanings = "\n".join(
-        f"- *{row['workload']}*: {row['objective']['label']}: {row['objective']['meaning'].rstrip('.')}; {_trial(row['trial'])}."
+        f"- *{row['workload']}*: {row['objective']['label']}: {row['objective']['meaning'].rstrip('.')}; "
+        f"{_trial(row['trial'])}."
         for row in made_from
     )
     absent = sorted({"chat", "coding-agent", "research-agent", "rl-rollout"} - {row["workload"] for row in made_from})

@@ -233,15 +233,12 @@ def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, spl
         ordered.combine[(triton.cdiv(dim, 128), heads, rows)](*sums, **meta, num_warps=1)
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
-    listed = 4  # powers of four: each is compiled anew
-    while listed < splits:
-        listed *= 4
     _combine[(triton.cdiv(dim, width), heads, rows)](
         *sums,
         **meta,
         WIDTH=width,
-        SPLITS=listed,
-        TAKEN=min(64 if width <= 128 else 4, listed),
+        SPLITS=triton.next_power_of_2(splits),
+        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
         num_warps=2 if width > 128 else 4 if splits > 16 else 1,
     )
 
