@@ -6,7 +6,7 @@ The cache is small, so most of the load moves through the host and the disk. Eve
 are counted, and the device's memory, of which what is allocated between steps must not grow. At the end some texts are
 asked twice, alone: with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row
 says how many tokens are the same. With --canary the engine computes a share of resumed requests again; steps then do
-not overlap.
+not overlap. Random weights are chaotic: without --deterministic the canary's limit is passed by rounding alone.
 """
 
 from __future__ import annotations
