@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych.config import EngineConfig
 from triptych.engine.async_engine import AsyncEngine
-from triptych.engine.load import LoadedEngine, load
+from triptych.engine.load import LoadedEngine, load_with
 from triptych.engine.outputs import OutputText
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.watch import Ids, watch_selections
@@ -73,8 +72,10 @@ class Engine:
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> Engine:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
-        return cls(load(model, EngineConfig.from_options(**options)))
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
+        `profile`, a name or a TOML file that gives those which are not named here.
+        """
+        return cls(load_with(model, options))
 
     @property
     def grammars(self) -> GrammarCache | None:
