@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import rows
 from triptych.cache.geometry import CacheGeometry
-from triptych.cli.profile import _costs as costs_of
+from triptych.cli.profile import costs_of
 from triptych.config import EngineConfig
 from triptych.engine.profiles import PROFILES
 from triptych.engine.sizes import parse_size
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     shape = model_named("tiny", "float32").shape
     assert shape is not None
-    geometry, costs = CacheGeometry.of(shape), costs_of(given.steps)
+    geometry, costs = CacheGeometry.of(shape), costs_of(given.steps).usual
     found: dict[str, Any] = {"run_share_by_policy": {}, "run_share_by_retention": {}, "run_share_by_ttl_s": {}}
     for name, setup in SETUPS.items():
         own = PROFILES[name].on("cpu")

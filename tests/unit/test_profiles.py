@@ -27,6 +27,10 @@ def test_every_shipped_profile_is_a_valid_configuration_and_comes_back_from_its_
     assert (again.name, again.purpose, again.on(device)) == (profile.name, profile.purpose, profile.on(device))
 
 
+def test_no_profile_asks_a_gpu_for_what_it_cannot_do() -> None:
+    assert not any(profile.on("cuda").get("deterministic") for profile in PROFILES.values())
+
+
 def test_there_is_a_profile_for_every_workload() -> None:
     assert set(PROFILES) == set(WORKLOADS) - {"agents"}
 

@@ -27,7 +27,7 @@ from triptych.workload.load_report import Slo
 from triptych.workload.named import retimed, workload
 from triptych.workload.objectives import objective_for, objective_named
 from triptych.workload.sessions import SessionRequest
-from triptych.workload.simulate import Simulation, StepCosts, World, amounts, fitted
+from triptych.workload.simulate import MachineCosts, Simulation, StepCosts, World, amounts, fitted
 from triptych.workload.verdicts import gain, geometric
 
 GEOMETRY = CacheGeometry.of(ModelShape.from_file(TINY_CONFIG))
@@ -157,6 +157,19 @@ def test_a_fit_refuses_what_cannot_start_and_says_so_when_nothing_can() -> None:
     assert "cannot hold 32 window slots" in large.refused and "figures" not in large.to_dict()
     with pytest.raises(ConfigError, match="No settings can run this traffic"):
         fit(traffic, lambda config: world(1 << 20), {"large": {"max_running": 32}}, {})
+
+
+def test_a_mode_that_was_not_measured_is_no_candidate() -> None:
+    traffic = Traffic([requests("chat", 4, 0.05, 2)], 2, 1e6, objective_for("chat"), Slo())
+    slow = StepCosts(*(10 * weight for weight in COSTS.weights))
+    profiles = {"same bits": {"deterministic": True}, "usual": {}}
+    found = {}
+    for costs in (MachineCosts(COSTS), MachineCosts(COSTS, slow)):
+        outcomes = fit(traffic, lambda config, m=costs: m.world(config, GEOMETRY, 64 << 20), profiles, {}).outcomes
+        found[costs] = {one.name: one for one in outcomes}
+    unknown, known = found.values()
+    assert "not measured" in unknown["same bits"].refused
+    assert known["same bits"].figures["objective"] > 5 * known["usual"].figures["objective"]
 
 
 def timing(session: str, first: float, total: float, output: int = 11, prompt: int = 100) -> Timing:

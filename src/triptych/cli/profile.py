@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from triptych.config import EngineConfig
     from triptych.workload.compare import Compared
     from triptych.workload.fit import Fit, Outcome, WorldOf
-    from triptych.workload.simulate import StepCosts
+    from triptych.workload.simulate import MachineCosts
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -95,10 +95,11 @@ def measure(
     """Measure what steps cost on this machine, for `profile fit`; takes a minute."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: there is no directory {out.parent}.")
-    from triptych.workload.measure import measure_steps
-
-    found = asdict(measure_steps(model, clock, device))
-    text = json.dumps({"model": model, "clock": clock, "seconds": found}, indent=1)
+    found = _measured(model, clock, device)
+    costs = {"seconds": asdict(found.usual)}
+    if found.deterministic is not None:
+        costs["deterministic"] = asdict(found.deterministic)
+    text = json.dumps({"model": model, "clock": clock, **costs}, indent=1)
     typer.echo(text)
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")
@@ -221,14 +222,13 @@ def run_comparisons(
     from triptych.engine.profiles import PROFILES
     from triptych.planner import model_named
     from triptych.workload.compare import SETUPS, Plan, compare
-    from triptych.workload.measure import measure_steps
 
     shape = model_named(os.path.expanduser(model), "float32").shape
     if shape is None:
         raise ConfigError(f"--model {model} is not served here.", "Name a checkpoint of a DeepSeek-V4 model, or tiny.")
     console = Console(stderr=True)
     with console.status("Measuring steps") as status:
-        costs = _costs(steps) if steps is not None else measure_steps(model, clock, "cpu")
+        costs = costs_of(steps) if steps is not None else _measured(model, clock, "cpu")
         shipped = {name: one.on("cpu") for name, one in PROFILES.items()}
 
         def told(workload: str, profile: str) -> None:
@@ -251,7 +251,7 @@ def _world(where: WhereFlags) -> tuple[WorldOf, str, float | None]:
     from triptych.planner.steps import PlannedSteps
     from triptych.workload.simulate import World
 
-    measured = _costs(where.steps) if where.steps is not None else None
+    measured = costs_of(where.steps) if where.steps is not None else None
     kv_format = where.kv_format or ("float32" if where.model == "tiny" else "fp8")
     model = model_named(os.path.expanduser(where.model), kv_format)
     if model.shape is None:
@@ -261,14 +261,16 @@ def _world(where: WhereFlags) -> tuple[WorldOf, str, float | None]:
     if measured is not None:
         if asked is None:
             raise ConfigError("--steps says nothing of memory.", "Add --memory, like the server's --kv-memory.")
-        world = World(geometry, asked, measured.seconds, measured.rates(), model.shape.max_position)
-        return lambda config: world, "cpu", where.price
+        size, longest = asked, model.shape.max_position
+        return lambda config: measured.world(config, geometry, size, longest), "cpu", where.price
     node = catalogue().node(where.hardware, where.gpus)
     layout = layout_for(model, node.count)
     steps = PlannedSteps(model, node.device, layout)
     rates = Rates(*prefill_rates(model, node.device))
 
     def planned(config: EngineConfig) -> World:
+        if config.deterministic:
+            raise ConfigError("The planner knows no cost of the deterministic mode.", "Measure it, or leave it out.")
         usage = Usage(config.max_running, config.step_tokens or 8192, model.max_position)
         memory = memory_of(model, node, layout, usage)
         left = int(memory.cache + memory.slots)
@@ -282,22 +284,36 @@ def _world(where: WhereFlags) -> tuple[WorldOf, str, float | None]:
     return planned, "cpu" if "cpu" in node.key or not node.device.reported else "cuda", price
 
 
-def _costs(path: Path) -> StepCosts:
-    from dataclasses import fields
+def costs_of(path: Path) -> MachineCosts:
+    """What `profile measure` wrote. ConfigError says what is wrong with the file."""
+    from triptych.workload.simulate import MachineCosts, StepCosts
 
-    from triptych.workload.simulate import StepCosts
-
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    def read(raw: dict[str, float]) -> StepCosts:
         names = [item.name for item in fields(StepCosts)]
         for name in raw:
             if name not in names:
                 raise ConfigError(f"{path}: unknown key {name!r}.", nearest(name, names))
         return StepCosts(**{name: float(raw[name]) for name in names})
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return MachineCosts(read(found["seconds"]), read(found["deterministic"]) if "deterministic" in found else None)
     except OSError as error:
         raise ConfigError(f"--steps {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--steps {path} holds no costs of steps: {error}.", "See `profile measure`.") from None
+
+
+def _measured(model: str, clock: Literal["wall", "cpu"], device: Literal["auto", "cpu", "cuda"]) -> MachineCosts:
+    """Both modes; the deterministic one where the device has it."""
+    from triptych.workload.measure import measure_steps
+    from triptych.workload.simulate import MachineCosts
+
+    usual = measure_steps(model, clock, device)
+    try:
+        return MachineCosts(usual, measure_steps(model, clock, device, deterministic=True))
+    except ConfigError:
+        return MachineCosts(usual)
 
 
 def _searching(run: Any) -> Fit:

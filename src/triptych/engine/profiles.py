@@ -53,26 +53,29 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "chat",
             "People who wait for the first word and read along.",
-            {"ttl": 1200.0},
+            {},
             {"cpu": {"max_running": 16, "step_tokens": 1024}, "cuda": {"max_running": 16, "step_tokens": 2048}},
         ),
         Profile(
             "coding-agent",
             "Agents that come back in seconds with a little more of a long context.",
-            {"ttl": 3600.0},
+            {},
             {"cpu": {"max_running": 6, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
         ),
         Profile(
             "research-agent",
             "Few agents with very long contexts, read page after page.",
-            {"ttl": 3600.0},
+            {},
             {"cpu": {"max_running": 6, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
         ),
         Profile(
             "rl-rollout",
             "Many samples of each prompt, all at once; nobody waits for a single one.",
-            {"deterministic": True},
-            {"cpu": {"max_running": 32, "step_tokens": 2048}, "cuda": {"max_running": 64, "step_tokens": 8192}},
+            {},
+            {
+                "cpu": {"max_running": 32, "step_tokens": 2048, "deterministic": True},
+                "cuda": {"max_running": 64, "step_tokens": 8192},
+            },
         ),
         Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 512}}),
     )

@@ -17,7 +17,7 @@ from triptych.workload.load_report import Slo, summary
 from triptych.workload.named import retimed, users, workload
 from triptych.workload.objectives import Objective, objective_for
 from triptych.workload.sessions import SessionRequest
-from triptych.workload.simulate import StepCosts, World
+from triptych.workload.simulate import MachineCosts
 from triptych.workload.trials import Contender, Trial, run_trial
 from triptych.workload.verdicts import best, gain, geometric, values
 
@@ -37,7 +37,7 @@ class Setup:
 
 
 SETUPS = {
-    "chat": Setup(24, 0.05, "closed:10", "28MiB", "more people than may run at once"),
+    "chat": Setup(40, 0.05, "closed:10", "28MiB", "more people than may run at once"),
     "coding-agent": Setup(36, 0.03, "closed:12", "28MiB", "twelve agents who share tools, and wait for each step"),
     "research-agent": Setup(40, 0.04, "closed:8", "10MiB", "contexts that fill the memory when few are held"),
     "rl-rollout": Setup(64, 0.005, "trace", "28MiB", "all samples of a training step at once"),
@@ -52,11 +52,11 @@ SPEED = 1e6
 class Plan:
     """How to compare. `costs`: of this machine's steps, for the fit. `profiles`: options by name. Round r of the runs
     draws the workload with seed + r; the fit sees other seeds. `slo` is that of MLPerf Inference's server scenario of
-    Llama 2 70B. `on_turn` gets workload and profile as a run begins.
+    Llama 2 70B. `on_answer` gets workload and profile at each answer.
     """
 
     model: str
-    costs: StepCosts
+    costs: MachineCosts
     profiles: Mapping[str, Mapping[str, Any]]
     rounds: int
     seed: int = 0
@@ -73,11 +73,10 @@ def compare(name: str, setup: Setup, plan: Plan, geometry: CacheGeometry) -> tup
     """Fit settings to the workload `name`, then run all profiles on it. The first one is what the fit recommends."""
     objective = objective_for(name)
     memory = parse_size(setup.memory, "memory")
-    world = World(geometry, memory, plan.costs.seconds, plan.costs.rates())
     seen = [requests_of(name, setup, plan.seed + FIT_SEED + number) for number in range(2)]
     closed = users(setup.arrivals)
     traffic = Traffic(seen, closed, SPEED, objective, plan.slo)
-    found = fit(traffic, lambda config: world, plan.profiles, {})
+    found = fit(traffic, lambda config: plan.costs.world(config, geometry, memory), plan.profiles, {})
     failed = {one.name: one.refused for one in found.outcomes if one.shipped and _cannot_start(one, geometry, memory)}
     contenders = [
         Contender(one, {"kv_memory": memory, "device": "cpu", **options})

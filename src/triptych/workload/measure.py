@@ -24,13 +24,15 @@ _BATCHES = (
 )
 
 
-def measure_steps(model: str, clock: Literal["wall", "cpu"], device: Literal["auto", "cpu", "cuda"]) -> StepCosts:
+def measure_steps(
+    model: str, clock: Literal["wall", "cpu"], device: Literal["auto", "cpu", "cuda"], *, deterministic: bool = False
+) -> StepCosts:
     """Run the batches, one engine for each step budget, on random tokens. Raises what loading raises."""
     ticks = time.process_time if clock == "cpu" else time.perf_counter
     rng = np.random.default_rng(0)
     found = []
     for budget in sorted({batch[0] for batch in _BATCHES}):
-        engine = Engine.load(model, step_tokens=budget, max_running=48, device=device)
+        engine = Engine.load(model, step_tokens=budget, max_running=48, device=device, deterministic=deterministic)
         limit = engine.shape.vocab_size
         with engine.timed_steps(ticks) as steps:
             for _, prompts, low, high, output in (batch for batch in _BATCHES if batch[0] == budget):

@@ -23,7 +23,7 @@ from triptych.cache.policies import Policies
 from triptych.cache.rates import Rates
 from triptych.cache.retention import retention_named
 from triptych.config import EngineConfig
-from triptych.errors import TriptychError
+from triptych.errors import ConfigError, TriptychError
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
     CacheHints,
@@ -212,6 +212,21 @@ class StepCosts:
     def rates(self) -> Rates:
         """How fast prefill is thought to be at the start."""
         return Rates(self.prefill, max(self.context * 1e-6, 1e-12))
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCosts:
+    """Costs of a machine's steps, and those of its deterministic mode if it has one that was measured."""
+
+    usual: StepCosts
+    deterministic: StepCosts | None = None
+
+    def world(self, config: EngineConfig, geometry: CacheGeometry, memory: int, max_position: int = 1 << 20) -> World:
+        """Where `config` runs on this machine. ConfigError if its mode was not measured."""
+        costs = self.deterministic if config.deterministic else self.usual
+        if costs is None:
+            raise ConfigError("Steps of the deterministic mode were not measured.", "Run `triptych profile measure`.")
+        return World(geometry, memory, costs.seconds, costs.rates(), max_position)
 
 
 def amounts(plan: StepPlan) -> tuple[float, ...]:
