@@ -28,13 +28,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
+    parser.add_argument("--without", action="append", default=[], metavar="PROFILE", help="leave out; repeatable")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--dry", action="store_true", help="write no row")
     given = parser.parse_args(argv)
     found = []
     names = tuple(given.workloads or SETUPS)
     before = rows.load_average()
-    for one in run_comparisons(names, "tiny", given.steps, given.rounds, given.seed, given.clock):
+    left_out = tuple(given.without)
+    for one in run_comparisons(names, "tiny", given.steps, given.rounds, given.seed, given.clock, left_out):
         print(
             f"{one.workload}: {objective_lines(one.objective, one.rounds(), one.first)}", one.failed or "", flush=True
         )
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
             setup = asdict(SETUPS[one.workload])
             memory = parse_size(setup.pop("memory"), "memory")
             trial = setup | {"kv_memory": memory, "rounds": given.rounds, "seed": given.seed, "clock": given.clock}
-            trial |= {"speed": SPEED, "ttft": one.slo.ttft, "tpot": one.slo.tpot}
+            trial |= {"without": left_out, "speed": SPEED, "ttft": one.slo.ttft, "tpot": one.slo.tpot}
             load = {"load_before": before, "load_after": rows.load_average()}
             rows.append("profiles", {"trial": trial, **one.to_dict(), **load}, kv_bytes={"triptych": memory}, threads=1)
     if given.report is not None:

@@ -213,7 +213,13 @@ def compare(
 
 
 def run_comparisons(
-    workloads: tuple[str, ...], model: str, steps: Path | None, rounds: int, seed: int, clock: Literal["wall", "cpu"]
+    workloads: tuple[str, ...],
+    model: str,
+    steps: Path | None,
+    rounds: int,
+    seed: int,
+    clock: Literal["wall", "cpu"],
+    without: tuple[str, ...] = (),
 ) -> Iterator[Compared]:
     """Fit and run one workload after the other on this processor, behind a line that says what runs."""
     from rich.console import Console
@@ -229,7 +235,7 @@ def run_comparisons(
     console = Console(stderr=True)
     with console.status("Measuring steps") as status:
         costs = costs_of(steps) if steps is not None else _measured(model, clock, "cpu")
-        shipped = {name: one.on("cpu") for name, one in PROFILES.items()}
+        shipped = {name: one.on("cpu") for name, one in PROFILES.items() if name not in without}
 
         def told(workload: str, profile: str) -> None:
             status.update(f"{workload}: {profile}")
