@@ -54,7 +54,7 @@ PROFILES: dict[str, Profile] = {
             "chat",
             "People who wait for the first word and read along.",
             {},
-            {"cpu": {"max_running": 16, "step_tokens": 1024}, "cuda": {"max_running": 16, "step_tokens": 2048}},
+            {"cpu": {"max_running": 16, "step_tokens": 512}, "cuda": {"max_running": 16, "step_tokens": 2048}},
         ),
         Profile(
             "coding-agent",
@@ -77,7 +77,7 @@ PROFILES: dict[str, Profile] = {
                 "cuda": {"max_running": 64, "step_tokens": 8192},
             },
         ),
-        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 512}}),
+        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 1024}}),
     )
 }
 

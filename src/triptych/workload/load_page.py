@@ -106,7 +106,9 @@ def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[s
         axes.set_xlabel(label)
         axes.set_ylabel("share of requests")
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or labels of one decade run into each other
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))  # also within one decade
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or they run into each other
     over.set_xlabel("intended time of the request, s")
     over.set_ylabel("seconds to the first token")
     tokens.set_xlabel("prompt tokens, by where they came from")

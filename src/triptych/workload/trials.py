@@ -8,6 +8,7 @@ round 3   C A B      requests differ from round to round, never between the cont
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,8 +68,7 @@ def run_trial(
     """Fill in the rounds of all contenders; `on_done` gets the contender's name and each answered request."""
     for number in range(trial.rounds):
         requests = trial.requests(number)
-        turn = number % len(contenders)
-        for contender in (*contenders[turn:], *contenders[:turn]):
+        for contender in random.Random(f"order {number}").sample(contenders, len(contenders)):
             contender.rounds.append(_turn(trial, contender, requests, on_done))
 
 
