@@ -347,10 +347,8 @@ def _check_shape(shape: ModelShape) -> None:
         raise ConfigError(f"num_attention_heads {shape.num_heads} is no multiple of o_groups {shape.o_groups}.")
     if shape.rope_dim % 2 or not shape.rope_dim <= min(shape.head_dim, shape.index_head_dim):
         raise ConfigError(f"qk_rope_head_dim {shape.rope_dim} must be even and fit head_dim and index_head_dim.")
-    if shape.experts_per_token > shape.num_experts:
-        raise ConfigError(
-            f"num_experts_per_tok {shape.experts_per_token} exceeds n_routed_experts {shape.num_experts}."
-        )
+    if (picks := shape.experts_per_token) > shape.num_experts:
+        raise ConfigError(f"num_experts_per_tok {picks} exceeds n_routed_experts {shape.num_experts}.")
     if shape.num_shared_experts != 1:
         raise ConfigError(f"n_shared_experts is {shape.num_shared_experts}, but DeepSeek-V4 has 1.")
 
@@ -418,9 +416,9 @@ class CacheConfig:
     `kv_memory` None means a quarter of the free RAM, or most of what a GPU has left beside the weights. `policy` says
     which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
     `host_memory` and `disk` (a directory of at most `disk_memory`) hold what the device gave up; `remote` is a
-    redis:// address. `tenant_quota`: the share of the cache that one tenant may take while others want room;
-    `tenant_shares` say otherwise for tenants by their salt.
-    `canary`: the share of resumed requests that are computed again in idle time and compared.
+    redis:// address. `ttl`: seconds without use after which what a request cached goes first, where it does not say.
+    `tenant_quota`: the share of the cache that one tenant may take while others want room; `tenant_shares` say
+    otherwise by salt. `canary`: the share of resumed requests that are computed again in idle time and compared.
     """
 
     kv_memory: int | None = None
@@ -429,6 +427,7 @@ class CacheConfig:
     prefix_cache: bool = True
     policy: str = "adaptive"
     retention: Literal["value", "lru"] = "value"
+    ttl: float | None = None
     host_memory: int = 0
     disk: str | None = None
     disk_memory: int = 64 << 30
@@ -444,6 +443,8 @@ class CacheConfig:
             raise ConfigError(f"host_memory must not be negative, as {self.host_memory} is.")
         if self.disk_memory < 1:
             raise ConfigError(f"disk_memory must be positive, not {self.disk_memory}.")
+        if self.ttl is not None and not 0.0 < self.ttl < math.inf:
+            raise ConfigError(f"ttl must be a positive number of seconds, not {self.ttl}.")
         if not 0.0 < self.tenant_quota <= 1.0:
             raise ConfigError(f"tenant_quota must be a share above 0 and at most 1, not {self.tenant_quota}.")
         if not 0.0 <= self.canary <= 1.0:

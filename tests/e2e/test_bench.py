@@ -57,3 +57,30 @@ def test_a_server_that_is_not_there_is_one_sentence(triptych: Triptych) -> None:
     assert done.returncode == 2 and "lists no models" in done.stderr and done.stderr.count("\n") == 1
     done = triptych("bench", "chatt")
     assert done.returncode == 2 and "Did you mean 'chat'?" in done.stderr
+
+
+def test_settings_of_this_process_are_compared_in_turns(triptych: Triptych, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    argv = ("rl-rollout", "--requests", "8", "--scale", "0.001", "--clock", "cpu", "--rounds", "2", "--json")
+    settings = ("--kv-memory", "64MiB", "--max-running", "8", "--against", "profile=chat,max_running=1")
+    done = triptych("bench", *argv, *settings, "--report", str(page))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    first, second = found["runs"]
+    assert (first, second) == ("kv-memory 64MiB max-running 8", "profile=chat,max_running=1")
+    assert found["runs"][first]["requests"] == found["runs"][second]["requests"] == 16
+    assert found["paired"]["pairs"] == 16
+    objective = found["objective"]
+    assert objective["key"] == "rollouts_per_s" and [len(one) for one in objective["rounds"].values()] == [2, 2]
+    gain = objective["gains_of_first"][second]
+    assert gain["gain"] > 0 and gain["gain_95"][0] <= gain["gain"] <= gain["gain_95"][1]
+    assert "<svg" in page.read_text() and second in page.read_text()
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_runs(triptych: Triptych) -> None:
+    done = triptych("bench", "chat", "--against", "stp_tokens=3")
+    assert done.returncode == 2 and "Did you mean 'step_tokens'" in done.stderr
+    done = triptych("bench", "chat", "--url", "http://127.0.0.1:9", "--rounds", "2")
+    assert done.returncode == 2 and "engines of this process" in done.stderr
+    done = triptych("profile", "compare", "chats")
+    assert done.returncode == 2 and "Did you mean 'chat'" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -182,3 +184,15 @@ def test_unknown_models_name_the_nearest() -> None:
         Engine.load("tiney")
     with pytest.raises(ConfigError, match="not downloaded"):
         Engine.load("deepseek-ai/DeepSeek-V4-Flash")
+
+
+def test_a_profile_gives_what_is_not_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('policy = "full"\nttl = 9\nmax_running = 3\n[cpu]\nstep_tokens = 96\n[cuda]\nstep_tokens = 4096\n')
+    engine = Engine.load("tiny", kv_memory=64 << 20, profile=path, max_running=5, device="cpu")
+    config = engine.config
+    assert (config.step_tokens, config.max_running, config.cache.policy, config.cache.ttl) == (96, 5, "full", 9)
+    assert "Profile  own: policy full, ttl 9, max_running 5 (as given), step_tokens 96" in engine.describe()
+    engine.close()
+    with pytest.raises(ConfigError, match="Did you mean 'chat'"):
+        Engine.load("tiny", profile="chatt")

@@ -119,6 +119,11 @@ def test_dependencies_are_declared_and_used() -> None:
         ("import triptych.planner", {"torch", "numba", "starlette", "typer"}),
         ("from triptych.cli.main import main; main(['plan'])", {"torch", "numba", "starlette", "safetensors"}),
         ("from triptych.cli.main import main; main(['serve', '--help'])", {"torch", "numba", "starlette"}),
+        ("from triptych.cli.main import main; main(['profile', 'show'])", {"torch", "numba", "starlette", "numpy"}),
+        (
+            "from triptych.cli.main import main; main('profile fit chat --requests 2 --scale 0.01 --gpus 4'.split())",
+            {"torch", "numba", "starlette", "safetensors"},
+        ),
         ("from triptych.cli.main import main; main(['doctor', '--help'])", {"torch", "numba", "starlette"}),
     ],
 )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from test_cache_tiers import end, manager, settle, text
+from test_cache_tiers import GEOMETRY, end, manager, settle, text
 
 from triptych.cache import CacheManager
+from triptych.cache.geometry import CacheCapacity
+from triptych.cache.policies import Policies
+from triptych.cache.retention import retention_named
 from triptych.cache.sessions import Sessions
 from triptych.words import CacheHints, SessionFacts, TokenIds
 
@@ -92,6 +95,16 @@ def test_time_to_live_and_pin_run_down() -> None:
     cache.leases.expire(now)
     [one] = look(cache)
     assert one.expired and one.ttl == 0.0 and one.pin is None
+
+
+def test_the_default_time_to_live_is_for_who_names_none() -> None:
+    policies = Policies(retention=retention_named("lru"), ttl=20.0)
+    cache = CacheManager(GEOMETRY, CacheCapacity(200, 4), 2, policies=policies, clock=lambda: 100.0)
+    serve(cache, "a", text(600))
+    serve(cache, "b", text(600, seed=1), CacheHints(ttl=60.0))
+    assert [one.ttl for one in look(cache)] == [60.0, 20.0]
+    cache.leases.expire(130.0)
+    assert [one.expired for one in look(cache)] == [False, True]
 
 
 def test_what_is_remembered_is_bounded_and_forgotten_by_a_reset() -> None:

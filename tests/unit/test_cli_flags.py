@@ -43,7 +43,7 @@ def test_engine_flags_are_engine_options() -> None:
     flags = EngineFlags(kv_memory="1MiB", max_running=2, step_tokens=64, deterministic=True, numerics="native")
     config = EngineConfig.from_options(**flags.options())
     assert (config.cache.kv_memory, config.max_running, config.deterministic) == (1 << 20, 2, True)
-    known = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(CacheConfig)}
+    known = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(CacheConfig)} | {"profile"}
     assert {f.name for f in fields(EngineFlags)} <= known
 
 

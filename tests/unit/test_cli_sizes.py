@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.cli.sizes import format_size, parse_size
+from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError
 
 

@@ -43,8 +43,9 @@ class Leases:
             else:
                 self._memory.tree.pin(tip)
                 heapq.heappush(self._pins, (now + hints.pin, next(self._serial), tip))
-        if hints.ttl is not None:
-            heapq.heappush(self._ttls, (now + hints.ttl, next(self._serial), tip))
+        ttl = holding.branch.ttl
+        if ttl is not None:
+            heapq.heappush(self._ttls, (now + ttl, next(self._serial), tip))
 
     def expire(self, now: float) -> bool:
         """End the pins and times to live that are over at `now`. True if a pin ended, so that there is more room."""

@@ -70,6 +70,7 @@ class CacheManager:
         self.geometry = geometry
         self.capacity = capacity
         self.prefix_cache = policies.prefix_cache
+        self._ttl = policies.ttl
         self.places = policies.places
         self.retention = policies.retention
         self.rates = policies.rates
@@ -227,7 +228,7 @@ class CacheManager:
             start=len(chain) * PAGE,
             prompt=len(keys) * PAGE,
             session=hints.session,
-            ttl=hints.ttl,
+            ttl=self._ttl if hints.ttl is None else hints.ttl,
             used=now,
         )
 

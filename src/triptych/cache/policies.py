@@ -22,7 +22,8 @@ class Policies:
     """Where snapshots are put, what is given up first, what things cost.
 
     `quota`: the share of all frames that one tenant's cached objects may take while others want room; `shares` say
-    otherwise for tenants by their salt. `prefix_cache` False: nothing is kept for others.
+    otherwise for tenants by their salt. `prefix_cache` False: nothing is kept for others. `ttl`: seconds to live of
+    what a request cached, where its hints do not say.
     """
 
     places: SnapshotPolicy = ADAPTIVE
@@ -31,6 +32,7 @@ class Policies:
     quota: float = 1.0
     shares: Mapping[str, float] = field(default_factory=dict)
     prefix_cache: bool = True
+    ttl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from triptych.text.tokenizer import Tokenizer
     from triptych.workload.energy import Energy, Meter
     from triptych.workload.load import Timing
+    from triptych.workload.load_report import Slo
     from triptych.workload.sessions import SessionRequest
+    from triptych.workload.trials import Contender, Trial
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -42,6 +44,13 @@ class LoadFlags:
     scale: Annotated[float, typer.Option(metavar="X", help="Multiply all lengths, for small models and machines.")] = (
         1.0
     )
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="Repeat with other seeds, contenders in turns. In process only.")
+    ] = 1
+    clock: Annotated[
+        Literal["wall", "cpu"],
+        typer.Option(help="cpu: count this process's processor time, for a machine that others use too. In process."),
+    ] = "wall"
     text: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Take prompts from this folder. Default: Python's own sources.")
     ] = None
@@ -50,6 +59,8 @@ class LoadFlags:
         """ConfigError for values out of range."""
         if self.requests < 1:
             raise ConfigError(f"--requests must be at least 1, not {self.requests}.")
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds must be at least 1, not {self.rounds}.")
         for name, value in (("--speed", self.speed), ("--scale", self.scale)):
             if not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value}.")
@@ -89,7 +100,12 @@ def bench(
         str | None, typer.Option(metavar="URL", help="A server of the OpenAI API. Default: an engine of this process.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="URL", help="A second server, sent the same: requests are compared in pairs.")
+        list[str] | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Sent the same, compared in pairs: with --url a second server, else engine options of this process "
+            "that differ, like profile=chat,step_tokens=64. Repeatable.",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A checkpoint, or the server's name for its model.")
@@ -109,18 +125,18 @@ def bench(
     """
     load.check()
     results.check()
-    if against is not None and url is None:
-        raise ConfigError("--against compares two servers.", "Name the first with --url.")
-    requests, closed = _requests(workload, load)
-    run = _Run(requests, closed, load)
-    if url is None:
-        runs = {f"engine {model or 'tiny'}": run.in_process(model or "tiny", engine)}
-    else:
-        runs = {url: run.over_http(url, model, key, tokenizer)}
-    if against is not None:
-        runs[against] = run.over_http(against, model, key, tokenizer)
     about = {"workload": workload, "requests": load.requests, "seed": load.seed, "arrivals": load.arrivals}
-    _show(runs, about | {"speed": load.speed, "scale": load.scale}, results)
+    about |= {"speed": load.speed, "scale": load.scale, "clock": load.clock, "rounds": load.rounds}
+    if url is None:
+        _show(*_in_process(workload, model or "tiny", load, engine, against or []), about, results)
+        return
+    if load.rounds > 1 or load.clock != "wall":
+        raise ConfigError("--rounds and --clock are for engines of this process.", "Leave out --url.")
+    from triptych.workload.named import users
+
+    run = _OverHttp(requests_of(workload, load, load.seed), users(load.arrivals), load)
+    runs = {one: run.over_http(one, model, key, tokenizer) for one in (url, *(against or []))}
+    _show(runs, None, about, results)
 
 
 class _Ran(NamedTuple):
@@ -130,40 +146,90 @@ class _Ran(NamedTuple):
     energy: Energy
 
 
-def _show(runs: dict[str, _Ran], about: dict[str, Any], results: ResultFlags) -> None:
+def _in_process(
+    workload: str, model: str, load: LoadFlags, engine: EngineFlags, against: list[str]
+) -> tuple[dict[str, _Ran], list[Contender] | None]:
+    """Run here: the flags' engine, and those whose options differ. Results by name; contenders if several."""
+    from triptych.engine.profiles import settings_from_text
+    from triptych.workload.load import LoadSettings
+    from triptych.workload.named import users
+    from triptych.workload.trials import Contender, Trial
+
+    options = engine.options()
+    others = [Contender(one, options | settings_from_text(one, "--against")) for one in against]
+    contenders = [Contender(f"engine {model}" if not others else _flags_told(engine), options), *others]
+    settings = LoadSettings(load.speed, users(load.arrivals), load.clock)
+    trial = Trial(
+        model, lambda number: requests_of(workload, load, load.seed + number), settings, load.rounds, load.text
+    )
+    run_with_progress(trial, contenders, load.requests)
+    return {one.name: _Ran(one.timings(), one.energy()) for one in contenders}, contenders if others else None
+
+
+def run_with_progress(trial: Trial, contenders: list[Contender], requests: int) -> None:
+    """Run a trial behind a progress bar."""
+    from triptych.workload.trials import run_trial
+
+    with _progress(trial.rounds * len(contenders) * requests) as advance:
+        run_trial(trial, contenders, lambda name, timing: advance())
+
+
+def _flags_told(engine: EngineFlags) -> str:
+    return " ".join(engine.arguments()).replace("--", "") or "defaults"
+
+
+def _show(
+    runs: dict[str, _Ran], contenders: list[Contender] | None, about: dict[str, Any], results: ResultFlags
+) -> None:
     """Print the figures; write the files that were asked for. TriptychError if nothing was answered."""
     from triptych.workload.load_pairs import pair_lines, paired
     from triptych.workload.load_report import Slo, summary, table
 
     slo = Slo(results.ttft, results.tpot)
     figures = {name: summary(ran.timings, slo, results.price, ran.energy) for name, ran in runs.items()}
+    first, *others = runs
+    pairs = {other: paired(runs[first].timings, runs[other].timings) for other in others}
     found: dict[str, Any] = dict(about)
-    pairs = None
-    if len(runs) == 1:
-        found |= next(iter(figures.values()))
+    if not others:
+        found |= figures[first]
     else:
-        one, other = runs
-        pairs = paired(runs[one].timings, runs[other].timings)
-        found |= {"runs": figures, "paired": pairs}
+        found |= {"runs": figures, "paired": pairs[others[0]] if len(others) == 1 else pairs}
+    wanted = _objective(contenders, about["workload"], slo) if contenders else None
+    found |= {"objective": wanted[0]} if wanted else {}
     if results.out is not None:
         rows = {name: [_row(timing) for timing in ran.timings] for name, ran in runs.items()}
         results.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     if results.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        titles = [f"{name}\n" if pairs else "" for name in figures]
+        titles = [f"{name}\n" if others else "" for name in figures]
         typer.echo("\n\n".join(title + table(one) for title, one in zip(titles, figures.values(), strict=True)))
-        typer.echo("\n" + pair_lines(pairs, "first", "second") if pairs else "", nl=pairs is not None)
+        for other, pair in pairs.items():
+            typer.echo("\n" + pair_lines(pair, first, other))
+        typer.echo("\n" + wanted[1] if wanted else "", nl=wanted is not None)
     if results.report is not None:  # last, so that a page that fails takes no numbers with it
         from triptych.workload.load_page import write_page
 
         shown = {name: (figures[name], runs[name].timings) for name in runs}
-        write_page(results.report, shown, about | _machine())
+        write_page(results.report, shown, about | machine())
     if any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
 
 
-def _machine() -> dict[str, str]:
+def _objective(contenders: list[Contender], workload: str, slo: Slo) -> tuple[dict[str, Any], str]:
+    """What the workload wants, by contender: as data and as text."""
+    from triptych.workload.objectives import objective_for
+    from triptych.workload.verdicts import gain, objective_lines, values
+
+    objective = objective_for(workload)
+    rounds = {one.name: values(one, objective, slo) for one in contenders}
+    first, *others = rounds
+    gains = {other: gain(objective, rounds[first], rounds[other]).to_dict() for other in others}
+    about = {"key": objective.key, "meaning": objective.meaning, "higher_is_better": objective.higher_is_better}
+    return {**about, "rounds": rounds, "gains_of_first": gains}, objective_lines(objective, rounds, first)
+
+
+def machine() -> dict[str, str]:
     """Where the driver ran, for whoever reads the page later."""
     import platform
     import sys
@@ -180,53 +246,34 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _requests(name: str, load: LoadFlags) -> tuple[list[SessionRequest], int]:
-    """The requests at the size that is wanted, and how many sessions run at once, 0 for an open loop."""
+def requests_of(name: str, load: LoadFlags, seed: int) -> list[SessionRequest]:
+    """The requests of a workload or a trace, at the size that is wanted."""
     from triptych.workload.load import scaled
     from triptych.workload.named import WORKLOADS, retimed, workload
     from triptych.workload.sessions import as_sessions
     from triptych.workload.traces import read_trace
 
     if name in WORKLOADS:
-        found = workload(name, load.requests, load.seed).requests
+        found = workload(name, load.requests, seed).requests
     else:
         path = Path(os.path.expanduser(name))
         if not path.exists() and path.name == name and not path.suffix:
             raise ConfigError(f"{name!r} is neither a file nor a workload.", nearest(name, WORKLOADS))
         found = as_sessions(read_trace(path, limit=load.requests))
-    moved = retimed(found, load.arrivals, load.seed)
-    kind, _, users = load.arrivals.partition(":")
-    return scaled(moved, load.scale), int(float(users)) if kind == "closed" else 0
+    return scaled(retimed(found, load.arrivals, seed), load.scale)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _OverHttp:
     requests: list[SessionRequest]
     closed: int
     load: LoadFlags
 
     @property
     def _temperature(self) -> float:
-        """Samples of one prompt must differ; everything else is greedy."""
-        from triptych.workload.load import are_rollouts, prompt_of
+        from triptych.workload.load import temperature_of
 
-        return 1.0 if are_rollouts([prompt_of(request) for request in self.requests]) else 0.0
-
-    def in_process(self, model: str, flags: EngineFlags) -> _Ran:
-        """Load an engine, run, stop it."""
-        from triptych.engine.async_engine import AsyncEngine
-        from triptych.workload.clients import InProcess
-
-        engine = AsyncEngine.load(model, **flags.options())
-
-        async def run() -> _Ran:
-            await engine.start()
-            try:
-                return await self._run(InProcess(engine, self._temperature), engine.tokenizer.encode, _meter(None))
-            finally:
-                await engine.stop()
-
-        return asyncio.run(run())
+        return temperature_of(self.requests)
 
     def over_http(self, url: str, model: str | None, key: str | None, tokenizer: str | None) -> _Ran:
         """Run against a server."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from triptych.cli.sizes import format_size, parse_size
 from triptych.config import SHAPES, ModelShape
+from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

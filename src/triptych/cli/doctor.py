@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from triptych import __version__
-from triptych.cli.sizes import format_size
 from triptych.config import KernelBackend
+from triptych.engine.sizes import format_size
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -13,15 +13,27 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from triptych.cli.sizes import parse_size
 from triptych.config import KernelBackend
+from triptych.engine.sizes import parse_size
 
 _SIZES = {"kv_memory", "host_memory", "disk_memory"}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFlags:
-    """How the engine runs; names are those of EngineConfig and CacheConfig, sizes are still text."""
+    """How the engine runs; names are those of EngineConfig and CacheConfig, sizes are still text.
+
+    `profile` stands for several of them at once; what is given beside it wins.
+    """
+
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Settings for a kind of traffic: chat, coding-agent, research-agent, rl-rollout, mixed, or a TOML "
+            "file. Other flags win over it; see `triptych profile show NAME`.",
+        ),
+    ] = None
 
     kv_memory: Annotated[
         str | None,
@@ -60,6 +72,13 @@ class EngineFlags:
         Literal["value", "lru"] | None,
         typer.Option(help="What the cache gives up first: what is worth least per byte, or what was used longest ago."),
     ] = None
+    ttl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Unused for so long, a request's cache goes first, unless the request says otherwise.",
+        ),
+    ] = None
     tenant_quota: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Share of the cache that one tenant may take while others want room."),
@@ -97,13 +116,14 @@ class EngineFlags:
         typer.Option(help="Which kernels run; see `triptych doctor`."),
     ] = None
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Same bits whatever shares the batch. Slower.")
-    ] = False
+        bool | None,
+        typer.Option("--deterministic/--no-deterministic", help="Same bits whatever shares the batch. Slower."),
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """Keyword options for Engine.load; what was not given is left to the engine's default."""
         given = {item.name: getattr(self, item.name) for item in fields(self)}
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        given = {name: value for name, value in given.items() if value is not None}
         for name in _SIZES & given.keys():
             given[name] = parse_size(given[name], "--" + name.replace("_", "-"))
         return given
@@ -112,9 +132,11 @@ class EngineFlags:
         """The same flags as command-line arguments, for a process that is started with them."""
         given: list[str] = []
         for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and value is not False:
-                given += [f"--{item.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            value, flag = getattr(self, item.name), item.name.replace("_", "-")
+            if isinstance(value, bool):
+                given.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                given += [f"--{flag}", str(value)]
         return given
 
 

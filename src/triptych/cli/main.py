@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Work out what fits on which hardware, how fast, at what cost.",
     "replay": "Replay a trace through the cache: hit rate, work left, bytes.",
     "bench": "Load a server or an engine: latencies, hit rate, cost per task.",
+    "profile": "Settings for a kind of traffic: show, fit to a trace, compare.",
     "demo": "Ask about a long document twice and see what the cache saves.",
     "eval": "Measure whether a model finds facts in a long context.",
     "checkpoint": "Look into checkpoints and make synthetic ones.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from triptych.cli.flags import spread
-from triptych.cli.sizes import format_size, parse_size
+from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

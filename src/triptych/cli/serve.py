@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from triptych.cli.flags import EngineFlags, spread
-from triptych.cli.sizes import parse_size
+from triptych.engine.sizes import parse_size
 from triptych.errors import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

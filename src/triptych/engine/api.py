@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych.config import EngineConfig
 from triptych.engine.async_engine import AsyncEngine
-from triptych.engine.load import LoadedEngine, load
+from triptych.engine.load import LoadedEngine, load_with
 from triptych.engine.outputs import OutputText
 from triptych.engine.renewal import Source, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
+from triptych.engine.step_times import StepTime, timed_steps
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
 from triptych.text.grammar import GrammarCache
@@ -76,8 +77,10 @@ class Engine:
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> Engine:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
-        return cls(load(model, EngineConfig.from_options(**options)))
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
+        `profile`, a name or a TOML file that gives those which are not named here.
+        """
+        return cls(load_with(model, options))
 
     @property
     def grammars(self) -> GrammarCache | None:
@@ -123,6 +126,12 @@ class Engine:
     def watch_selections(self) -> Iterator[list[list[Ids]]]:
         """What the indexers choose while this is open; see engine.watch. For evaluation: one request at a time."""
         with watch_selections(self._loop.model) as steps:
+            yield steps
+
+    @contextmanager
+    def timed_steps(self, clock: Callable[[], float] = time.perf_counter) -> Iterator[list[StepTime]]:
+        """Plans and seconds of the steps that run while this is open; see engine.step_times."""
+        with timed_steps(self._loop, clock) as steps:
             yield steps
 
     def update_weights(self, source: Source) -> WeightsUpdate:

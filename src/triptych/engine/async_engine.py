@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from triptych.checkpoint import safetensors_stream
-from triptych.config import EngineConfig
 from triptych.engine.facts import Watch, panels
-from triptych.engine.load import LoadedEngine, load
+from triptych.engine.load import LoadedEngine, load_with
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.renewal import Source, Staged, check_running, stage, swap
@@ -118,8 +117,10 @@ class AsyncEngine:
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig."""
-        return cls(load(model, EngineConfig.from_options(**options)))
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
+        `profile`, a name or a TOML file that gives those which are not named here.
+        """
+        return cls(load_with(model, options))
 
     @property
     def grammars(self) -> GrammarCache | None:

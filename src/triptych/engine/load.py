@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +29,7 @@ from triptych.engine.masks import Masks
 from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
+from triptych.engine.profiles import profile_named
 from triptych.engine.rates import starting_rates
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
@@ -64,6 +67,19 @@ class LoadedEngine:
     max_context: int
     banner: str
     store: WeightStore | None = None
+
+
+def load_with(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
+    """Load `model` with options by name; `profile` among them gives those that are not there. Raises as `load`."""
+    given = dict(options)
+    name = given.pop("profile", None)
+    if name is None:
+        return load(model, EngineConfig.from_options(**given))
+    profile = profile_named(name)
+    chosen = profile.on(kind_of(device_for(EngineConfig(device=given.get("device", "auto")))))
+    loaded = load(model, EngineConfig.from_options(**chosen | given))
+    told = [f"{key} {value}" + (" (as given)" if key in given else "") for key, value in (chosen | given).items()]
+    return replace(loaded, banner=f"{loaded.banner}\nProfile  {profile.name}: {', '.join(told)}")
 
 
 def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
@@ -117,6 +133,7 @@ def build_loop(
         quota=wanted.tenant_quota,
         shares=wanted.tenant_shares,
         prefix_cache=wanted.prefix_cache,
+        ttl=wanted.ttl,
     )
     cache = CacheManager(
         geometry,

@@ -123,6 +123,16 @@ class Energy:
         return bool(self.joules)
 
 
+def sum_of(energies: Sequence[Energy]) -> Energy:
+    """Several stretches of time as one."""
+    joules: dict[str, float] = {}
+    for one in energies:
+        for name, value in one.joules.items():
+            joules[name] = joules.get(name, 0.0) + value
+    missing = next((one.missing for one in energies if one.missing), "")
+    return Energy(sum(one.seconds for one in energies), joules, missing)
+
+
 class Meter:
     """Counts from entering to leaving a `with` block."""
 

@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,11 +28,13 @@ from triptych.workload.texts import Texts
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
     """`speed`: the trace runs so many times faster. `closed`: pauses count from the end of the answer before, and so
-    many sessions run at once; 0 is an open loop.
+    many sessions run at once; 0 is an open loop. `clock`: "wall", or "cpu", the processor time of this process, for an
+    engine in it on a machine that others use too; it stands still while nothing runs, so pauses mean nothing.
     """
 
     speed: float = 1.0
     closed: int = 0
+    clock: Literal["wall", "cpu"] = "wall"
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Load:
         self._client, self._texts, self._settings = client, texts, settings
         self._said: dict[str, Any] = {}  # output part -> what was really answered
         self._made: dict[str, Any] = {}  # part -> its text: later turns repeat it
+        self._clock = time.process_time if settings.clock == "cpu" else time.perf_counter
         self._begun = 0.0
 
     async def run(
@@ -88,12 +91,12 @@ class Load:
             sessions.setdefault(f"{request.tenant}/{request.session}", []).append(request)
         gate = asyncio.Semaphore(self._settings.closed or len(sessions) or 1)
         self._texts.prepare()
-        self._begun = time.perf_counter()
+        self._begun = self._clock()
         found = await asyncio.gather(*(self._session(one, gate, on_done) for one in sessions.values()))
         return sorted((timing for one in found for timing in one), key=lambda timing: timing.intended)
 
     def _now(self) -> float:
-        return time.perf_counter() - self._begun
+        return self._clock() - self._begun
 
     async def _session(
         self, requests: list[SessionRequest], gate: asyncio.Semaphore, on_done: Callable[[Timing], None]
@@ -150,6 +153,11 @@ def prompt_of(request: SessionRequest) -> str:
 def are_rollouts(prompts: Sequence[str]) -> bool:
     """Whether prompts, by name, are sampled twice or more on average, as those of RL training are."""
     return len(prompts) >= 2 * len(set(prompts)) > 0
+
+
+def temperature_of(requests: Sequence[SessionRequest]) -> float:
+    """1 for rollouts, as samples of one prompt must differ; everything else is greedy."""
+    return 1.0 if are_rollouts([prompt_of(request) for request in requests]) else 0.0
 
 
 def scaled(requests: Sequence[SessionRequest], scale: float) -> list[SessionRequest]:

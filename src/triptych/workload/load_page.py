@@ -14,7 +14,7 @@ from triptych.errors import ConfigError
 from triptych.workload.load import Timing
 from triptych.workload.load_report import energy_line, rollout_line
 
-_STYLE = """
+STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,.set td{text-align:left}h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
@@ -34,12 +34,16 @@ def write_page(
     path: Path, runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]], about: Mapping[str, Any]
 ) -> None:
     """Write `runs`, (figures, timings) by name, to `path`. `about`: settings and machine. ConfigError if it fails."""
-    title = f"Load: {about.get('workload', '')}"
+    body = [*(figures_table(name, found) for name, (found, _) in runs.items()), *plots(runs)]
+    write_html(path, f"Load: {about.get('workload', '')}", body, about)
+
+
+def write_html(path: Path, title: str, body: Sequence[str], about: Mapping[str, Any]) -> None:
+    """A page of HTML pieces that needs nothing else, with `about` as its last table. ConfigError if it fails."""
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
-        *(_figures(name, found) for name, (found, _) in runs.items()),
-        *_plots(runs),
+        *body,
         "<h2>How it was run</h2><table class=set>",
         *(f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}" for key, value in about.items()),
         "</table></html>",
@@ -50,7 +54,8 @@ def write_page(
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _figures(name: str, found: dict[str, Any]) -> str:
+def figures_table(name: str, found: dict[str, Any]) -> str:
+    """One run's sentences and table as HTML."""
     heads = ("mean", "p50", "p90", "p99", "max")
     cache, goodput = found["cache"], found["goodput"]
     rate = "not told" if cache["hit_rate"] is None else f"{cache['hit_rate']:.1%}"
@@ -82,8 +87,8 @@ def _figures(name: str, found: dict[str, Any]) -> str:
     return f"<h2>{html.escape(name)}</h2><ul>{listed}</ul><table>{''.join(rows)}</table>"
 
 
-def _plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[str]:
-    """Inline SVG. ConfigError without matplotlib."""
+def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[str]:
+    """Latencies and sources of tokens of all runs as inline SVG. ConfigError without matplotlib."""
     try:
         import matplotlib
 
@@ -106,7 +111,9 @@ def _plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[
         axes.set_xlabel(label)
         axes.set_ylabel("share of requests")
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or labels of one decade run into each other
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))  # also within one decade
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or they run into each other
     over.set_xlabel("intended time of the request, s")
     over.set_ylabel("seconds to the first token")
     tokens.set_xlabel("prompt tokens, by where they came from")
@@ -114,11 +121,18 @@ def _plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
+    return [f"<figure>{inline(figure)}<figcaption>Latencies count from the intended time.</figure>"]
+
+
+def inline(figure: Any) -> str:
+    """A matplotlib figure as SVG for a page; closes it."""
+    from matplotlib import pyplot
+
     out = io.StringIO()
     figure.savefig(out, format="svg")
     pyplot.close(figure)
     picture = out.getvalue()
-    return [f"<figure>{picture[picture.index('<svg') :]}<figcaption>Latencies count from the intended time.</figure>"]
+    return picture[picture.index("<svg") :]
 
 
 def _cumulative(axes: Any, values: Sequence[float], name: str) -> None:

@@ -90,6 +90,12 @@ def retimed(requests: Sequence[SessionRequest], arrivals: str, seed: int = 0) ->
     return sorted(moved, key=lambda request: request.time)
 
 
+def users(arrivals: str) -> int:
+    """How many sessions run at once, 0 for an open loop."""
+    kind, _, amount = arrivals.partition(":")
+    return int(float(amount)) if kind == "closed" else 0
+
+
 def _amount(text: str, arrivals: str, whole: bool) -> float:
     try:
         amount = float(text)
