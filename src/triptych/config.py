@@ -417,8 +417,8 @@ class CacheConfig:
     which page boundaries get a snapshot (see cache/places.py), `retention` what is given up first ("value" or "lru").
     `host_memory` and `disk` (a directory of at most `disk_memory`) hold what the device gave up; `remote` is a
     redis:// address. `ttl`: seconds without use after which what a request cached goes first, where it does not say.
-    `tenant_quota`: the share of the cache that one tenant may take while others want room; `tenant_shares` say
-    otherwise by salt. `canary`: the share of resumed requests that are computed again in idle time and compared.
+    `tenant_quota`: the share of the cache that a tenant may take while others want room; `tenant_shares`: others, by
+    salt. `canary`: the share of resumed requests that are computed again in idle time and compared.
     """
 
     kv_memory: int | None = None
@@ -459,8 +459,8 @@ class EngineConfig:
 
     `max_running` requests own a window slot at once; `step_tokens` rows at most run in one step (None: 512 on a
     processor, 8,192 on a GPU); `max_context` tokens at most belong to one request (None: what the model allows);
-    `deterministic` makes logits bitwise independent of batch mates, chunking and cache path.
-    `device` "auto" is the first NVIDIA GPU if there is one that can, else the processor.
+    `deterministic` makes logits bitwise independent of batch mates, chunking and cache path; `device` "auto" is the
+    first NVIDIA GPU that can, else the processor.
     """
 
     max_running: int = 16
@@ -494,8 +494,7 @@ class EngineConfig:
         """Options of engine and cache by name, flat. An unknown one is an error that names the nearest."""
         cache_names = {f.name for f in fields(CacheConfig)}
         own_names = {f.name for f in fields(cls)} - {"cache"}
-        for name in options:
-            if name not in cache_names | own_names:
-                raise ConfigError(f"Unknown option {name!r}.", nearest(name, cache_names | own_names))
+        for name in options.keys() - cache_names - own_names:
+            raise ConfigError(f"Unknown option {name!r}.", nearest(name, cache_names | own_names))
         cache = CacheConfig(**{k: v for k, v in options.items() if k in cache_names})
         return cls(**{k: v for k, v in options.items() if k in own_names}, cache=cache)
