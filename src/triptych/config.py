@@ -494,7 +494,7 @@ class EngineConfig:
         """Options of engine and cache by name, flat. An unknown one is an error that names the nearest."""
         cache_names = {f.name for f in fields(CacheConfig)}
         own_names = {f.name for f in fields(cls)} - {"cache"}
-        for name in options.keys() - cache_names - own_names:
+        for name in sorted(options.keys() - cache_names - own_names):
             raise ConfigError(f"Unknown option {name!r}.", nearest(name, cache_names | own_names))
         cache = CacheConfig(**{k: v for k, v in options.items() if k in cache_names})
         return cls(**{k: v for k, v in options.items() if k in own_names}, cache=cache)
