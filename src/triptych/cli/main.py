@@ -95,7 +95,8 @@ def _usage_sentence(error: Any) -> str:
     """What is wrong with the command line, with the nearest known option or where to look."""
     context = getattr(error, "ctx", None)
     option = getattr(error, "option_name", None)
-    text = str(error.format_message()).replace(": Value error, ", ": ").strip().rstrip(".") + "."
+    text = str(error.format_message()).replace(": Value error, ", ": ").strip().rstrip(".")
+    text += "" if text.endswith("?") else "."
     if context is None:
         return text
     if type(error).__name__ == "NoSuchOption":
