@@ -55,7 +55,7 @@ class WhereFlags:
 
 @app.callback()
 def profile() -> None:
-    """Settings for a kind of traffic: what a profile sets, which one suits a trace, and the proof."""
+    """Settings for a kind of traffic: show, fit to a trace, compare."""
 
 
 @app.command()
