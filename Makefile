@@ -26,7 +26,7 @@ serve: $(VENV)/.serve  ## an OpenAI-compatible server on 127.0.0.1:8000
 	$(BIN)/triptych serve $(ARGS)
 
 test: lint types  ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 quick: $(VENV)/.dev  ## unit tests and laws, in seconds
 	$(BIN)/python -m pytest -q -n 2 tests/unit tests/laws $(ARGS)
