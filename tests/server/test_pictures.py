@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def test_a_browser_draws_the_whole_picture(path: Path, tmp_path: Path) -> None:
         if max(drawn.getpixel((x, y))) - min(drawn.getpixel((x, y))) > 60  # neither text nor frame
     ]
     assert len(coloured) > 100, "next to nothing is drawn"
-    for axis, whole in ((0, drawn.width), (1, drawn.height)):
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', path.read_text(encoding="utf-8"))
+    assert size is not None
+    for axis, points in enumerate(size.groups()):
+        whole = min(float(points) * 4 / 3, drawn.size[axis])  # a point is 4/3 of a pixel
         places = [point[axis] for point in coloured]
         assert max(places) - min(places) > 0.3 * whole, "a part is empty"

@@ -66,7 +66,7 @@ class ModelFlags:
     ] = "flash"
     kv_format: Annotated[Literal["float32", "bfloat16", "fp8"], typer.Option(help="Format of entries.")] = "fp8"
     index_format: Annotated[
-        Literal["fp8", "mxfp4", "bfloat16", "float32"] | None, typer.Option(help="Of index keys. Default: as entries.")
+        Literal["float32", "bfloat16", "fp8", "mxfp4"] | None, typer.Option(help="Of index keys. Default: as entries.")
     ] = None
     weights: Annotated[
         Literal["released", "bfloat16", "float32"] | None, typer.Option(help="Default: as the checkpoint stores them.")
