@@ -69,7 +69,7 @@ class ModelFlags:
         Literal["float32", "bfloat16", "fp8", "mxfp4"] | None, typer.Option(help="Of index keys. Default: as entries.")
     ] = None
     weights: Annotated[
-        Literal["released", "bfloat16", "float32"] | None, typer.Option(help="Default: as the checkpoint stores them.")
+        Literal["float32", "bfloat16", "released"] | None, typer.Option(help="Default: as the checkpoint stores them.")
     ] = None
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from triptych.config import CSA_LAYER, CSA_RATIO, HCA_LAYER, HCA_RATIO, SWA_LAYER, ModelShape
 from triptych.planner.hardware import Numeric
 
-WeightFormat = Literal["released", "bfloat16", "float32"]
+WeightFormat = Literal["float32", "bfloat16", "released"]
 """released: dense layers FP8 with a scale per 128 x 128, experts MXFP4, the rest BF16 and FP32."""
 
 Division = Literal["experts", "heads", "copied"]
