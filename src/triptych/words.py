@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -452,6 +452,7 @@ drain      they end on the old weights; the update waits, and so does who comes 
 abort      they end at once, with what they have
 recompute  they keep their tokens, run all of them again on the new weights and go on from there
 """
+RUNNING: tuple[Running, ...] = get_args(Running)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from in_interpreter import rows_of
 
 import triptych.kernels
 from triptych.errors import ConfigError
 from triptych.kernels import registry
 
-HERE = Path(__file__).parent
 KERNELS = Path(triptych.kernels.__file__).parent
 
 
@@ -36,15 +30,7 @@ def test_every_operation_of_fixed_tiles_is_there() -> None:
 
 @pytest.mark.parametrize(("script", "least"), [("interpreted.py", 40), ("portable_cases.py", 15)])
 def test_every_triton_kernel_equals_its_reference_in_the_interpreter(script: str, least: int) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter makes loop bounds of arrays, which numpy 2.4 refuses")
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, HERE / script], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = rows_of(script)
     assert len(results) > least
     assert not [result for result in results if not result["ok"]]
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from in_interpreter import rows_of
 
 from triptych.errors import ConfigError
 from triptych.kernels import registry, vendors
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 
-HERE = Path(__file__).parent
 FORM = RowFormat("entry", 512, 64)
 HOPPER = (9, 0)
 
@@ -169,16 +163,6 @@ def test_rows_of_another_kind_are_refused() -> None:
 
 
 def test_what_flash_mla_gets_gives_the_references_attention_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter makes loop bounds of arrays, which numpy 2.4 refuses")
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, HERE / "flash_mla_model.py"], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = rows_of("flash_mla_model.py")
     assert len(results) == 15
     assert not [result for result in results if not result["ok"]]

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
 
 import torch
 import xxhash
@@ -30,12 +29,10 @@ from triptych.engine.memory import free_memory
 from triptych.engine.stores import namespace
 from triptych.errors import CheckpointError, ConfigError, Unsupported, nearest
 from triptych.model.weights import WeightStore
-from triptych.words import Running, WeightsUpdate
+from triptych.words import RUNNING, WeightsUpdate
 
 Source = str | Path | Iterable[tuple[str, Tensor]]
 """A checkpoint directory, or tensors under any name that checkpoints have."""
-
-RUNNING: tuple[Running, ...] = get_args(Running)
 
 
 @dataclass(frozen=True, slots=True)

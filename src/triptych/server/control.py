@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +17,7 @@ from triptych.errors import ConfigError, Forbidden, RequestError, TooSlow, neare
 from triptych.server.fields import Fields, FieldTable, parse_object
 from triptych.server.http import json_response, parts, unless_left
 from triptych.server.state import ServerState
-from triptych.words import Running, WeightsUpdate
+from triptych.words import RUNNING, Running, WeightsUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +140,11 @@ def _blaming() -> Iterator[None]:
 
 def _how(fields: Fields) -> tuple[Running, float | None]:
     """What becomes of running requests, and how many seconds their end is waited for."""
-    known: tuple[Running, ...] = get_args(Running)
     given, timeout = fields.text("running"), fields.number("timeout")
-    found = next((one for one in known if one == (given or "drain")), None)
+    found = next((one for one in RUNNING if one == (given or "drain")), None)
     if found is None:
         raise RequestError(
-            f"running must be one of {', '.join(known)}.", nearest(str(given)[:40], known), param="running"
+            f"running must be one of {', '.join(RUNNING)}.", nearest(str(given)[:40], RUNNING), param="running"
         )
     if timeout is not None and not timeout > 0:
         raise RequestError(

@@ -4,50 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from triptych.errors import ConfigError
+from triptych.workload.figures import panels
 from triptych.workload.fit import Fit, Outcome
 from triptych.workload.objectives import Objective
 
 
 def draw(path: Path, title: str, found: Fit, objective: Objective) -> None:
     """Draw into `path`. ConfigError without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("Plots need matplotlib.", "Install it with: pip install 'triptych[bench]'.") from None
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    usable = [one for one in found.outcomes if not one.refused]
-    groups: tuple[tuple[str, list[Outcome], str], ...] = (
-        ("candidate", [one for one in usable if not one.front and not one.shipped], "#bbbbbb"),
-        ("Pareto front", [one for one in usable if one.front and not one.shipped], "#2a9d8f"),
-        ("shipped profile", [one for one in usable if one.shipped], "#e76f51"),
-    )
-    for label, some, colour in groups:
-        left.plot(*_points(some, "requests_per_s", "ttft_p95_s"), "o", color=colour, label=label)
-        right.plot(*_points(some, "peak_bytes", "objective"), "o", color=colour, label=label)
-    best = [found.recommended]
-    for axes, x, y in ((left, "requests_per_s", "ttft_p95_s"), (right, "peak_bytes", "objective")):
-        axes.plot(*_points(best, x, y), "*", color="black", markersize=14, label=f"recommended: {best[0].name}")
-        for one in groups[2][1]:
-            xs, ys = _points([one], x, y)
-            axes.annotate(one.name, (xs[0], ys[0]), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    left.set_xlabel("requests a second")
-    left.set_ylabel("95th percentile of the first token, s")
-    right.set_xlabel("peak memory of all caches, MiB")
-    right.set_ylabel(f"{objective.label} ({'higher' if objective.higher_is_better else 'lower'} is better)")
-    figure.suptitle(title)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        pyplot.close(figure)
+    with panels(path, title, 2, (12, 5)) as (left, right):
+        usable = [one for one in found.outcomes if not one.refused]
+        groups: tuple[tuple[str, list[Outcome], str], ...] = (
+            ("candidate", [one for one in usable if not one.front and not one.shipped], "#bbbbbb"),
+            ("Pareto front", [one for one in usable if one.front and not one.shipped], "#2a9d8f"),
+            ("shipped profile", [one for one in usable if one.shipped], "#e76f51"),
+        )
+        for label, some, colour in groups:
+            left.plot(*_points(some, "requests_per_s", "ttft_p95_s"), "o", color=colour, label=label)
+            right.plot(*_points(some, "peak_bytes", "objective"), "o", color=colour, label=label)
+        best = [found.recommended]
+        for axes, x, y in ((left, "requests_per_s", "ttft_p95_s"), (right, "peak_bytes", "objective")):
+            axes.plot(*_points(best, x, y), "*", color="black", markersize=14, label=f"recommended: {best[0].name}")
+            for one in groups[2][1]:
+                xs, ys = _points([one], x, y)
+                axes.annotate(one.name, (xs[0], ys[0]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        left.set_xlabel("requests a second")
+        left.set_ylabel("95th percentile of the first token, s")
+        right.set_xlabel("peak memory of all caches, MiB")
+        right.set_ylabel(f"{objective.label} ({'higher' if objective.higher_is_better else 'lower'} is better)")
 
 
 def _points(some: list[Outcome], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -46,11 +46,6 @@ WORKLOADS: dict[str, Callable[[int], Iterator[SessionRequest]]] = {
 }
 
 
-def is_workload(name: str) -> bool:
-    """Whether `name` is a workload's and no file's."""
-    return name in WORKLOADS
-
-
 def workload(name: str, requests: int, seed: int = 0, arrivals: str = "trace") -> SessionTrace:
     """The first `requests` requests of the workload `name`. ConfigError names the nearest.
 

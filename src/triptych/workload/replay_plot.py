@@ -6,36 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.errors import ConfigError
+from triptych.workload.figures import panels
 
 
 def draw(path: Path, title: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
     """Draw results (GiB, ReplayResult.to_dict()) into `path`. ConfigError without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("Plots need matplotlib.", "Install it with: pip install 'triptych[bench]'.") from None
-    figure, (hits, work) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for policy in dict.fromkeys(result["policy"] for _, result in points):
-        mine = sorted((point for point in points if point[1]["policy"] == policy), key=lambda point: point[0])
-        memories = [memory for memory, _ in mine]
-        style = "--" if policy == "belady" else "-"
-        hits.plot(memories, [100 * r["hit_rate"] for _, r in mine], style, marker="o", label=policy)
-        work.plot(memories, [100 * r["computed_share"] for _, r in mine], style, marker="o", label=policy)
-    hits.axhline(100 * points[0][1]["ideal_hit_rate"], color="grey", linewidth=0.8, label="infinite cache")
-    for axes, label in ((hits, "tokens not run (% of prompt)"), (work, "work left (% of prompt)")):
-        axes.set_xlabel("cache memory, GiB")
-        axes.set_ylabel(label)
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-    hits.legend(fontsize=8)
-    figure.suptitle(title)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        pyplot.close(figure)
+    with panels(path, title, 2, (11, 4.5)) as (hits, work):
+        for policy in dict.fromkeys(result["policy"] for _, result in points):
+            mine = sorted((point for point in points if point[1]["policy"] == policy), key=lambda point: point[0])
+            memories = [memory for memory, _ in mine]
+            style = "--" if policy == "belady" else "-"
+            hits.plot(memories, [100 * r["hit_rate"] for _, r in mine], style, marker="o", label=policy)
+            work.plot(memories, [100 * r["computed_share"] for _, r in mine], style, marker="o", label=policy)
+        hits.axhline(100 * points[0][1]["ideal_hit_rate"], color="grey", linewidth=0.8, label="infinite cache")
+        for axes, label in ((hits, "tokens not run (% of prompt)"), (work, "work left (% of prompt)")):
+            axes.set_xlabel("cache memory, GiB")
+            axes.set_ylabel(label)
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+        hits.legend(fontsize=8)

@@ -51,7 +51,7 @@ def _fp8_part(
 ):
     """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
     MMA: gl.constexpr = mma_layout(WARPS)
-    AHEAD: gl.constexpr = 2 if WARPS == 4 else 1  # one warp's blocks are four times as large
+    AHEAD: gl.constexpr = 2 if WARPS == 4 else 1  # with fewer warps each has more of a block in flight
     W: gl.constexpr = weight_layout(8, WARPS, 4 // WARPS)
     r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
     c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
