@@ -10,6 +10,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from benchmarks.gpu.experts import READ, fp8, replayed
 from triptych.kernels.linear import ref
 from triptych.kernels.linear.many import product
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, FrontMatrix, quantize_rows
 
 FP8 = 1.475e15  # operations a second, measured on an H200
 # outputs and inputs: query of a CSA layer, output, shared experts; and the front's latent and rest
@@ -64,7 +65,7 @@ def check() -> bool:
 
 
 def time() -> None:
-    """Microseconds, inputs quantised inside, weights rotating through more than the L2."""
+    """Microseconds of the products, their inputs rounded already, weights rotating through more than the L2."""
     print(torch.cuda.get_device_name(), "\nwhat     rows       us    floor  share  TFLOP/s", flush=True)
     with Path(os.environ.get("OUT", "."), "linears.jsonl").open("a", encoding="utf-8") as file:
         for rows in (1, 8, 16, 64, 8192, 32, 128, 2048):
@@ -92,11 +93,12 @@ def sweep() -> None:
         blocks = -(-rows // tall) * -(-n // wide)
         call = partial(
             product[(blocks, 1)],
-            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride()),
+            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride(), n),
             SPLIT=1,
             TALL=tall,
             WIDE=wide,
             SHARE=share,
+            NARROW=False,
             num_warps=warps,
             num_stages=stages,
         )
@@ -106,15 +108,16 @@ def sweep() -> None:
         )
 
 
-def _call(name: str, n: int, k: int, rows: int) -> partial[torch.Tensor]:
+def _call(name: str, n: int, k: int, rows: int) -> partial[Any]:
     if name == "grouped":
-        return partial(grouped_linear, torch.randn(rows, 8, k, device="cuda").bfloat16(), fp8(8, n // 8, k))
+        x = torch.randn(rows, 8, k, device="cuda").bfloat16()
+        return partial(grouped_linear, x, fp8(8, n // 8, k), rounds=True)
     x = torch.randn(rows, k, device="cuda").bfloat16()
     if name == "front":
         rest = torch.randn(FRONT[1], k, device="cuda").bfloat16()
-        return partial(front_linear, x, FrontMatrix(fp8(FRONT[0], k), rest))
-    weight: Fp8Matrix = fp8(n, k)
-    return partial(linear, x, weight)
+        return partial(front_linear, BothRows(x, quantize(x)), FrontMatrix(fp8(FRONT[0], k), rest))
+    weight = fp8(n, k)
+    return partial(linear, quantize(x), weight)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
-"""Linear maps of up to 64 rows (decode) in one launch, bound by the bytes of their weights.
+"""Linear maps of few rounded rows (decode) in one launch, bound by the bytes of their weights.
 
 A product is computed turned over, W x^T, on the FP8 tensor cores: bulk copies bring blocks of 128 columns of weights
 and of rounded rows into shared memory as they are, and nothing is converted on the way. Each block is summed apart and
 scaled in float32, since the tensor cores keep few bits of an e4m3 sum.
-
-Where rows must not be rounded, a program first writes each as two e4m3 rows that it is the sum of, high + low / 16:
-eight bits of bf16 are four and four, so nothing is lost, and the tensor cores have columns to spare.
 
 Programs hold TALL outputs and a part of the columns, as many as fill the GPU. The last of those that share outputs adds
 up the parts, in their order; counters are back at zero afterwards.
@@ -22,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-from triptych.kernels.quant.fragments import scale_of
 
 
 @gluon.constexpr_function
@@ -55,28 +50,26 @@ def _nth(x, i: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def _fetch(w, x, ws, xs, bar, row, at, s, BLOCKS: gl.constexpr, WIDE: gl.constexpr, ROWS: gl.constexpr):
-    """BLOCKS blocks of 128 bytes of weight rows from column `at` on into stage s; of x too, unless ROWS is 0."""
+    """BLOCKS blocks of 128 bytes of weight rows and of ROWS rows of x, from column `at` on, into stage s."""
     W: gl.constexpr = gl.NVMMASharedLayout(128, 16 if WIDE else 8)
     COLUMNS: gl.constexpr = 64 if WIDE else 128
     mbarrier.expect(bar.index(s), BLOCKS * 128 * (w.block_shape[0] + ROWS))
     for i in gl.static_range(BLOCKS):
         to = ws.index(s * BLOCKS + i)._reinterpret(w.dtype, w.block_shape, W)
         tma.async_copy_global_to_shared(w, [row, at + i * COLUMNS], bar.index(s), to)
-        if ROWS > 0:
-            to = xs.index(s * BLOCKS + i)._reinterpret(x.dtype, x.block_shape, W)
-            tma.async_copy_global_to_shared(x, [0, at + i * COLUMNS], bar.index(s), to)
+        to = xs.index(s * BLOCKS + i)._reinterpret(x.dtype, x.block_shape, W)
+        tma.async_copy_global_to_shared(x, [0, at + i * COLUMNS], bar.index(s), to)
 
 
 @gluon.jit
 def _rounded_part(
-    w, f_ptr, x, s_ptr, ws, xs, scales, bar, row, first, rows,
+    w, f_ptr, x, s_ptr, ws, xs, bar, row, first, rows,
     DEPTH: gl.constexpr, PART: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
-    TALL: gl.constexpr, PAIRS: gl.constexpr,
+    TALL: gl.constexpr,
 ):  # fmt: skip
     """Products of blocks [first, first + PART) of 128 columns, the first on their way: float32 [TALL, N].
 
-    f_ptr [DEPTH] are the scales of the weights, s_ptr [rows, DEPTH] those of x. PAIRS: xs [PART, N, 128] has all of x
-    and `scales` [N, PART] its scales, instead of x and s_ptr.
+    f_ptr [DEPTH] are the scales of the weights, s_ptr [rows, DEPTH] those of x.
     """
     MMA: gl.constexpr = _sums(N)
     F: gl.constexpr = _factors(N, KS)
@@ -87,15 +80,12 @@ def _rounded_part(
     zero = gl.zeros([TALL, N], gl.float32, MMA)
     for step in gl.static_range(STEPS):
         factors = gl.load(f_ptr + first + step * KS + b)[None, :]
-        if PAIRS:
-            factors = factors * scales.slice(step * KS, KS, 1).load(F)
-        else:
-            factors = factors * gl.load(s_ptr + j[:, None] * DEPTH + (first + step * KS + b)[None, :])
+        factors = factors * gl.load(s_ptr + j[:, None] * DEPTH + (first + step * KS + b)[None, :])
         mbarrier.wait(bar.index(step % STAGES), (step // STAGES) & 1)
         before = zero
         for i in gl.static_range(KS):
             a = ws.index(step % STAGES * KS + i)
-            right = xs.index(step * KS + i if PAIRS else step % STAGES * KS + i).permute((1, 0))
+            right = xs.index(step % STAGES * KS + i).permute((1, 0))
             running = warpgroup_mma(a, right, zero, use_acc=False, is_async=True)
             if i > 0:
                 part = warpgroup_mma_wait(1, deps=[before])
@@ -105,7 +95,7 @@ def _rounded_part(
         if step + STAGES < STEPS:
             gl.thread_barrier()  # all warps have read the stage
             at = (first + (step + STAGES) * KS) * 128
-            _fetch(w, x, ws, xs, bar, row, at, step % STAGES, KS, False, 0 if PAIRS else N)
+            _fetch(w, x, ws, xs, bar, row, at, step % STAGES, KS, False, N)
         acc += part * gl.convert_layout(_nth(factors, KS - 1, KS), gl.SliceLayout(0, MMA))[None, :]
     return acc
 
@@ -134,63 +124,22 @@ def _bf16_part(
     return acc
 
 
-@gluon.jit
-def _pairs(x_ptr, xs, scales, rows, x_row, PART: gl.constexpr, N: gl.constexpr):
-    """128 PART columns of x [rows, ..] bf16 as pairs of e4m3 rows: row j is the sum of rows 2j and 2j + 1 of
-    xs [PART, N, 128] times scales [N, PART]."""
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 8], [2, 1, 16], [4, 1, 1], [2, 1, 0])
-    some = xs._reinterpret(gl.float8e4nv, [PART, N, 128], gl.NVMMASharedLayout(128, 8, rank=3))
-    b = gl.arange(0, PART, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    d = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    for first in gl.static_range(0, N // 2, 4):
-        j = first + i
-        at = gl.expand_dims(j[None, :] * x_row + b[:, None] * 128, 2) + gl.expand_dims(d[None, :], 1)
-        there = gl.expand_dims((j < rows)[None, :] & (b >= 0)[:, None], 2)
-        x = gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32)
-        scale, inverse = scale_of(gl.max(gl.abs(x), 2))
-        x = x * gl.expand_dims(inverse, 2)
-        high = x.to(gl.float8e4nv)
-        low = ((x - high.to(gl.float32)) * 16.0).to(gl.float8e4nv)
-        both = gl.reshape(gl.permute(gl.join(high, low), (0, 1, 3, 2)), [PART, 8, 128])
-        some.slice(2 * first, 8, 1).store(both)
-        scale = gl.reshape(gl.permute(gl.join(scale, scale * 0.0625), (1, 2, 0)), [8, PART])
-        scales.slice(2 * first, 8, 0).store(scale)
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def _sum_of_pairs(acc):
-    """[.., 2 n] -> [.., n], neighbours added up."""
-    high, low = gl.split(gl.reshape(acc, [acc.shape[0], acc.shape[1] // 2, 2]))
-    return high + low
-
-
-@gluon.jit(do_not_specialize=["rows", "x_row"])
+@gluon.jit(do_not_specialize=["rows"])
 def products(
-    w, f_ptr, rest, x, s_ptr, x_ptr, wide, out_ptr, scale_ptr, part_ptr, count_ptr, rows, x_row,
-    K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, GROUP: gl.constexpr, TALL: gl.constexpr,
-    SHARE: gl.constexpr, SPLIT: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, ROUND: gl.constexpr,
+    w, f_ptr, rest, x, s_ptr, wide, out_ptr, part_ptr, count_ptr, rows,
+    K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, TALL: gl.constexpr, SPLIT: gl.constexpr,
+    N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out [rows, OUT] of x [rows, ..]: outputs below LATENT by the FP8 matrix `w`, the others by `rest` in bf16.
+    """out [rows, OUT] of x [rows, K]: outputs below LATENT by the FP8 matrix `w`, the others by `rest` in bf16.
 
     w, rest, x and wide are descriptors; x are rounded rows and s_ptr their scales [rows, K / 128], `wide` rows in bf16.
-    PAIRS: x_ptr [rows, ..] bf16 instead, of which every GROUP outputs have their own K columns; N is twice as many.
-    ROUND: out are e4m3 values, and scale [rows, OUT / 128] their scales.
-    SHARE rows of `w` share scales. part [programs, TALL, N] float32 is scratch. No more STAGES than a part has steps.
+    part [programs, TALL, N] float32 is scratch. No more STAGES than a part has steps.
     """
     DEPTH: gl.constexpr = K // 128
     TILES: gl.constexpr = LATENT // TALL
     PART: gl.constexpr = DEPTH // SPLIT
     ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KS, TALL, 128], gl.NVMMASharedLayout(128, 8))
-    xs = gl.allocate_shared_memory(
-        gl.float8e4nv, [PART if PAIRS else STAGES * KS, N, 128], gl.NVMMASharedLayout(128, 8)
-    )
-    scales = gl.allocate_shared_memory(
-        gl.float32, [N if PAIRS else 1, PART if PAIRS else 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KS, N, 128], gl.NVMMASharedLayout(128, 8))
     bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bar.index(s), count=1)
@@ -201,16 +150,10 @@ def products(
         tile, split = piece // SPLIT, piece % SPLIT
         first = split * PART
         for s in gl.static_range(STAGES):
-            _fetch(w, x, ws, xs, bar, tile * TALL, (first + s * KS) * 128, s, KS, False, 0 if PAIRS else N)
-        if PAIRS:
-            _pairs(x_ptr + tile * TALL // GROUP * K + first * 128, xs, scales, rows, x_row, PART, N)
-        f_ptr += tile * TALL // SHARE * DEPTH
-        acc = _rounded_part(
-            w, f_ptr, x, s_ptr, ws, xs, scales, bar, tile * TALL, first, rows, DEPTH, PART, N, KS, STAGES, TALL, PAIRS
-        )
-        if PAIRS:
-            acc = _sum_of_pairs(acc)
-        _gather(acc, part_ptr, count_ptr, out_ptr, scale_ptr, rows, tile, 0, split, OUT, SPLIT, LATENT != OUT, ROUND)
+            _fetch(w, x, ws, xs, bar, tile * TALL, (first + s * KS) * 128, s, KS, False, N)
+        f_ptr += tile * TALL // 128 * DEPTH
+        acc = _rounded_part(w, f_ptr, x, s_ptr, ws, xs, bar, tile * TALL, first, rows, DEPTH, PART, N, KS, STAGES, TALL)
+        _gather(acc, part_ptr, count_ptr, out_ptr, rows, tile, 0, split, OUT, SPLIT, LATENT != OUT)
     else:
         piece -= TILES * SPLIT
         tile, split = piece // (2 * SPLIT), piece % (2 * SPLIT)
@@ -219,16 +162,13 @@ def products(
             _fetch(rest, wide, ws, xs, bar, tile * TALL, (first + s * KS) * 64, s, KS, True, N)
         part_ptr += TILES * SPLIT * TALL * N
         more = _bf16_part(rest, wide, ws, xs, bar, tile * TALL, first, PART, N, KS, STAGES, TALL)
-        _gather(
-            more, part_ptr, count_ptr + TILES, out_ptr, scale_ptr, rows, tile, LATENT, split,
-            OUT, 2 * SPLIT, False, False,
-        )  # fmt: skip
+        _gather(more, part_ptr, count_ptr + TILES, out_ptr, rows, tile, LATENT, split, OUT, 2 * SPLIT, False)
 
 
 @gluon.jit
 def _gather(
-    acc, part_ptr, count_ptr, out_ptr, scale_ptr, rows, tile, n0, split,
-    OUT: gl.constexpr, SPLIT: gl.constexpr, NARROW: gl.constexpr, ROUND: gl.constexpr,
+    acc, part_ptr, count_ptr, out_ptr, rows, tile, n0, split,
+    OUT: gl.constexpr, SPLIT: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """Stores a tile of outputs from n0 + TALL tile on, by the last of SPLIT programs that have a part of it."""
     TALL: gl.constexpr = acc.shape[0]
@@ -237,7 +177,7 @@ def _gather(
     n = gl.arange(0, TALL, gl.SliceLayout(1, L))
     j = gl.arange(0, N, gl.SliceLayout(0, L))
     if SPLIT == 1:
-        _store(acc, out_ptr, scale_ptr, rows, n0 + tile * TALL, n, j, OUT, NARROW, ROUND)
+        _store(acc, out_ptr, rows, n0 + tile * TALL + n, j, OUT, NARROW)
     else:
         at = part_ptr + tile * (SPLIT * TALL * N) + n[:, None] * N + j[None, :]
         gl.store(at + split * (TALL * N), acc)
@@ -246,17 +186,13 @@ def _gather(
             total = gl.zeros([TALL, N], gl.float32, L)
             for s in gl.static_range(SPLIT):
                 total += gl.load(at + s * (TALL * N), cache_modifier=".cg")
-            _store(total, out_ptr, scale_ptr, rows, n0 + tile * TALL, n, j, OUT, NARROW, ROUND)
+            _store(total, out_ptr, rows, n0 + tile * TALL + n, j, OUT, NARROW)
             gl.store(count_ptr + tile, 0)
 
 
 @gluon.jit
-def _store(acc, out_ptr, scale_ptr, rows, n0, n, j, OUT: gl.constexpr, NARROW: gl.constexpr, ROUND: gl.constexpr):
-    keep = (j < rows)[None, :] & (n0 + n < OUT)[:, None]
-    if NARROW or ROUND:
-        acc = acc.to(gl.bfloat16).to(gl.float32)  # activations
-    if ROUND:
-        scale, inverse = scale_of(gl.max(gl.abs(acc), 0))
-        acc = acc * inverse[None, :]
-        gl.store(scale_ptr + j * (OUT // 128) + n0 // 128, scale, mask=j < rows)
-    gl.store(out_ptr + j[None, :] * OUT + (n0 + n)[:, None], acc.to(out_ptr.dtype.element_ty), mask=keep)
+def _store(acc, out_ptr, rows, n, j, OUT: gl.constexpr, NARROW: gl.constexpr):
+    if NARROW:
+        acc = acc.to(gl.bfloat16).to(gl.float32)  # the latent columns are activations, the others states
+    keep = (j < rows)[None, :] & (n < OUT)[:, None]
+    gl.store(out_ptr + j[None, :] * OUT + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=keep)

@@ -17,9 +17,7 @@ from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.linear.few import products
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix
 
-_MOST = 64
-_MOST_PAIRS = 16  # each program makes pairs of its part of all rows
-
+_MOST = 32
 _COUNTERS = 1 << 12
 
 
@@ -32,58 +30,42 @@ class Tiling:
     stages: int
 
 
-PLAIN = Tiling(64, 2, 3)
-PAIRS = Tiling(128, 2, 2)
-PROGRAMS = 3.5
+TILING = Tiling(64, 2, 2)
+PROGRAMS = 1.8
 """Programs on a multiprocessor from which on no more are made by sharing columns."""
 
 
 class _Factors(NamedTuple):
-    """What a launch multiplies: rows rounded, as they are, or both; weights [N, K] in FP8, and more of them in bf16."""
+    """What a launch multiplies: rounded rows by weights [N, K] in FP8, the same rows as they are by more in bf16."""
 
-    rounded: Fp8Rows | None
-    plain: Tensor | None
+    rounded: Fp8Rows
     weight: Fp8Matrix
+    plain: Tensor | None = None
     rest: Tensor | None = None
 
 
-def serves(rows: int, *, pairs: bool = False) -> bool:
-    """Whether these are the products of so many rows; `pairs`: that are not rounded."""
-    return 0 < rows <= (_MOST_PAIRS if pairs else _MOST)
+def serves(rows: int) -> bool:
+    """Whether these are the products of so many rows."""
+    return 0 < rows <= _MOST
 
 
-def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, tiling: Tiling = PLAIN) -> Tensor:
+def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, tiling: Tiling = TILING) -> Tensor:
     """x times weight [N, K] into out [rows, N]."""
-    return _launch(_Factors(x, None, weight), out, None, weight.shape[0], tiling)
+    return _launch(_Factors(x, weight), out, tiling)
 
 
-def front(x: BothRows, matrix: FrontMatrix, out: Tensor, tiling: Tiling = PLAIN) -> Tensor:
+def front(x: BothRows, matrix: FrontMatrix, out: Tensor, tiling: Tiling = TILING) -> Tensor:
     """x times both matrices into out [rows, columns] float32: latent columns of rounded rows and rounded to bf16."""
-    rest = matrix.rest if len(matrix.rest) else None
-    return _launch(_Factors(x.rounded, x.plain, matrix.latent, rest), out, None, out.shape[1], tiling)
+    more = (x.plain, matrix.rest) if len(matrix.rest) else (None, None)
+    return _launch(_Factors(x.rounded, matrix.latent, *more), out, tiling)
 
 
-def grouped(
-    x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None, tiling: Tiling | None = None
-) -> Tensor:
-    """x [rows, G * K] by matrices [G, N, K] into out [rows, G * N].
-
-    With scales [rows, G * N / 128] out is rounded; N must then be a multiple of 128.
-    """
-    x = x.to(torch.bfloat16)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    groups, rank, depth = weight.shape
-    flat = Fp8Matrix(weight.values.view(groups * rank, depth), weight.scales.flatten(0, 1))
-    return _launch(_Factors(None, x, flat), out, scales, rank, tiling or (PLAIN if rank % PAIRS.tall else PAIRS))
-
-
-def _launch(given: _Factors, out: Tensor, scales: Tensor | None, group: int, tiling: Tiling) -> Tensor:
-    """One launch of few.products; `group` outputs have the same columns of x."""
-    x, plain, weight, rest = given
+def _launch(given: _Factors, out: Tensor, tiling: Tiling) -> Tensor:
+    """One launch of few.products."""
+    x, weight, plain, rest = given
     rows, columns = out.shape
     latent, depth = weight.shape
-    n = max(8, triton.next_power_of_2(2 * rows if x is None else rows))
-    tall = tiling.tall
+    n, tall = max(8, triton.next_power_of_2(rows)), tiling.tall
     tiles, more = latent // tall, triton.cdiv(columns - latent, tall)
     split = _parts(tiles + 2 * more, depth // 128, out.device)  # an output in bf16 takes twice the bytes
     steps = depth // 128 // split
@@ -93,22 +75,16 @@ def _launch(given: _Factors, out: Tensor, scales: Tensor | None, group: int, til
     w = _blocks(weight.values, tall)
     products[(programs,)](
         *(w, weight.scales, w if rest is None else _blocks(rest, tall)),
-        *((w, out) if x is None else (_blocks(x.values, n), x.scales.contiguous())),
-        *((out, w) if plain is None else (plain, _blocks(plain, n))),
-        *(out, out if scales is None else scales, part, _counters(out.device)),
-        *(rows, 0 if plain is None else plain.stride(0)),
+        *(_blocks(x.values, n), x.scales.contiguous(), w if plain is None else _blocks(plain, n)),
+        *(out, part, _counters(out.device), rows),
         K=depth,
         OUT=columns,
         LATENT=latent,
-        GROUP=group,
-        SHARE=min(group, 128),
         TALL=tall,
         SPLIT=split,
         N=n,
         KS=blocks,
         STAGES=min(tiling.stages, steps // blocks),
-        PAIRS=x is None,
-        ROUND=scales is not None,
         num_warps=4,
     )
     return out

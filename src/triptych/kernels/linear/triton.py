@@ -1,6 +1,6 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
-    up to 64 rows   one launch that streams the weights (few.py)
+    up to 32 rows   one launch that streams the weights (few.py)
     more            tiles of many.py, from 512 rows on the library's
 
 Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
@@ -17,10 +17,11 @@ import triton
 from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import few_rows, portable, ref
+from triptych.kernels.linear import few_rows, portable, ref, whole
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
+_FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
 _MANY = 512  # rows from which on dequantising a matrix for the library's product pays
 _COUNTERS = 1 << 16
 
@@ -60,19 +61,15 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
-    """See ref.grouped_linear."""
+    """See ref.grouped_linear; the result is not rounded here."""
     if isinstance(weight, Tensor) or not _fits(weight):
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     rows = len(x)
-    if rounds and rank % 128 == 0 and few_rows.serves(rows, pairs=True):
-        result = empty_rows(rows, groups * rank, x.device)
-        few_rows.grouped(x.flatten(1), weight, result.values, result.scales)
-        return result
     out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
-    if few_rows.serves(rows, pairs=True):
-        return few_rows.grouped(x.flatten(1), weight, out)
+    if rows <= _FEW_WHOLE:
+        return _whole(x.flatten(1), weight, out)
     if rows <= _MANY and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
     x = x.to(torch.bfloat16)
@@ -133,6 +130,33 @@ def quantize(x: Tensor) -> Fp8Rows:
         out = Fp8Rows(out.values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T)
     round_rows[(rows, triton.cdiv(width, 1024))](
         x.contiguous(), out.values, out.scales, width, *out.scales.stride(), GROUPS=8, num_warps=4
+    )
+    return out
+
+
+def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
+    """x [rows, G * K], not rounded, by matrices [G, N, K]: one launch of whole.py."""
+    x = x.to(torch.bfloat16).contiguous()
+    rows, columns = out.shape
+    rank, depth = weight.shape[1:]
+    n = 8 if rows <= 8 else 16
+    chunks, tiles, blocks = triton.cdiv(rows, n), columns // 64, depth // 128
+    warps = 2 if n == 8 else 4
+    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
+    split = 1
+    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
+        split *= 2
+    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=x.device)
+    whole.products[(chunks, tiles, split)](
+        *(x, weight.values.view(torch.int32), weight.scales, out, part, _counters(x.device), rows, x.stride(0)),
+        K=depth,
+        OUT=columns,
+        GROUP=rank,
+        SPLIT=split,
+        TALL=min(128, rank),
+        N=n,
+        WARPS=warps,
+        num_warps=warps,
     )
     return out
 
