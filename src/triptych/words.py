@@ -167,15 +167,13 @@ NO_HINTS = CacheHints()
 class Request:
     """One prompt to continue. The caller hands over the whole token list; reuse is the engine's business.
 
-    `salt` separates tenants: prefixes with different salts share nothing. `fork_of` names a request with
-    the same prompt (n > 1) whose prefill this one waits for, so that it finds the prompt in the cache.
+    `salt` separates tenants: prefixes with different salts share nothing.
     """
 
     request_id: str
     prompt_ids: TokenIds
     params: SamplingParams
     salt: str = ""
-    fork_of: str | None = None
     hints: CacheHints = NO_HINTS
 
 
