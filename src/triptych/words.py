@@ -386,8 +386,9 @@ class Panels:
 class RequestFacts:
     """One live request, without a word of its text. Tokens, and seconds since it came (None if nobody knows).
 
-    `state`: waiting, fetching (its pages come up from a lower tier), prefill or decode. `processed` of the known tokens
-    have run or need not. `tenant` and `session` are labels of this process, not the names that the caller gave.
+    `state`: waiting, fetching (its pages come up from a lower tier), held (another request computes what they share),
+    prefill or decode. `processed` of the known tokens have run or need not. `tenant` and `session` are labels of this
+    process, not the names that the caller gave.
     """
 
     request_id: str
