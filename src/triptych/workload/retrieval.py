@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from triptych.config import CSA_RATIO
 from triptych.errors import ConfigError
+from triptych.pictures import panels
 from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
@@ -243,24 +244,15 @@ class Report:
         return "\n".join(lines)
 
     def heat_map(self, path: Path) -> None:
-        """Depth by length as a picture. Needs matplotlib; ConfigError says so."""
-        try:
-            import matplotlib
-        except ImportError:
-            raise ConfigError("The heat map needs matplotlib.", "pip install 'triptych[bench]'.") from None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
+        """Draw depth by length into `path`. ConfigError without matplotlib, or if it cannot be written."""
         lengths = self.lengths()
         grid = [[self.accuracy(length, depth=depth) for length in lengths] for depth in DEPTHS]
-        figure, axes = pyplot.subplots(figsize=(1.5 + len(lengths), 4.5), layout="constrained")
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
-        axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-        axes.set(xlabel="context length in tokens", ylabel="depth of the fact", title=f"{self.model}: exact match")
-        figure.colorbar(image)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+        with panels(path, f"{self.model}: exact match", 1, (2.5 + len(lengths), 4.5)) as [axes]:
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+            axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+            axes.set(xlabel="context length in tokens", ylabel="depth of the fact")
+            axes.figure.colorbar(image, label="share of questions")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON data, with the accuracies spelled out."""
