@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.config import CSA_RATIO
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, reason_of
 from triptych.pictures import panels
 from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
@@ -151,7 +151,9 @@ class OverHttp:
             detail = error.read().decode(errors="replace")[:300]
             raise ConfigError(f"{self._url} answered {error.code}: {detail}") from None
         except (urllib.error.URLError, TimeoutError) as error:
-            raise ConfigError(f"{self._url} cannot be reached: {error}.", "Start it with triptych serve.") from None
+            raise ConfigError(
+                f"{self._url} cannot be reached: {reason_of(error)}.", "Start it with triptych serve."
+            ) from None
         usage = reply.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         text = reply["choices"][0]["message"]["content"] or ""
