@@ -23,6 +23,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"{name} " in out and text in out
 
 
+def test_ctrl_c_ends_a_command_with_one_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("triptych.cli.replay._trace", interrupted)
+    assert run(capsys, "replay", "chat") == (130, "", "triptych: Interrupted.\n")
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "eval", "profile"])
 def test_a_command_of_commands_lists_them_whole(capsys: pytest.CaptureFixture[str], name: str) -> None:
     status, out, err = run(capsys, name)

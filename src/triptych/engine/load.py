@@ -109,7 +109,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     tokenizer = _tokenizer(directory, shape)
     if tokenizer is not None:
         loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
-    banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
+    banner = _banner(name, weights, capacity.describe(geometry), max_context)
     return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner, store)
 
 
@@ -279,13 +279,13 @@ def _tokenizer(directory: Path, shape: ModelShape) -> Tokenizer | None:
     return None
 
 
-def _banner(name: str, weights: ModelWeights, memory: int, capacity: str, max_context: int) -> str:
+def _banner(name: str, weights: ModelWeights, capacity: str, max_context: int) -> str:
     shape = weights.shape
     kinds = f"{len(shape.csa_layers)} CSA, {len(shape.hca_layers)} HCA"
     swa = shape.num_layers - len(shape.csa_layers) - len(shape.hca_layers)
     return (
         f"Model    {name}: {shape.num_layers} layers ({swa} SWA, {kinds}), weights about "
         f"{_bytes_of(weights) / 2**20:,.0f} MiB in {str(weights.embed.dtype).removeprefix('torch.')}\n"
-        f"Cache    {memory / 2**30:.2f} GiB: {capacity}\n"
+        f"Cache    {capacity}\n"
         f"Context  up to {max_context:,} tokens per request"
     )
