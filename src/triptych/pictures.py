@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,29 @@ def inline(rows: int, columns: int, size: tuple[float, float], draw: Callable[[A
 
 
 def logarithmic(axis: Any) -> None:
-    """Mark a logarithmic axis at 1, 2 and 5 of each decade, so that one within a decade has marks too."""
+    """Mark a logarithmic axis, whose data are drawn, at 1, 2 and 5 of each decade, or evenly within one decade."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)) if high > 10 * low else ticker.MaxNLocator(5))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_formatter(ticker.NullFormatter())  # or they run into each other
+
+
+def marked(axis: Any, values: Sequence[float], label: Callable[[float], str]) -> None:
+    """Mark an axis at these values and nowhere else."""
+    from matplotlib import ticker
+
+    axis.set_ticks(values, [label(value) for value in values])
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def tokens(count: float) -> str:
+    """A number of tokens as flags take it: 8K, 1M, where K is 1,024."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if count >= unit and count % unit == 0:
+            return f"{count / unit:.0f}{name}"
+    return f"{count:g}"
 
 
 @contextmanager
@@ -58,8 +75,9 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> Iterator[tupl
         from matplotlib import pyplot
     except ImportError:
         raise ConfigError("Plots need matplotlib.", "Install it with: pip install 'triptych[bench]'.") from None
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    try:
-        yield figure, grid
-    finally:
-        pyplot.close(figure)
+    with matplotlib.rc_context({"axes.axisbelow": True}):
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        try:
+            yield figure, grid
+        finally:
+            pyplot.close(figure)

@@ -204,8 +204,10 @@ def _show(
         found |= figures[first]
     else:
         found |= {"runs": figures, "paired": pairs[others[0]] if len(others) == 1 else pairs}
-    wanted = _objective(contenders, about["workload"], slo) if contenders else None
-    found |= {"objective": wanted[0]} if wanted else {}
+    compared = [pair_lines(pair, first, other) for other, pair in pairs.items()]
+    if contenders:
+        found["objective"], told = _objective(contenders, about["workload"], slo)
+        compared.append(told)
     if results.out is not None:
         rows = {name: [_row(timing) for timing in ran.timings] for name, ran in runs.items()}
         write_file("--out", results.out, json.dumps({**found, "rows": rows}, indent=1) + "\n")
@@ -214,14 +216,13 @@ def _show(
     else:
         titles = [f"{name}\n" if others else "" for name in figures]
         typer.echo("\n\n".join(title + table(one) for title, one in zip(titles, figures.values(), strict=True)))
-        for other, pair in pairs.items():
-            typer.echo("\n" + pair_lines(pair, first, other))
-        typer.echo("\n" + wanted[1] if wanted else "", nl=wanted is not None)
+        for text in compared:
+            typer.echo("\n" + text)
     if results.report is not None:  # last, so that a page that fails takes no numbers with it
         from triptych.workload.load_page import write_page
 
         shown = {name: (figures[name], runs[name].timings) for name in runs}
-        write_page(results.report, shown, about | machine())
+        write_page(results.report, shown, about | machine(), compared)
     if any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
 

@@ -104,7 +104,8 @@ def replay(
     else:
         typer.echo(_table(results))
     if plot is not None:  # last, so that a plot that fails takes no numbers with it
-        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {traffic.tokens}", results)
+        how = "" if traffic.tokens == "literal" else f", --tokens {traffic.tokens}"
+        _draw(plot, f"{requests.name}: {len(requests):,} requests to {model}{how}", results)
 
 
 def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> None:

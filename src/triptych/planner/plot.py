@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from triptych.pictures import panels
+from triptych.pictures import logarithmic, marked, panels
+from triptych.pictures import tokens as short
 from triptych.planner.plan import Plan
 
 
@@ -27,7 +28,10 @@ def draw(path: Path, plan: Plan) -> None:
         prefill.plot(lengths, [row.prefill_seconds for row in plan.rows], marker="o")
         prefill.set_ylabel("floor of a whole prefill, s")
         prefill.set_yscale("log")
+        logarithmic(prefill.yaxis)
+        decode.set_ylim(bottom=0)
         for axes in (decode, prefill):
             axes.set_xlabel("context, tokens")
             axes.set_xscale("log", base=2)
+            marked(axes.xaxis, lengths, short)
             axes.grid(alpha=0.3)

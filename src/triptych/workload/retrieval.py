@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from triptych.config import CSA_RATIO
 from triptych.errors import ConfigError, reason_of
-from triptych.pictures import panels
+from triptych.pictures import panels, tokens
 from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
@@ -251,7 +251,7 @@ class Report:
         grid = [[self.accuracy(length, depth=depth) for length in lengths] for depth in DEPTHS]
         with panels(path, f"{self.model}: exact match", 1, (2.5 + len(lengths), 4.5)) as [axes]:
             image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+            axes.set_xticks(range(len(lengths)), [tokens(n) for n in lengths])
             axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
             axes.set(xlabel="context length in tokens", ylabel="depth of the fact")
             axes.figure.colorbar(image, label="share of questions")
