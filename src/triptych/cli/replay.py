@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from triptych.cli.flags import spread
+from triptych.cli.outfiles import PICTURE, check_file
 from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
@@ -82,6 +83,7 @@ def replay(
     input_length, output_length, hash_ids) or in our session format.
     """
     _check(in_flight, chunk, traffic.limit, plot)
+    check_file("--save", traffic.save)
     from triptych.workload.replay import POLICIES, ReplaySettings
     from triptych.workload.replay import replay as run
 
@@ -109,11 +111,7 @@ def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> 
     for name, value in (("--in-flight", in_flight), ("--chunk", chunk), ("--limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if plot is not None:
-        if plot.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--plot {plot} must end in .png or .svg.")
-        if not plot.parent.is_dir():
-            raise ConfigError(f"--plot {plot} cannot be written: there is no directory {plot.parent}.")
+    check_file("--plot", plot, PICTURE)
 
 
 def _memory(text: str, geometry: CacheGeometry, in_flight: int) -> int:

@@ -35,7 +35,7 @@ from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, prepare_chunks, warm_up
-from triptych.errors import CheckpointError, ConfigError, nearest
+from triptych.errors import CheckpointError, ConfigError, nearest, reason_of
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
 from triptych.model.weights import ModelWeights, Storage, WeightStore
@@ -175,7 +175,7 @@ def _find(model: str | Path) -> tuple[str, Path]:
         try:
             return str(model), tiny.ensure_checkpoint()
         except OSError as error:
-            raise ConfigError(f"The bundled checkpoint could not be written: {error}.") from None
+            raise ConfigError(f"The bundled checkpoint could not be written: {reason_of(error)}.") from None
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path.resolve().name, path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from triptych.workload.figures import panels
+from triptych.pictures import panels
 from triptych.workload.fit import Fit, Outcome
 from triptych.workload.objectives import Objective
 

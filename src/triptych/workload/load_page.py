@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from triptych.errors import ConfigError
+from triptych.pictures import inline, logarithmic
 from triptych.workload.load import Timing
 from triptych.workload.load_report import energy_line, rollout_line
 
@@ -89,14 +89,12 @@ def figures_table(name: str, found: dict[str, Any]) -> str:
 
 def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[str]:
     """Latencies and sources of tokens of all runs as inline SVG. ConfigError without matplotlib."""
-    try:
-        import matplotlib
+    picture = inline(2, 2, (11, 8), lambda grid: _draw(grid, runs))
+    return [f"<figure>{picture}<figcaption>Latencies count from the intended time.</figure>"]
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot, ticker
-    except ImportError:
-        raise ConfigError("The report's plots need matplotlib.", "pip install 'triptych[bench]'.") from None
-    figure, ((first, gaps), (over, tokens)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+
+def _draw(grid: Any, runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> None:
+    (first, gaps), (over, tokens) = grid
     for name, (found, timings) in runs.items():
         good = [one for one in timings if one.error is None and one.arrivals]
         _cumulative(first, [one.first for one in good], name)
@@ -111,9 +109,7 @@ def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[s
         axes.set_xlabel(label)
         axes.set_ylabel("share of requests")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))  # also within one decade
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or they run into each other
+        logarithmic(axes.xaxis)
     over.set_xlabel("intended time of the request, s")
     over.set_ylabel("seconds to the first token")
     tokens.set_xlabel("prompt tokens, by where they came from")
@@ -121,18 +117,6 @@ def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[s
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    return [f"<figure>{inline(figure)}<figcaption>Latencies count from the intended time.</figure>"]
-
-
-def inline(figure: Any) -> str:
-    """A matplotlib figure as SVG for a page; closes it."""
-    from matplotlib import pyplot
-
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    pyplot.close(figure)
-    picture = out.getvalue()
-    return picture[picture.index("<svg") :]
 
 
 def _cumulative(axes: Any, values: Sequence[float], name: str) -> None:

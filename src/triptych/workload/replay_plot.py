@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.workload.figures import panels
+from triptych.pictures import panels
 
 
 def draw(path: Path, title: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
