@@ -4,8 +4,8 @@ A graph needs fixed shapes, which a chunk has not: it is padded by repeating its
 list of groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
 one signature share a graph, recorded when the signature comes for the second time.
 
-    rows          up to a multiple of 32; the last ones once more each, since copies of one row would all go
-                  to the same few experts
+    rows          up to a multiple of 32 beside the few that are run again behind a boundary; the last ones
+                  once more each, since copies of one row would all go to the same few experts
     pages         as for decode steps; entries that a row may see are bounded by them
     other lists   as many as so many rows can need
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS
+from triptych.cache.geometry import CSA_RING, HCA_RING, LOOKBACK, RESTORED, SLOT_ROWS
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE
 from triptych.engine.device import signature, sized, staged
 from triptych.model.batch import Batch, EntryPlan
@@ -41,7 +41,7 @@ def padded(batch: Batch, pages: int) -> Batch | None:
 
     Results and caches are those of `batch`.
     """
-    rows = -(-batch.rows // _ROWS) * _ROWS
+    rows = LOOKBACK + max(0, -(-(batch.rows - LOOKBACK) // _ROWS)) * _ROWS
     window, again = batch.window, _repeated(batch.seq, rows)
     sequences = len(batch.page_table)
     if batch.narrow or not len(batch.csa.first) or not len(window.past_src):
