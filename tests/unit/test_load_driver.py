@@ -21,7 +21,7 @@ from triptych.workload.load_report import Slo, spread, summary, table
 from triptych.workload.named import workload
 from triptych.workload.sessions import Part, SessionRequest, as_sessions
 from triptych.workload.texts import Texts
-from triptych.workload.traces import read_trace
+from triptych.workload.trace_files import read_trace
 
 
 def encode(text: str) -> TokenIds:

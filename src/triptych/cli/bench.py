@@ -262,7 +262,7 @@ def requests_of(name: str, load: LoadFlags, seed: int) -> list[SessionRequest]:
     from triptych.workload.load import scaled
     from triptych.workload.named import WORKLOADS, retimed, workload
     from triptych.workload.sessions import as_sessions
-    from triptych.workload.traces import read_trace
+    from triptych.workload.trace_files import read_trace
 
     if name in WORKLOADS:
         found = workload(name, load.requests, seed).requests

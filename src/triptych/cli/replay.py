@@ -165,7 +165,7 @@ def _geometry(model: str, kv_format: Literal["float32", "bfloat16", "fp8"]) -> C
 
 def _trace(name: str, traffic: TrafficFlags) -> Trace:
     from triptych.workload.named import WORKLOADS, workload
-    from triptych.workload.traces import read_trace
+    from triptych.workload.trace_files import read_trace
 
     path = Path(os.path.expanduser(name))
     if name in WORKLOADS:
