@@ -174,7 +174,10 @@ def _shared_down(
         first, count = tile * 8, gl.minimum(rows - tile * 8, 8)
         tx, to = gl.minimum(first + jx, rows - 1), gl.minimum(first + jo, rows - 1)
         acc = _fp8_rows(w_ptr, scale_ptr, sq_ptr, hs_ptr, row, tx, to, INNER, TILES)
-        _add(acc, pairs + to, to, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, TOPK, DIM, TILES)
+        _add(
+            acc, pairs + to, to, jo < count, out_ptr, each_ptr, out_ptr, count_ptr, row, n0, pairs,
+            TOPK, DIM, TILES, False,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -238,14 +241,14 @@ def _finish(
 @gluon.jit(do_not_specialize=["rows", "pairs", "tiles", "shared"])
 def down(
     hq_ptr, sq_ptr, hs_ptr, tile_ptr, order_ptr, values, scales, top_ptr, shared_ptr, shared_scale_ptr,
-    each_ptr, out_ptr, count_ptr, rows, pairs, tiles, shared,
+    apart_ptr, each_ptr, out_ptr, count_ptr, rows, pairs, tiles, shared,
     DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr,
-    TILES: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """64 TILES columns of w2 for the pairs of a tile, into each [pairs + rows, DIM] float32.
 
     The last of a row's experts adds them up, in the order of the row's choices and the shared expert last, into out
-    [rows, DIM].
+    [rows, DIM]. APART: the shared expert's output is there already, apart [rows, DIM], and `shared` is 0.
     """
     PIECES: gl.constexpr = DIM // (64 * TILES)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, 8, 32])
@@ -281,7 +284,10 @@ def down(
             po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
             acc = multiply(values, scales, ws, es, bar, it, at, xs, factor_ptr, top, INNER, KS, TILES, STAGES, MMA)
             it += INNER // 128 // KS
-            _add(acc, po, po // TOPK, jo < count, each_ptr, out_ptr, count_ptr, row, n0, pairs, TOPK, DIM, TILES)
+            _add(
+                acc, po, po // TOPK, jo < count, apart_ptr, each_ptr, out_ptr, count_ptr, row, n0, pairs,
+                TOPK, DIM, TILES, APART,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -290,6 +296,7 @@ def _add(
     pair,
     token,
     wanted,
+    apart_ptr,
     each_ptr,
     out_ptr,
     count_ptr,
@@ -299,7 +306,9 @@ def _add(
     TOPK: gl.constexpr,
     DIM: gl.constexpr,
     TILES: gl.constexpr,
+    APART: gl.constexpr,
 ):
+    """Store products of pairs; who stores the last of a row adds them up."""
     gl.store(each_ptr + pair[None, :] * DIM + row[:, None], acc, mask=wanted[None, :])
     B: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4 * TILES, 1], [1, 0])
     T: gl.constexpr = gl.SliceLayout(1, B)
@@ -308,7 +317,7 @@ def _add(
     gl.thread_barrier()
     mine = count_ptr + t * (DIM // 64) + n0 // 64
     before = gl.atomic_add(mine, gl.full([8], 1, gl.int32, T), mask=there, sem="acq_rel")
-    last = there & (before == TOPK)
+    last = there & (before == TOPK - APART)
     if gl.max(last.to(gl.int32), axis=0) > 0:
         d = n0 + gl.arange(0, 64 * TILES, gl.SliceLayout(0, B))
         keep = last[:, None]
@@ -316,7 +325,11 @@ def _add(
         for s in gl.static_range(TOPK):
             at = each_ptr + (t * TOPK + s)[:, None] * DIM + d[None, :]
             total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
-        at = each_ptr + (pairs + t)[:, None] * DIM + d[None, :]
-        total += gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+        if APART:
+            shared = gl.load(apart_ptr + t[:, None] * DIM + d[None, :], mask=keep, other=0.0).to(gl.float32)
+        else:
+            at = each_ptr + (pairs + t)[:, None] * DIM + d[None, :]
+            shared = gl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+        total += shared
         gl.store(out_ptr + t[:, None] * DIM + d[None, :], total.to(out_ptr.dtype.element_ty), mask=keep)
         gl.store(mine, gl.full([8], 0, gl.int32, T), mask=last)

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Router
+from triptych.kernels.quant.e4m3 import scale_of
+
+_FEW = 64
+"""Rows up to which weights are most of what is read; of more, larger tiles read rows and weights less often."""
 
 
 def route_few(
@@ -25,7 +29,7 @@ def route_few(
     """
     rows, dim = x.shape
     experts, k = router.gate.shape[0], router.experts_per_token
-    split = 8 if rows <= 32 else 4
+    split = 8 if rows <= 32 or rows > _FEW else 4
     while dim % (split * 128):
         split //= 2
     dev = x.device
@@ -38,13 +42,14 @@ def route_few(
     xq = torch.empty(rows, dim, dtype=torch.float16, device=dev)
     xs = torch.empty(rows, dim // 128, dtype=torch.float32, device=dev)
     hashed = router.tid2eid is not None
-    score_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
+    some = 16 if rows <= _FEW else 64
+    score_rows[(triton.cdiv(experts, some) * split + triton.cdiv(dim, 512), triton.cdiv(rows, some))](
         *(x, router.gate, part, xq, xs, rows, dim, experts),
         SPLIT=split,
-        SOME=16,
-        BLOCK=16,
+        SOME=some,
+        BLOCK=some,
         num_warps=8,
-        num_stages=4,
+        num_stages=4 if some == 16 else 2,
         maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
     )
     choose_rows[(rows,)](
@@ -118,33 +123,43 @@ def choose_rows(
 def _logits(
     x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT: tl.constexpr, BLOCK: tl.constexpr, SOME: tl.constexpr
 ):
-    """Part `piece` of the logits of experts e for rows r."""
+    """Part `piece` of the logits of experts e for rows r.
+
+    Larger tiles take weights as three bf16 numbers, which are a float32 and whose products with bf16 are exact.
+    """
     width = dim // SPLIT
     d = tl.arange(0, 64)
     total = tl.zeros([BLOCK, SOME], tl.float32)
     for at in range(piece * width, piece * width + width, 64):
-        x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=(r < rows)[:, None], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=(r < rows)[:, None], other=0.0)
         w = tl.load(gate_ptr + e[None, :] * dim + at + d[:, None], mask=(e < experts)[None, :], other=0.0)
-        total = tl.dot(x, w, total, input_precision="tf32x3")
+        if SOME < 64 or x.dtype != tl.bfloat16:
+            total = tl.dot(x.to(tl.float32), w, total, input_precision="tf32x3")
+        else:
+            high = w.to(tl.bfloat16)
+            rest = w - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(x, low, total)
+            total = tl.dot(x, middle, total)
+            total = tl.dot(x, high, total)
     return total
 
 
 @triton.jit
 def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.constexpr):
-    """Groups [group, group + 4) of 128 columns of BLOCK rows, four rows at a time."""
+    """Groups [group, group + 4) of 128 columns of BLOCK rows, a few rows at a time."""
+    SOME: tl.constexpr = 4 if BLOCK < 64 else 8
     g = group + tl.arange(0, 4)
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
-    for first in range(start, tl.minimum(start + BLOCK, rows), 4):
-        r = first + tl.arange(0, 4)
+    for first in range(start, tl.minimum(start + BLOCK, rows), SOME):
+        r = first + tl.arange(0, SOME)
         keep = (r < rows)[:, None, None] & (d < dim)[None, :, :]
         x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
-        bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
-        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale, inverse = scale_of(tl.max(tl.abs(x), 2))
         values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
         at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
         tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
         keep_scale = (r < rows)[:, None] & (g * 128 < dim)[None, :]
         tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=keep_scale)
 

@@ -31,6 +31,9 @@ class Tiling(NamedTuple):
     stages: int
 
 
+_BESIDE = 96
+"""Rows up to which the shared expert rides along, eight at a time; of more, its weights would be read too often."""
+
 UP = DOWN = Tiling(1, 4, 2)
 """More stages, or more rows a program, leave room for fewer programs on a multiprocessor, and were slower."""
 
@@ -49,10 +52,11 @@ def moe_rows_on_gpu(
     inner, k = w2.shape[2], router.experts_per_token
     pairs, dev = rows * k, x.device
     tiles = min(pairs, pairs // _PAIRS + min(pairs, w2.shape[0]))
-    extra = triton.cdiv(rows, _PAIRS)
+    x = x.contiguous()
+    apart = _apart(x, shared, moe.limit) if rows > _BESIDE else None
+    extra = triton.cdiv(rows, _PAIRS) if apart is None else 0
     most = extra + min(tiles, _expected(rows, k, w2.shape[0]))
     counters = _counters(dev)
-    x = x.contiguous()
     weights, tile, order, xq, xs = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
     hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=dev)
     hq = torch.empty(pairs, inner, dtype=torch.uint8, device=dev)
@@ -77,7 +81,9 @@ def moe_rows_on_gpu(
     blocks = blocks_of(inner, tiling.blocks)
     few.down[(most * dim // (64 * tiling.tiles),)](
         *(hq, sq, hs, tile, order, *descriptors(w2, tiling.tiles, blocks), w2.tops),
-        *(_words(shared2.values), shared2.scales, each, out, counters[2], rows, pairs, tiles, extra),
+        *(_words(shared2.values), shared2.scales, x if apart is None else apart),
+        *(each, out, counters[2], rows, pairs, tiles, extra),
+        APART=apart is not None,
         KS=blocks,
         STAGES=min(tiling.stages, inner // 128 // blocks),
         TILES=tiling.tiles,
@@ -85,6 +91,13 @@ def moe_rows_on_gpu(
         **shape,
     )
     return out
+
+
+def _apart(x: Tensor, shared: tuple[Matrix, Matrix], limit: float) -> Tensor:
+    """The shared expert's output [rows, dim] bfloat16, by products of all rows."""
+    from triptych.kernels.moe.triton import shared_expert
+
+    return shared_expert(x, *shared, limit)
 
 
 def _expected(rows: int, k: int, experts: int) -> int:
