@@ -84,6 +84,9 @@ class Engine(Face):
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, not {type(one).__name__}.", param="params")
         with self._lock:
             samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}

@@ -22,8 +22,10 @@ class Face:
 
     @classmethod
     def load(cls, model: str | Path = "tiny", **options: Any) -> Self:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
-        `profile`, a name or a TOML file that gives those which are not named here.
+        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, sizes
+        in bytes or as text like "2GiB", and `profile`, a name or a TOML file that gives those which are not named here.
+
+        ConfigError or CheckpointError names the option, the file or the tensor that is wrong.
         """
         return cls(load_with(model, options))
 
