@@ -24,6 +24,10 @@ from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.moe.rows import moe_rows_on_gpu
 from triptych.kernels.moe.sorted import experts_on_gpu
 from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import fake_quant_fp8
+
+FEW = 288
+"""Rows up to which launches that stream every expert they need are the quicker way."""
 
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def experts(
             return ref.experts(x, ids, weights, moe, rounding)
         if moe.w13.tops is None:
             return portable.experts(x, ids, weights, moe)
-        if not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
+        if _whole(moe):
             return experts_on_gpu(x, ids, weights, moe)
         # the reference waits for the GPU; released models have no such size
         return ref.experts(rounding(x.float()), ids, weights, moe, rounding).to(x.dtype)
@@ -99,13 +103,22 @@ def experts(
 
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
-    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router."""
+    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router for few rows."""
     if not x.is_cuda or not isinstance(moe.w13, Mxfp4Matrix):
         return ref.moe_rows(x, token_ids, router, moe, shared)
-    if moe.w13.tops is not None:
+    tiled = moe.w13.tops is not None
+    if tiled and len(x) <= FEW:
         return moe_rows_on_gpu(x, token_ids, router, moe, shared)
     ids, weights = route(x, token_ids, router)
-    return portable.experts(x, ids, weights, moe) + shared_expert(x, *shared, moe.limit)
+    beside = shared_expert(x, *shared, moe.limit)
+    if tiled and _whole(moe):
+        return experts_on_gpu(x, ids, weights, moe, beside)
+    return experts(x, ids, weights, moe, fake_quant_fp8) + beside
+
+
+def _whole(moe: Experts) -> bool:
+    """Whether sorted.py can multiply them: in whole steps of 256 columns."""
+    return not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256
 
 
 def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
