@@ -1,17 +1,20 @@
 """Mixed random load on a GPU under the integrity check: prefill, decode, stops, aborts, preemptions, tier moves.
 
-    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--canary 0.2] [--deterministic]
+    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--tokens 100000] [--canary 0.2]
+        [--deterministic]
 
-The cache is small, so most of the load moves through the host and the disk. Every few steps all frames, slots and pins
-are counted, and the device's memory, of which what is allocated between steps must not grow. At the end some texts are
-asked twice, alone: with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row
-says how many tokens are the same. With --canary the engine computes a share of resumed requests again; steps then do
-not overlap. Random weights are chaotic: without --deterministic the canary's limit is passed by rounding alone.
+The cache is small, so most of the load moves through the host and the disk; with --tokens 100000 running requests
+preempt each other too, as a prompt may have 40,000. Every few steps all frames, slots and pins are counted, and the
+device's memory, of which what is allocated between steps must not grow. At the end some texts are asked twice, alone:
+with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row says how many tokens
+are the same. With --canary the engine computes a share of resumed requests again; steps then do not overlap. Random
+weights are chaotic: without --deterministic the canary's limit is passed by rounding alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -35,13 +38,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--canary", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=250_000, help="how many the cache on the device holds")
     parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
     shape = made.shape_of("flash", given.layers)
     weights = made.released_weights(shape)
     with tempfile.TemporaryDirectory() as disk:
         engine = engine_of(
-            *(shape, weights, 250_000), spare=48 << 20, batch=16, step_tokens=2048, max_context=65536,
+            *(shape, weights, given.tokens), spare=48 << 20, batch=16, step_tokens=2048, max_context=65536,
             host_memory=1 << 30, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
         )  # fmt: skip
         started = time.monotonic()
@@ -72,7 +76,7 @@ def main() -> None:
     }
     out |= {name: stats.cache[name] for name in kept if name in stats.cache}
     print(out, flush=True)
-    values = {"command": "python -m benchmarks.gpu.soak", "table": [out]}
+    values = {"command": " ".join(["python -m benchmarks.gpu.soak", *sys.argv[1:]]), "table": [out]}
     rows.append("gpu_soak", values, kv_bytes={"entry": 584}, threads=1)
 
 

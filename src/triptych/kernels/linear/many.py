@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triptych.kernels.quant.e4m3 import scale_of
+
 
 @triton.jit
 def round_rows(x_ptr, values_ptr, scales_ptr, width, row_stride, group_stride, GROUPS: tl.constexpr):
@@ -14,11 +16,8 @@ def round_rows(x_ptr, values_ptr, scales_ptr, width, row_stride, group_stride, G
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     there = d < width
     x = tl.load(x_ptr + r * width + d, mask=there, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
     tl.store(values_ptr + r * width + d, (x * inverse[:, None]).to(tl.float8e4nv), mask=there)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
     tl.store(scales_ptr + r * row_stride + g * group_stride, scale, mask=g * 128 < width)
 
 

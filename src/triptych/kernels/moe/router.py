@@ -13,6 +13,7 @@ from torch import Tensor
 
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Router
+from triptych.kernels.quant.e4m3 import scale_of
 
 _FEW = 64
 """Rows up to which weights are most of what is read; of more, larger tiles read rows and weights less often."""
@@ -155,13 +156,10 @@ def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.conste
         r = first + tl.arange(0, SOME)
         keep = (r < rows)[:, None, None] & (d < dim)[None, :, :]
         x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
-        bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
-        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale, inverse = scale_of(tl.max(tl.abs(x), 2))
         values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
         at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
         tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
         keep_scale = (r < rows)[:, None] & (g * 128 < dim)[None, :]
         tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=keep_scale)
 

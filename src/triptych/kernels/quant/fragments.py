@@ -17,6 +17,8 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from triptych.kernels.quant.e4m3 import scale_of as scale_of  # the Gluon kernels of few rows take it from here
+
 ASM_FP8: Any = gl.constexpr(
     """
 {
@@ -137,12 +139,3 @@ def from_fp8_paired(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
 def paired(column):
     """Where a column lies in rows that from_fp8_paired is multiplied by: of eight, in the order 0 4 1 5 2 6 3 7."""
     return column // 8 * 8 + column % 4 * 2 + column // 4 % 2
-
-
-@gluon.jit
-def scale_of(largest):
-    """The power of two by which native numerics scale a group of this largest magnitude, and its inverse."""
-    bits = gl.maximum(largest, 1e-4).to(gl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is above that of 448
-    scale = (exponent << 23).to(gl.float32, bitcast=True)
-    return scale, ((254 - exponent) << 23).to(gl.float32, bitcast=True)
