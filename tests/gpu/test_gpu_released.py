@@ -14,7 +14,7 @@ from triptych.kernels.linear.triton import front_linear, grouped_linear, linear,
 from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.moe.triton import FEW, experts, moe_rows
+from triptych.kernels.moe.triton import experts, moe_rows
 from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Mxfp4Matrix, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
 
@@ -99,8 +99,8 @@ def test_mixtures(name: str, rows: int) -> None:
     tokens = torch.randint(0, 50, (rows,), device="cuda")
     want = moe_ref.moe_rows(x, tokens, router, moe, shared)
     fast = tiled(moe)
-    # of more rows than are streamed, a sum of limited precision may move a hidden value by an e4m3 step
-    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 6e-3 if rows <= FEW else 1e-2)
+    # of many rows the shared expert's gate and up are bf16, which may move a hidden value by an e4m3 step
+    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 6e-3 if rows <= 96 else 2e-2)
 
 
 @pytest.mark.parametrize("name", DIMS)

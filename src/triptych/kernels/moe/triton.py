@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import is_hopper
 from triptych.kernels.linear.triton import linear
 from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
@@ -23,8 +24,11 @@ from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.moe.rows import moe_rows_on_gpu
 from triptych.kernels.moe.sorted import experts_on_gpu
-from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
+from triptych.kernels.quant.e4m3 import scale_of
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, Matrix, Mxfp4Matrix
 from triptych.kernels.quant.ref import fake_quant_fp8
+
+_ROUNDED = 128  # rows from which on hidden values are rounded where they are made
 
 FEW = 288
 """Rows up to which launches that stream every expert they need are the quicker way."""
@@ -122,8 +126,12 @@ def _whole(moe: Experts) -> bool:
 
 
 def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
-    """See ref.shared_expert."""
-    hidden = swiglu(linear(x, w13), w2.shape[1], limit, x.dtype)
+    """See ref.shared_expert. Of many rows the product rounds hidden values itself, and so what makes them may do it."""
+    inner = w2.shape[1]
+    wide = len(x) >= _ROUNDED and inner % 128 == 0
+    if wide and rounding is None and isinstance(w2, Fp8Matrix) and is_hopper(x.device):
+        return linear(_swiglu_rows(linear(x, w13), inner, limit), w2)
+    hidden = swiglu(linear(x, w13), inner, limit, x.dtype)
     return linear(hidden if rounding is None else rounding(hidden), w2)
 
 
@@ -132,6 +140,15 @@ def swiglu(gate_up: Tensor, inner: int, limit: float, dtype: torch.dtype) -> Ten
     hidden = torch.empty(len(gate_up), inner, dtype=dtype, device=gate_up.device)
     _swiglu[(len(gate_up), triton.cdiv(inner, 1024))](gate_up, hidden, inner, limit, BLOCK=1024)
     return hidden
+
+
+def _swiglu_rows(gate_up: Tensor, inner: int, limit: float) -> Fp8Rows:
+    """`swiglu` rounded to e4m3, scales column by column as products of many rows read them; inner in whole groups."""
+    rows = len(gate_up)
+    values = torch.empty(rows, inner, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    scales = torch.empty(inner // 128, rows, device=gate_up.device)
+    _swiglu_groups[(rows, triton.cdiv(inner, 1024))](gate_up, values, scales, inner, limit, GROUPS=8, num_warps=4)
+    return Fp8Rows(values, scales.T)
 
 
 @triton.jit
@@ -256,11 +273,29 @@ def _down(
 
 
 @triton.jit
+def _hidden(gate_up_ptr, n, inner, limit):
+    """Hidden values n of a row."""
+    gate = tl.load(gate_up_ptr + n, mask=n < inner, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + inner + n, mask=n < inner, other=0.0).to(tl.float32)
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def _swiglu(gate_up_ptr, out_ptr, inner, limit, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner).to(tl.float32)
-    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner).to(tl.float32)
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    tl.store(out_ptr + r * inner + n, gate * tl.sigmoid(gate) * up, mask=n < inner)
+    tl.store(out_ptr + r * inner + n, _hidden(gate_up_ptr + r * 2 * inner, n, inner, limit), mask=n < inner)
+
+
+@triton.jit
+def _swiglu_groups(gate_up_ptr, values_ptr, scales_ptr, inner, limit, GROUPS: tl.constexpr):
+    """GROUPS groups of 128 hidden values of a row, rounded; scales [inner / 128, rows]."""
+    r = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    n = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = _hidden(gate_up_ptr + r * 2 * inner, n, inner, limit)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
+    tl.store(values_ptr + r * inner + n, (x * inverse[:, None]).to(tl.float8e4nv), mask=n < inner)
+    tl.store(scales_ptr + g * tl.num_programs(0) + r, scale, mask=g * 128 < inner)
