@@ -21,10 +21,9 @@ from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mat
 
 _FEW = 8
 _FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
-_MANY = 512  # rows from which on dequantising a matrix for the library's product pays
-_LIBRARY = 192  # rows from which on the library's product of e4m3 is the faster one
+_MANY = 96  # rows from which on dequantising a matrix for the library's product pays
+_LIBRARY = 96  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
-_GROUPED = (64, 128, 8, 3)  # rows and outputs of a tile, warps and stages of more rows than one tile's
 _WARPS = 2
 """Warps that share 64 outputs of few rows. Each rounds the inputs for itself, which is half of its work with four."""
 _COUNTERS = 1 << 16
@@ -85,11 +84,13 @@ def _dense(weight: Fp8Matrix) -> Tensor:
     """Matrices [G, N, K] in bf16."""
     rank, depth = weight.shape[1:]
     dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
-    block = 4096
-    dequantised[(triton.cdiv(dense.numel(), block),)](
-        *(weight.values, weight.scales, dense, dense.numel(), depth, rank, min(rank, 128), weight.scales.shape[1]),
-        BLOCK=block,
-        num_warps=8,
+    tall = min(rank, 128)
+    some = 8 if tall % 8 == 0 else 1
+    dequantised[(dense.numel() // depth // some, triton.cdiv(depth, 1024))](
+        *(weight.values, weight.scales, dense, depth, rank, tall, weight.scales.shape[1]),
+        ROWS=some,
+        GROUPS=8,
+        num_warps=4,
     )
     return dense
 
@@ -171,21 +172,18 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    few = rows <= 64
-    tall, wide, warps, stages = (min(64, triton.next_power_of_2(rows)), 64, 4, 4) if few else _GROUPED
-    chunks, blocks = triton.cdiv(rows, tall), columns // wide
-    split, want = 1, (3 if few else 1) * multiprocessors(out.device)
-    while chunks * blocks * split < want and depth // 128 % (2 * split) == 0:
+    tall = min(64, triton.next_power_of_2(rows))
+    chunks, blocks = triton.cdiv(rows, tall), columns // 64
+    split = 1
+    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
         split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     grouped[(chunks, blocks, split)](
         *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
         SPLIT=split,
         TALL=tall,
-        WIDE=wide,
-        HALF=few or x.dtype != torch.bfloat16,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=4,
+        num_stages=4,
     )
     return out
 
