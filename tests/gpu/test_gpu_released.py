@@ -92,7 +92,7 @@ def tiled(moe: Experts) -> Experts:
 
 
 @pytest.mark.parametrize("name", DIMS)
-@pytest.mark.parametrize("rows", [1, 7, 64, 128])
+@pytest.mark.parametrize("rows", [1, 7, 12, 31, 64, 140])
 def test_mixtures_of_few_rows(name: str, rows: int) -> None:
     router, moe, shared = _layer(name, hashed=rows % 2 == 0)
     x = torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16)
