@@ -44,7 +44,7 @@ def main() -> None:
     result = verify("select_entries", "triton", 17, 17)
     print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
     for hashed in (False, True):
-        for rows in (1, 2, 17, 40):
+        for rows in (1, 2, 17, 40, 70):
             print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])

@@ -1,10 +1,11 @@
 """Small prefill chunks by CUDA graphs: what a cached prompt has left costs the host more than the GPU without them.
 
-A graph needs fixed shapes, which a chunk has not: it is padded by repeating its last row and the last one of every list
-of rows, groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
+A graph needs fixed shapes, which a chunk has not: it is padded by repeating its last rows and the last one of every
+list of groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
 one signature share a graph, recorded when the signature comes for the second time.
 
-    rows          up to a multiple of 32
+    rows          up to a multiple of 32 beside the few that are run again behind a boundary; the last ones
+                  once more each, since copies of one row would all go to the same few experts
     pages         as for decode steps; entries that a row may see are bounded by them
     other lists   as many as so many rows can need
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS
+from triptych.cache.geometry import CSA_RING, HCA_RING, LOOKBACK, RESTORED, SLOT_ROWS
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE
 from triptych.engine.device import signature, sized, staged
 from triptych.model.batch import Batch, EntryPlan
@@ -40,8 +41,8 @@ def padded(batch: Batch, pages: int) -> Batch | None:
 
     Results and caches are those of `batch`.
     """
-    rows = -(-batch.rows // _ROWS) * _ROWS
-    window, more = batch.window, rows - batch.rows
+    rows = LOOKBACK + max(0, -(-(batch.rows - LOOKBACK) // _ROWS)) * _ROWS
+    window, again = batch.window, _repeated(batch.seq, rows)
     sequences = len(batch.page_table)
     if batch.narrow or not len(batch.csa.first) or not len(window.past_src):
         return None
@@ -51,54 +52,58 @@ def padded(batch: Batch, pages: int) -> Batch | None:
     table[:, : batch.page_table.shape[1]] = batch.page_table
     return replace(
         batch,
-        token_ids=_more(batch.token_ids, more),
-        positions=_more(batch.positions, more),
-        seq=_more(batch.seq, more),
+        token_ids=batch.token_ids[again],
+        positions=batch.positions[again],
+        seq=batch.seq[again],
         page_table=table,
         window=replace(
             window,
             total=past + rows,
             past_src=_up_to(window.past_src, past),
             past_dst=_up_to(window.past_dst, past),
-            step_dst=_more(window.step_dst, more),
-            first=_more(window.first, more),
-            count=_more(window.count, more),
+            step_dst=window.step_dst[again],
+            first=window.first[again],
+            count=window.count[again],
             keep_src=_up_to(window.keep_src, kept),
             keep_dst=_up_to(window.keep_dst, kept),
         ),
-        csa=_padded(batch.csa, rows, sequences, pages, (CSA_RATIO, CSA_RING)),
-        hca=_padded(batch.hca, rows, sequences, pages, (HCA_RATIO, HCA_RING)),
+        csa=_padded(batch.csa, again, sequences, pages, (CSA_RATIO, CSA_RING)),
+        hca=_padded(batch.hca, again, sequences, pages, (HCA_RATIO, HCA_RING)),
     )
 
 
-def _padded(plan: EntryPlan, rows: int, sequences: int, pages: int, kind: tuple[int, int]) -> EntryPlan:
-    """A plan for `rows` rows and, where any group completes, as many groups as they can complete."""
+def _repeated(seq: Tensor, rows: int) -> Tensor:
+    """All rows in their order, and then the last sequence's last ones again, in turn, until there are `rows`."""
+    mine = int((seq == seq[-1]).sum())
+    more = rows - len(seq)
+    span = min(mine, more) or 1
+    return torch.cat([torch.arange(len(seq)), len(seq) - span + torch.arange(more) % span])
+
+
+def _padded(plan: EntryPlan, again: Tensor, sequences: int, pages: int, kind: tuple[int, int]) -> EntryPlan:
+    """A plan for rows `again` and, where any group completes, as many groups as they can complete."""
     ratio, ring = kind
+    rows = len(again)
     groups = rows // ratio + sequences if len(plan.first) else 0
-    more, ring = rows - len(plan.visible), min(rows, ring * sequences)
+    ring = min(rows, ring * sequences)
     steps = plan.compress
     compress = steps._replace(
         src=_up_to(steps.src, groups),
         page=_up_to(steps.page, groups),
         offset=_up_to(steps.offset, groups),
-        phase=_more(steps.phase, more),
+        phase=steps.phase[again],
         keep_src=_up_to(steps.keep_src, ring),
         keep_dst=_up_to(steps.keep_dst, ring),
     )
-    visible = _more(plan.visible, more)
+    visible = plan.visible[again]
     return replace(
         plan, compress=compress, first=_up_to(plan.first, groups), visible=visible, max_visible=pages * (PAGE // ratio)
     )
 
 
-def _more(values: Tensor, count: int) -> Tensor:
-    """`values` and `count` times the last of them."""
-    return torch.cat([values, values[-1:].expand(count, *values.shape[1:])])
-
-
 def _up_to(values: Tensor, count: int) -> Tensor:
     """`values` with the last one repeated until there are `count`."""
-    return _more(values, count - len(values))
+    return torch.cat([values, values[-1:].expand(count - len(values), *values.shape[1:])])
 
 
 class ChunkGraphs:

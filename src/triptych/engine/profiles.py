@@ -66,7 +66,7 @@ PROFILES: dict[str, Profile] = {
             "research-agent",
             "Few agents with very long contexts, read page after page.",
             {},
-            {"cpu": {"max_running": 6, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
+            {"cpu": {"max_running": 3, "step_tokens": 2048}, "cuda": {"max_running": 4, "step_tokens": 2048}},
         ),
         Profile(
             "rl-rollout",
@@ -77,7 +77,7 @@ PROFILES: dict[str, Profile] = {
                 "cuda": {"max_running": 64, "step_tokens": 8192},
             },
         ),
-        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 1024}}),
+        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 2048}}),
     )
 }
 

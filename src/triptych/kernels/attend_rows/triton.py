@@ -246,7 +246,8 @@ def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, spl
 def _usual(queries: Queries, window: RingRows, out: Tensor, most: int) -> Tiling:
     rows, heads, _ = out.shape
     t = tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
-    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+    wide = not isinstance(window.ring, PackedRows) and window.ring.dtype == torch.float32  # 128 KiB for 64 keys
+    if t.warps and t.heads * t.keys > _SMALL and (wide or shared_memory(out.device) < _SHARED):
         return t._replace(heads=16, keys=32, warps=4, stages=3)
     return t
 

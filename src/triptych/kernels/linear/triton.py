@@ -22,6 +22,9 @@ from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mat
 _FEW = 8
 _FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
 _MANY = 512  # rows from which on dequantising a matrix for the library's product pays
+_LIBRARY = 192  # rows from which on the library's product of e4m3 is the faster one
+_SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
+_GROUPED = (64, 128, 8, 3)  # rows and outputs of a tile, warps and stages of more rows than one tile's
 _WARPS = 2
 """Warps that share 64 outputs of few rows. Each rounds the inputs for itself, which is half of its work with four."""
 _COUNTERS = 1 << 16
@@ -95,7 +98,7 @@ def _for_library(x: Fp8Rows, weight: Fp8Matrix) -> bool:
     """Whether cuBLAS multiplies rows and blocks with such scales, which it does on Hopper, and faster than many.py."""
     rows, depth = x.shape
     aligned = rows % 4 == 0 and depth % 512 == 0 and weight.shape[0] % 128 == 0
-    return rows >= _MANY and aligned and x.scales.stride() == (1, rows) and _library_can(weight.values.device)
+    return rows >= _LIBRARY and aligned and x.scales.stride() == (1, rows) and _library_can(weight.values.device)
 
 
 @cache
@@ -168,18 +171,21 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    tall = min(64, triton.next_power_of_2(rows))
-    chunks, blocks = triton.cdiv(rows, tall), columns // 64
-    split = 1
-    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
+    few = rows <= 64
+    tall, wide, warps, stages = (min(64, triton.next_power_of_2(rows)), 64, 4, 4) if few else _GROUPED
+    chunks, blocks = triton.cdiv(rows, tall), columns // wide
+    split, want = 1, (3 if few else 1) * multiprocessors(out.device)
+    while chunks * blocks * split < want and depth // 128 % (2 * split) == 0:
         split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     grouped[(chunks, blocks, split)](
         *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
         SPLIT=split,
         TALL=tall,
-        num_warps=4,
-        num_stages=4,
+        WIDE=wide,
+        HALF=few or x.dtype != torch.bfloat16,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out
 
@@ -191,7 +197,7 @@ def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -
     tall, wide, warps, stages = _tiles(rows, columns)
     blocks = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
     split = 1
-    if rows <= 256:
+    if rows <= _SPLIT:
         while blocks * split < multiprocessors(out.device) and depth // 128 % (2 * split) == 0 and depth // split > 512:
             split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)

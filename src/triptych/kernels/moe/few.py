@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from triptych.kernels.moe.shared import shared_down, shared_up
 from triptych.kernels.moe.stream import begin, factor_layout, multiply, rows_in_slots, rows_layout, stages
-from triptych.kernels.quant.fragments import scale_of
+from triptych.kernels.quant.e4m3 import scale_of
 
 
 @gluon.jit(do_not_specialize=["rows", "pairs", "tiles", "shared"])

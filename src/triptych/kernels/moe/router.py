@@ -15,6 +15,7 @@ from torch import Tensor
 
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Router
+from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.matrices import Fp8Rows
 
 _SOME = 64  # experts of a program
@@ -152,11 +153,9 @@ def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
     at = r * dim + g * 128 + tl.arange(0, 128)[None, None, :]
     keep = (r < rows) & (g * 128 < dim)
     x = tl.load(x_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 2, keep_dims=True), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 2, keep_dims=True))
     tl.store(values_ptr + at, (x * inverse).to(tl.float8e4nv), mask=keep)
-    tl.store(scales_ptr + g * rows + r, (exponent << 23).to(tl.float32, bitcast=True), mask=keep)
+    tl.store(scales_ptr + g * rows + r, scale, mask=keep)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triptych.kernels.quant.fragments import scale_of
+from triptych.kernels.quant.e4m3 import scale_of
 
 
 def gates_and_ups(w13: Tensor) -> TensorDescriptor:

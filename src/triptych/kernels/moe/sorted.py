@@ -15,6 +15,7 @@ from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.moe import many
 from triptych.kernels.moe.ref import Experts
 from triptych.kernels.moe.tiled import blocks_of, descriptors
+from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.matrices import Mxfp4Matrix
 
 
@@ -144,13 +145,11 @@ def _round_sorted(x_ptr, order_ptr, values_ptr, scales_ptr, width, padded, K: tl
     d = tl.arange(0, 128)
     there = (g * 128 < width)[:, None] & (d >= 0)[None, :]
     x = tl.load(x_ptr + row * width + g[:, None] * 128 + d[None, :], mask=there, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
     slot = d // 8 % 4 * 32 + d // 4 % 2 * 16 + d // 32 * 4 + d % 4
     at = values_ptr + p * width + g[:, None] * 128 + slot[None, :]
     tl.store(at, (x * inverse[:, None]).to(tl.float8e4nv), mask=there)
-    tl.store(scales_ptr + g * padded + p, (exponent << 23).to(tl.float32, bitcast=True), mask=g * 128 < width)
+    tl.store(scales_ptr + g * padded + p, scale, mask=g * 128 < width)
 
 
 @triton.jit

@@ -36,10 +36,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
     """See ref.select_rows. `keys.most` must bound what any row sees.
 
-    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
+    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte; always whole tiles of them,
+    since kernels are compiled anew for rows that begin at odd addresses.
     """
     assert keys.most is not None
-    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE))))
+    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE)) // _TILE * _TILE))
 
 
 def select_rows_deterministic(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
