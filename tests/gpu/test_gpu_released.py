@@ -92,15 +92,25 @@ def tiled(moe: Experts) -> Experts:
 
 
 @pytest.mark.parametrize("name", DIMS)
+<<<<<<< HEAD
 @pytest.mark.parametrize("rows", [1, 7, 64, 128, 260, 999])
 def test_mixtures(name: str, rows: int) -> None:
+=======
+@pytest.mark.parametrize("rows", [1, 7, 31, 64, 260])
+def test_mixtures_of_few_rows(name: str, rows: int) -> None:
+>>>>>>> experts
     router, moe, shared = _layer(name, hashed=rows % 2 == 0)
     x = torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16)
     tokens = torch.randint(0, 50, (rows,), device="cuda")
     want = moe_ref.moe_rows(x, tokens, router, moe, shared)
     fast = tiled(moe)
+<<<<<<< HEAD
     # of many rows the shared expert's gate and up are bf16, which may move a hidden value by an e4m3 step
     agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 6e-3 if rows <= 96 else 2e-2)
+=======
+    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
+    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2)
+>>>>>>> experts
 
 
 @pytest.mark.parametrize("name", DIMS)
@@ -110,7 +120,6 @@ def test_experts_of_many_rows(name: str, rows: int) -> None:
     x = fake_quant_fp8(torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16).float())
     ids, weights = moe_ref.route(x, torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
     want = moe_ref.experts(x, ids, weights, moe, fake_quant_fp8)
-    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
     fast = tiled(moe)
     agree(lambda: experts(x, ids, weights, fast, fake_quant_fp8), want, 8e-3)
     agree(lambda: mixtures.experts(x, ids, weights, moe), want, 2.5e-2)
