@@ -112,6 +112,8 @@ class SamplingParams:
         _int_in("n", self.n, 1, 128)
         if len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        if isinstance(self.stop, str):  # each of its letters would be one
+            raise RequestError(f"stop is one string, {self.stop!r}.", "Put it into a tuple.", param="stop")
         for token in self.stop_token_ids:
             _int_in("stop_token_ids", token, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
