@@ -169,15 +169,13 @@ NO_HINTS = CacheHints()
 class Request:
     """One prompt to continue. The caller hands over the whole token list; reuse is the engine's business.
 
-    `salt` separates tenants: prefixes with different salts share nothing. `fork_of` names a request with
-    the same prompt (n > 1) whose prefill this one waits for, so that it finds the prompt in the cache.
+    `salt` separates tenants: prefixes with different salts share nothing.
     """
 
     request_id: str
     prompt_ids: TokenIds
     params: SamplingParams
     salt: str = ""
-    fork_of: str | None = None
     hints: CacheHints = NO_HINTS
 
 
@@ -390,8 +388,9 @@ class Panels:
 class RequestFacts:
     """One live request, without a word of its text. Tokens, and seconds since it came (None if nobody knows).
 
-    `state`: waiting, fetching (its pages come up from a lower tier), prefill or decode. `processed` of the known tokens
-    have run or need not. `tenant` and `session` are labels of this process, not the names that the caller gave.
+    `state`: waiting, fetching (its pages come up from a lower tier), held (another request computes what they share),
+    prefill or decode. `processed` of the known tokens have run or need not. `tenant` and `session` are labels of this
+    process, not the names that the caller gave.
     """
 
     request_id: str
