@@ -1,22 +1,23 @@
 """The kernels between the products of a decode step, on V4-Flash's shapes: checked against references, then timed.
 
-    python -m benchmarks.gpu.front [--check] [--batch N ...] [--out FILE]
+    python -m benchmarks.gpu.front [--check] [--batch N ...]
 
 Inputs rotate, so that what a layer reads once a step (its maps) comes from memory and not from the L2 cache. The floor
-is bytes over the copy bandwidth of the run; an empty kernel in a graph takes 1.2 us on an H200.
+is bytes over the copy bandwidth of the run; an empty kernel in a graph takes 1.2 us on an H200. `python -m
+benchmarks.gpu.table` keeps the times of decode rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.timing import Figures, against, ceilings, timed
 from triptych.config import CSA_LAYER, HCA_LAYER, PAGE, SHAPES, ModelShape
 from triptych.kernels.compress.ref import Compressor
 from triptych.kernels.front import ref as front_ref
@@ -74,9 +75,8 @@ def mhc_cases(shape: ModelShape, batch: int, device: str) -> Iterator[Case]:
         y = randn(batch, d, dtype=torch.bfloat16, device=device)
         return y, residual(batch, shape, device), site(shape, device), randn(d, device=device)
 
-    table = randn(4096, d, dtype=torch.bfloat16, device=device)
-
     def first() -> tuple[Any, ...]:
+        table = randn(4096, d, dtype=torch.bfloat16, device=device)
         ids = torch.randint(0, len(table), (batch,), device=device)
         return ids, table, site(shape, device), randn(d, device=device)
 
@@ -238,29 +238,26 @@ def compile_offline() -> None:
             case.fast(*case.make())
 
 
-def main() -> int:
-    """Check, or check and time."""
-    from benchmarks.gpu.kernels import ceilings, timed
+def figures(case: Case, bandwidth: float, sets: int = SETS) -> Figures:
+    """Microseconds of a case, and its bytes over `bandwidth`."""
+    made = [case.make() for _ in range(sets)]
+    us = timed([partial(case.fast, *given) for given in made])
+    return {**against(case.size / bandwidth * 1e6, us)}
 
+
+def main() -> int:
+    """Check, or time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    flash = SHAPES["flash"]
     if options.check:
-        return 0 if all([check(SHAPES["flash"], (1, 3, 64)), check(SHAPES["pro"], (2, 17))]) else 1
+        return 0 if all([check(flash, (1, 3, 64)), check(SHAPES["pro"], (2, 17))]) else 1
     bandwidth, _ = ceilings()
-    lines = []
-    measured = [(case, SETS) for batch in options.batch for case in cases(SHAPES["flash"], batch)]
-    for case, count in [*measured, *((case, 2) for case in chunk_cases(SHAPES["flash"], 8192))]:
-        sets = [case.make() for _ in range(count)]
-        us = timed([lambda given=given, case=case: case.fast(*given) for given in sets])
-        floor = case.size / bandwidth * 1e6
-        line = {"op": case.op, "batch": case.batch, "us": round(us, 2), "floor_us": round(floor, 2)}
-        print(json.dumps(line), flush=True)
-        lines.append(line)
-    if options.out:
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    measured = [(case, SETS) for batch in options.batch for case in cases(flash, batch)]
+    for case, sets in [*measured, *((case, 2) for case in chunk_cases(flash, 8192))]:
+        print(case.op, case.batch, figures(case, bandwidth, sets), flush=True)
     return 0
 
 
