@@ -11,6 +11,8 @@ from torch import Tensor
 from triptych.kernels.linear import portable
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
+from triptych.kernels.mhc.ref import MhcSite
+from triptych.kernels.mhc.triton import mhc_first
 from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
@@ -52,14 +54,14 @@ def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
 
 @pytest.mark.parametrize("run", [linear, portable.linear], ids=("own", "portable"))
 @pytest.mark.parametrize("size", LINEARS)
-@pytest.mark.parametrize("rows", [1, 8, 17, 260, 700])
+@pytest.mark.parametrize("rows", [1, 8, 17, 33, 64, 260, 700])
 def test_fp8_linears(size: tuple[int, int], rows: int, run: Callable[..., Tensor]) -> None:
     x, weight = torch.randn(rows, size[1], device="cuda").to(torch.bfloat16), fp8(*size)
     agree(lambda: run(x, weight), linear_ref.linear(x, weight))
 
 
 @pytest.mark.parametrize("columns", [(1536, 2624, 4096), (192, 392, 256)])
-@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("rows", [1, 5, 16, 60, 100])
 @pytest.mark.parametrize("run", [front_linear, portable.front_linear], ids=("own", "portable"))
 def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     latent, rest, k = columns
@@ -69,11 +71,48 @@ def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Ten
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
-@pytest.mark.parametrize("rows", [1, 64, 260, 600])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 64, 260, 600])
 @pytest.mark.parametrize("run", [grouped_linear, portable.grouped_linear], ids=("own", "portable"))
 def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
     agree(lambda: run(x, weight), linear_ref.grouped_linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9, 16, 17, 64])
+def test_grouped_linears_round_for_who_would_round_their_result(rows: int) -> None:
+    """In bf16 values first: so few values lie a step of e4m3 off where a sum is a little off."""
+    weight, x = fp8(8, 1024, 4096), torch.randn(rows, 8, 4096, device="cuda").to(torch.bfloat16)
+    got, plain = grouped_linear(x, weight, rounds=True), grouped_linear(x, weight)
+    assert isinstance(plain, Tensor)
+    if isinstance(got, Tensor):  # of more rows than it can round
+        assert rows > 16 and torch.equal(got, plain)
+    else:
+        want = quantize_rows(plain)
+        assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+        assert torch.equal(got.scales, want.scales)
+
+
+@pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
+def test_grouped_linears_lose_nothing_of_rows_of_any_size(size: float) -> None:
+    """Rows whose values differ by many powers of two, against float64."""
+    weight, x = fp8(8, 1024, 4096), torch.randn(5, 8, 4096, device="cuda") * size
+    x = (x * 2.0 ** torch.randint(-12, 1, x.shape, device="cuda")).to(torch.bfloat16)
+    want = torch.einsum("rgk,gnk->rgn", x.double(), weight.dequantize().double()).flatten(1)
+    got = grouped_linear(x, weight)
+    assert isinstance(got, Tensor)
+    assert float((got.double() - want).norm() / want.norm()) < 2.5e-3  # of which bf16 is 1.7e-3
+
+
+@pytest.mark.parametrize("dim", [4096, 7168])
+def test_sites_and_fronts_round_to_the_bit(dim: int) -> None:
+    fn, base, scale = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
+    site = MhcSite(fn / 64, base, scale, 20, 1e-6, 1e-6, rounds=True)
+    for rows in (1, 17, 300):
+        embed = torch.randn(rows, dim, device="cuda").to(torch.bfloat16)
+        x, *_ = mhc_first(torch.arange(rows, device="cuda"), embed, site, torch.ones(dim, device="cuda"))
+        want = quantize_rows(x.plain)
+        assert torch.equal(x.rounded.values.view(torch.uint8), want.values.view(torch.uint8))
+        assert torch.equal(x.rounded.scales, want.scales)
 
 
 def _layer(name: str, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, Fp8Matrix]]:
@@ -92,14 +131,16 @@ def tiled(moe: Experts) -> Experts:
 
 
 @pytest.mark.parametrize("name", DIMS)
-@pytest.mark.parametrize("rows", [1, 7, 64, 128, 260])
-def test_mixtures_of_few_rows(name: str, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 31, 64, 128, 260, 999])
+def test_mixtures(name: str, rows: int) -> None:
     router, moe, shared = _layer(name, hashed=rows % 2 == 0)
     x = torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16)
     tokens = torch.randint(0, 50, (rows,), device="cuda")
     want = moe_ref.moe_rows(x, tokens, router, moe, shared)
     fast = tiled(moe)
-    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 6e-3)
+    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off; of many rows the shared
+    # expert's gate and up are bf16 too
+    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2 if rows <= 96 else 2e-2)
 
 
 @pytest.mark.parametrize("name", DIMS)
@@ -109,7 +150,6 @@ def test_experts_of_many_rows(name: str, rows: int) -> None:
     x = fake_quant_fp8(torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16).float())
     ids, weights = moe_ref.route(x, torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
     want = moe_ref.experts(x, ids, weights, moe, fake_quant_fp8)
-    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
     fast = tiled(moe)
     agree(lambda: experts(x, ids, weights, fast, fake_quant_fp8), want, 8e-3)
     agree(lambda: mixtures.experts(x, ids, weights, moe), want, 2.5e-2)

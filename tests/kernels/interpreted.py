@@ -14,9 +14,11 @@ from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
 from triptych.kernels.mhc import fixed as mhc_fixed
+from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
+from triptych.kernels.quant.matrices import BothRows, Fp8Rows, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
 from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
@@ -40,12 +42,12 @@ def main() -> None:
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
+    for rounded in (rounded_site, rounded_query):
+        print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
     index.SCORES = 256  # a few rows at a time
     result = verify("select_entries", "triton", 17, 17)
     print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
-    for hashed in (False, True):
-        for rows in (1, 2, 17, 40, 70):
-            print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
+    router()
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
@@ -56,6 +58,13 @@ def main() -> None:
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
 
 
+def router() -> None:
+    """One line for each kind of routing and number of rows."""
+    for hashed in (False, True):
+        for rows in (1, 2, 17, 40, 70):
+            print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
+
+
 def routed(rows: int, hashed: bool) -> bool:
     """True if rows get the reference's experts and weights, and lists that have every pair once, by expert."""
     draw = torch.Generator().manual_seed(rows)
@@ -63,10 +72,10 @@ def routed(rows: int, hashed: bool) -> bool:
     table = torch.stack([torch.randperm(count, generator=draw)[:k] for _ in range(9)]) if hashed else None
     bias = None if hashed else torch.randn(count, generator=draw)
     router = Router(torch.randn(count, dim, generator=draw) / 16, bias, table, k, 1.5)
-    x = torch.randn(rows, dim, generator=draw)
+    x = torch.randn(rows, dim, generator=draw).to(torch.bfloat16)
     tokens = torch.randint(0, 9, (rows,), generator=draw)
     counters = torch.zeros(1 + count, dtype=torch.int32)
-    weights, tile, order, xq, xs = route_few(
+    weights, tile, order, rounded = route_few(
         x, token_ids=tokens, router=router, n=most, tiles=rows * k, counters=counters
     )
     ids, want = route(x, tokens, router)
@@ -75,8 +84,35 @@ def routed(rows: int, hashed: bool) -> bool:
     listed = [(expert, pair) for expert, first, size in used for pair in order[first : first + size].tolist()]
     ok = ok and sorted(listed, key=lambda both: both[1]) == [(e, i) for i, e in enumerate(ids.flatten().tolist())]
     ok = ok and all(size <= most for _, _, size in used)
-    unpaired = xq.view(rows, -1, 4, 2).transpose(2, 3).reshape(rows, -1, 128).float() * xs.unsqueeze(2)
-    return ok and torch.equal(unpaired.flatten(1), fake_quant_fp8(x))
+    return ok and torch.equal(rounded.dequantize(), fake_quant_fp8(x.float()))
+
+
+def rounded_site(rows: int) -> bool:
+    """True if a site hands over its rows and the same rows rounded, to the bit."""
+    draw, dim = torch.Generator().manual_seed(rows), 384
+    fn, norm = torch.randn(24, 4 * dim, generator=draw), torch.randn(dim, generator=draw)
+    site = inputs._site(draw)._replace(fn=fn, rounds=True)
+    x, *_ = mhc.mhc_first(torch.arange(rows), torch.randn(rows, dim, generator=draw), site, norm)
+    return isinstance(x, BothRows) and _same(x.rounded, quantize_rows(x.plain))
+
+
+def rounded_query(rows: int) -> bool:
+    """True if a front end rounds the low-rank query that it would otherwise give, to the bit."""
+    product, weights, *rest = _packed_front("fp8", rows)
+    wide = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows))
+    lacking = 256 - len(weights.q_norm)
+    columns = {name: getattr(weights, name) + lacking for name in ("compress_at", "index_at")}
+    weights = weights._replace(q_norm=torch.ones(256), heads=tuple(h + lacking for h in weights.heads), **columns)
+    product = torch.cat([wide, product[:, 256 - lacking :]], dim=1)
+    plain, _ = front.front_rows(product, weights, *rest)
+    got, _ = front.front_rows(product, weights._replace(rounds=True), *rest)
+    return isinstance(got, Fp8Rows) and _same(got, quantize_rows(plain))
+
+
+def _same(one: Fp8Rows, other: Fp8Rows) -> bool:
+    """Equal to the bit."""
+    values = torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+    return values and torch.equal(one.scales, other.scales)
 
 
 def native_front(kind: Literal["fp8", "mxfp4"], rows: int) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from triptych.kernels.linear import cpu, ref
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
 from triptych.kernels.quant.ref import (
     dequantize_fp8,
     dequantize_mxfp4,
@@ -108,6 +111,23 @@ def test_the_grouped_linear_rounds_nothing() -> None:
     x = torch.randn(4, 3, 256)
     want = torch.einsum("rgi,goi->rgo", x, grouped.dequantize()).flatten(1)
     torch.testing.assert_close(ref.grouped_linear(x, grouped), want)
+
+
+def test_products_of_rounded_rows_are_those_of_rows_that_they_round() -> None:
+    x = torch.randn(3, 256).to(torch.bfloat16)
+    front = FrontMatrix(fp8(128, 256), torch.randn(40, 256).to(torch.bfloat16))
+    assert torch.equal(ref.front_linear(BothRows(x, quantize_rows(x)), front), ref.front_linear(x, front))
+    assert torch.equal(ref.linear(quantize_rows(x), front.latent), ref.linear(x, front.latent))
+
+
+@pytest.mark.parametrize("run", [ref.grouped_linear, cpu.grouped_linear])
+def test_the_grouped_linear_rounds_its_result_for_who_would_round_it(run: Callable[..., Tensor | Fp8Rows]) -> None:
+    matrix = fp8(3 * 128, 256)
+    grouped = Fp8Matrix(matrix.values.view(3, 128, 256), matrix.scales.view(3, 1, 2))
+    x = torch.randn(4, 3, 256).to(torch.bfloat16)
+    got, plain = run(x, grouped, rounds=True), run(x, grouped)
+    assert isinstance(got, Fp8Rows) and isinstance(plain, Tensor)
+    assert torch.equal(got.dequantize(), fake_quant_fp8(plain.float()))
 
 
 @pytest.mark.parametrize("hashed", [False, True])

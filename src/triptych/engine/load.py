@@ -28,6 +28,7 @@ from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
 from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
+from triptych.engine.options import options_of
 from triptych.engine.pools import Pools
 from triptych.engine.profiles import profile_named
 from triptych.engine.rates import starting_rates
@@ -71,7 +72,7 @@ class LoadedEngine:
 
 def load_with(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load `model` with options by name; `profile` among them gives those that are not there. Raises as `load`."""
-    given = dict(options)
+    given = options_of(options)
     name = given.pop("profile", None)
     if name is None:
         return load(model, EngineConfig.from_options(**given))

@@ -21,6 +21,14 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 49152))
 
 
+def rounds_rows(device: torch.device, width: int) -> bool:
+    """Whether what makes rows of a product rounds them: for Hopper's products, in whole groups of 128 columns.
+
+    On a processor, where Triton interprets, too.
+    """
+    return width % 128 == 0 and (device.type == "cpu" or is_hopper(device))
+
+
 @cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the GPU has the instructions of compute capability 9.0, which later ones lack."""

@@ -18,7 +18,7 @@ from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import Residual
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Matrix, Mxfp4Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Mxfp4Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import DecodeBatch, LayerCache
@@ -50,6 +50,10 @@ class Decoder:
         # streams are copies of rows of this table, so its dtype is theirs
         self.embed = weights.embed.to(numerics.dtype)
         self._fronts = [_front_weights(layer.attention, weights.shape, numerics.native) for layer in weights.layers]
+        self._sites = [
+            layer.attn_site._replace(rounds=numerics.native and isinstance(layer.attention.front, FrontMatrix))
+            for layer in weights.layers
+        ]
 
     def refresh(self) -> None:
         """Bring what was derived from weights up to date, in place, after the weights themselves were overwritten."""
@@ -64,9 +68,9 @@ class Decoder:
         y: Tensor | None = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if y is None:
-                x, *rest = k.mhc_first(batch.token_ids, self.embed, layer.attn_site, layer.attn_norm)
+                x, *rest = k.mhc_first(batch.token_ids, self.embed, self._sites[at], layer.attn_norm)
             else:
-                x, *rest = k.mhc_rows(y, Residual(*rest), layer.attn_site, layer.attn_norm)
+                x, *rest = k.mhc_rows(y, Residual(*rest), self._sites[at], layer.attn_norm)
             y = self._attention(x, layer, self._fronts[at], cache, step)
             x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
             y = self._moe(x, batch.token_ids, layer)
@@ -87,7 +91,9 @@ class Decoder:
             each=torch.arange(batch.rows, device=at.device),
         )
 
-    def _attention(self, x: Tensor, layer: LayerWeights, front: FrontWeights, cache: LayerCache, step: _Step) -> Tensor:
+    def _attention(
+        self, x: Tensor | BothRows, layer: LayerWeights, front: FrontWeights, cache: LayerCache, step: _Step
+    ) -> Tensor:
         """x [B, d], normed -> the attention block's output [B, d]. Writes the layer's caches."""
         k, shape, w = self._k, self._shape, layer.attention
         ratio = layer.ratio
@@ -109,22 +115,30 @@ class Decoder:
         )
         queries = Queries(heads, shape.num_heads, shape.head_dim, angles, shape.norm_eps)
         out = k.attend_rows(queries, window, entries, ids, w.core)
-        groups = out.view(len(x), shape.o_groups, -1)
-        if isinstance(w.o_a, Tensor):
-            groups = groups.to(w.o_a.dtype)
-        return self._linear(k.grouped_linear(groups, w.o_a).to(x.dtype), w.o_b)
+        return self._out(out.view(step.batch.rows, shape.o_groups, -1), w)
 
-    def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
-        """A linear whose input the released model quantises, in the dtype of x."""
+    def _out(self, x: Tensor, w: AttentionWeights) -> Tensor:
+        """Both output projections of the heads' outputs [B, groups, in], in their dtype."""
+        if isinstance(w.o_a, Tensor):
+            inner = self._k.grouped_linear(x.to(w.o_a.dtype), w.o_a).to(x.dtype)
+        else:
+            rounds = self._n.native and isinstance(w.o_b, Fp8Matrix)
+            inner = self._k.grouped_linear(x, w.o_a, rounds=rounds)
+        return self._linear(inner, w.o_b)
+
+    def _linear(self, x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+        """A linear whose input the released model quantises, in the dtype of x; of rows that are already, in bf16."""
         if isinstance(weight, Fp8Matrix):
             return self._k.linear(x, weight)  # type: ignore[no-any-return]
+        assert isinstance(x, Tensor)
         return self._k.linear(self._n.linear_input(x).to(weight.dtype), weight).to(x.dtype)  # type: ignore[no-any-return]
 
-    def _front_product(self, x: Tensor, w: AttentionWeights) -> Tensor:
+    def _front_product(self, x: Tensor | BothRows, w: AttentionWeights) -> Tensor:
         """The projections of x [B, total]: of quantised x for the latent columns, of x itself for the others."""
         n, cut = self._n, w.layout.latent
         if isinstance(w.front, FrontMatrix):
             return self._k.front_linear(x, w.front)  # type: ignore[no-any-return]
+        assert isinstance(x, Tensor)
         if n.fused_front:
             return self._k.linear(x, w.front)  # type: ignore[no-any-return]
         latent = self._linear(x, w.front[:cut])
@@ -167,6 +181,7 @@ def _front_weights(w: AttentionWeights, shape: ModelShape, native: bool) -> Fron
         scale=shape.index_head_dim**-0.5 * shape.index_heads**-0.5,
         eps=shape.norm_eps,
         native=native,
+        rounds=native and isinstance(w.query, Fp8Matrix),
     )
 
 

@@ -17,6 +17,7 @@ from triptych.kernels.compress.ref import ABSENT, Compressor, CompressPlan, comp
 from triptych.kernels.norm.ref import latent_rows
 from triptych.kernels.quant import ref as quant
 from triptych.kernels.quant.formats import Rows, write_rows
+from triptych.kernels.quant.matrices import Fp8Rows, quantize_rows
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin [R, rope/2], float32."""
@@ -28,6 +29,7 @@ class FrontWeights(NamedTuple):
         [ query q_lora | window c | compressor from compress_at: C, Z | indexer's from index_at: C, Z | heads ]
 
     q_norm [q_lora], kv_norm [c]. `native`: round where the released model does. scale: of the head weights [count].
+    `rounds`, native only: the query's product reads rounded rows, as which the query may come.
     """
 
     q_norm: Tensor
@@ -40,6 +42,7 @@ class FrontWeights(NamedTuple):
     scale: float
     eps: float
     native: bool
+    rounds: bool = False
 
 
 class FrontCaches(NamedTuple):
@@ -82,7 +85,7 @@ def front_rows(
     caches: FrontCaches,
     rows: DecodeRows,
     angles: tuple[Angles, Angles | None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Fp8Rows, Tensor]:
     """front [R, total] -> the low-rank query [R, q_lora] and head weights [R, Hi] float32 (scaled); writes the caches.
 
     angles: at the rows' positions, and at the first token of the group that each row is in. In native numerics the
@@ -108,7 +111,8 @@ def front_rows(
             if len(keys):
                 write_rows(caches.index_keys, (plan.page, plan.offset), _key(keys, weights.native))
     heads = narrow[:, slice(*weights.heads)] * weights.scale
-    return qr.to(torch.bfloat16) if weights.native else qr, heads
+    qr = qr.to(torch.bfloat16) if weights.native else qr
+    return quantize_rows(qr) if weights.rounds else qr, heads
 
 
 def _plan(rows: DecodeRows, compressor: Compressor, stride: int) -> tuple[CompressPlan, Tensor]:

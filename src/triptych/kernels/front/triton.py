@@ -25,7 +25,10 @@ from triptych.config import PAGE
 from triptych.kernels.compress.ref import Compressor
 from triptych.kernels.front.ref import Angles, DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.front.store import DENSE, ENTRY, FP8, MXFP4, put_entry, put_key
+from triptych.kernels.gpu import rounds_rows
 from triptych.kernels.quant.formats import PackedRows, Rows
+from triptych.kernels.quant.matrices import Fp8Rows, empty_rows
+from triptych.kernels.quant.triton_rows import put_rounded
 
 _KINDS = {"entry": ENTRY, "fp8": FP8, "mxfp4": MXFP4}
 _Place = tuple[Tensor, Tensor, int, int, int, int]
@@ -50,11 +53,11 @@ def front_rows(
     caches: FrontCaches,
     rows: DecodeRows,
     angles: tuple[Angles, Angles | None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Fp8Rows, Tensor]:
     """See ref.front_rows."""
     count, q_lora, dim = len(front), len(weights.q_norm), len(weights.kv_norm)
     heads = weights.heads[1] - weights.heads[0]
-    qr = torch.empty(count, q_lora, dtype=torch.bfloat16 if weights.native else front.dtype, device=front.device)
+    qr = _room_for_query(count, weights, front)
     scaled = torch.empty(count, heads, device=front.device)
     cos, sin = angles[0]
     late = angles[1] or angles[0]
@@ -67,7 +70,7 @@ def front_rows(
     parts = max(1, wide // _PART) if main is not None and not main.overlap else 1
     pooled = torch.empty(count if parts > 1 else 1, wide, device=front.device)
     _front[(count, 2 + (parts if main is not None else 0) + (index is not None))](
-        *(front, front.stride(0), qr, scaled, weights.q_norm, weights.kv_norm, cos, sin, late[0], late[1]),
+        *(front, front.stride(0), *_parts(qr), scaled, weights.q_norm, weights.kv_norm, cos, sin, late[0], late[1]),
         *(rows.positions, rows.slots, rows.page_table, rows.page_table.stride(0)),
         *(*ring, caches.ring, *entries, *keys),
         *_compressor(main, caches.state, weights.kv_norm),
@@ -82,6 +85,7 @@ def front_rows(
         OVERLAP=main is not None and main.overlap,
         PAGE_TOKENS=PAGE,
         NATIVE=weights.native,
+        ROUNDS=isinstance(qr, Fp8Rows),
         QUERY=triton.next_power_of_2(q_lora),
         HEADS=triton.next_power_of_2(max(heads, 1)),
         DIM=wide,
@@ -102,6 +106,19 @@ _MOST_ROWS = 4096
 def _meeting_points(device: torch.device) -> Tensor:
     """How many programs of a row have pooled their part; zero between launches, which never overlap."""
     return torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device)
+
+
+def _room_for_query(rows: int, weights: FrontWeights, front: Tensor) -> Tensor | Fp8Rows:
+    """Where the low-rank query goes."""
+    width = len(weights.q_norm)
+    if weights.rounds and rounds_rows(front.device, width):
+        return empty_rows(rows, width, front.device)
+    return torch.empty(rows, width, dtype=torch.bfloat16 if weights.native else front.dtype, device=front.device)
+
+
+def _parts(query: Tensor | Fp8Rows) -> tuple[Tensor, Tensor]:
+    """Values and scales; there are none of rows that are not rounded."""
+    return (query.values, query.scales) if isinstance(query, Fp8Rows) else (query, query)
 
 
 def _kind(pool: Rows | None) -> int:
@@ -270,40 +287,38 @@ def _group(
 
 @triton.jit
 def _query(
-    front_ptr,
-    qr_ptr,
-    scaled_ptr,
-    norm_ptr,
-    r,
-    heads_at,
-    heads,
-    scale,
-    q_lora,
-    eps,
-    NATIVE: tl.constexpr,
-    QUERY: tl.constexpr,
-    HEADS: tl.constexpr,
-):
+    front_ptr, qr_ptr, qr_scales_ptr, norm_ptr, r, q_lora, eps,
+    NATIVE: tl.constexpr, ROUNDS: tl.constexpr, QUERY: tl.constexpr,
+):  # fmt: skip
+    """The low-rank query of row r, normed and as its product reads it."""
     i = tl.arange(0, QUERY)
     x = _narrowed(front_ptr + i, i < q_lora, NATIVE)
     x = _normed(x, i, q_lora, norm_ptr, eps)
-    tl.store(qr_ptr + r * q_lora + i, x.to(qr_ptr.dtype.element_ty), mask=i < q_lora)
+    if ROUNDS:
+        put_rounded(x.to(tl.bfloat16), r, q_lora, qr_ptr, qr_scales_ptr, QUERY)
+    else:
+        tl.store(qr_ptr + r * q_lora + i, x.to(qr_ptr.dtype.element_ty), mask=i < q_lora)
+
+
+@triton.jit
+def _head_weights(front_ptr, scaled_ptr, heads, scale, NATIVE: tl.constexpr, HEADS: tl.constexpr):
+    """A row's weights of the indexer's heads."""
     h = tl.arange(0, HEADS)
-    tl.store(scaled_ptr + r * heads + h, _narrowed(front_ptr + heads_at + h, h < heads, NATIVE) * scale, mask=h < heads)
+    tl.store(scaled_ptr + h, _narrowed(front_ptr + h, h < heads, NATIVE) * scale, mask=h < heads)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _front(
-    front_ptr, front_stride, qr_ptr, scaled_ptr, q_norm_ptr, kv_norm_ptr, cos_ptr, sin_ptr, late_cos_ptr, late_sin_ptr,
-    positions_ptr, slots_ptr, table_ptr, table_stride,
-    ring_ptr, ring_scales_ptr, ring_slot, ring_row, ring_scales_slot, ring_scales_row, ring,
-    entries_ptr, entry_scales_ptr, entry_page, entry_row, entry_scales_page, entry_scales_row,
-    keys_ptr, key_scales_ptr, key_page, key_row, key_scales_page, key_scales_row,
-    ape_ptr, norm_ptr, state_ptr, key_ape_ptr, key_norm_ptr, key_state_ptr, state_stride,
-    pooled_ptr, met_ptr, compress_at, index_at, heads_at, heads, scale, q_lora, dim, key_dim, width, eps,
+    front_ptr, front_stride, qr_ptr, qr_scales_ptr, scaled_ptr, q_norm_ptr, kv_norm_ptr, cos_ptr, sin_ptr,
+    late_cos_ptr, late_sin_ptr, positions_ptr, slots_ptr, table_ptr, table_stride,
+    ring_ptr, ring_scales_ptr, ring_slot, ring_row, ring_scales_slot, ring_scales_row, ring, entries_ptr,
+    entry_scales_ptr, entry_page, entry_row, entry_scales_page, entry_scales_row, keys_ptr, key_scales_ptr, key_page,
+    key_row, key_scales_page, key_scales_row, ape_ptr, norm_ptr, state_ptr, key_ape_ptr, key_norm_ptr, key_state_ptr,
+    state_stride, pooled_ptr, met_ptr, compress_at, index_at, heads_at, heads, scale, q_lora, dim, key_dim, width, eps,
     RING_KIND: tl.constexpr, ENTRY_KIND: tl.constexpr, KEY_KIND: tl.constexpr, RATIO: tl.constexpr,
-    OVERLAP: tl.constexpr, PAGE_TOKENS: tl.constexpr, NATIVE: tl.constexpr, QUERY: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, PARTS: tl.constexpr, KEY: tl.constexpr, KEY_STEPS: tl.constexpr, KEY_ROOT: tl.constexpr,
+    OVERLAP: tl.constexpr, PAGE_TOKENS: tl.constexpr, NATIVE: tl.constexpr, ROUNDS: tl.constexpr, QUERY: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEY: tl.constexpr, KEY_STEPS: tl.constexpr,
+    KEY_ROOT: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
@@ -316,7 +331,8 @@ def _front(
     per_page: tl.constexpr = PAGE_TOKENS // RATIO
     half = dim * (2 if OVERLAP else 1)
     if job == 0:
-        _query(front_ptr, qr_ptr, scaled_ptr, q_norm_ptr, r, heads_at, heads, scale, q_lora, eps, NATIVE, QUERY, HEADS)
+        _query(front_ptr, qr_ptr, qr_scales_ptr, q_norm_ptr, r, q_lora, eps, NATIVE, ROUNDS, QUERY)
+        _head_weights(front_ptr + heads_at, scaled_ptr + r * heads, heads, scale, NATIVE, HEADS)
     elif job == 1:
         d = tl.arange(0, DIM)
         x = _normed(_narrowed(front_ptr + q_lora + d, d < dim, NATIVE), d, dim, kv_norm_ptr, eps)

@@ -50,15 +50,15 @@ def linear_deterministic(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
     return out
 
 
-def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
+def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
     """See ref.grouped_linear."""
     if isinstance(weight, Fp8Matrix) or x.shape[0] > _FEW or weight.dtype != torch.float32:
-        return ref.grouped_linear(x, weight)
+        return ref.grouped_linear(x, weight, rounds=rounds)
     return grouped_linear_deterministic(x, weight)
 
 
-def grouped_linear_deterministic(x: Tensor, weight: Matrix) -> Tensor:
-    """See ref.grouped_linear; rows are independent of each other."""
+def grouped_linear_deterministic(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor:
+    """See ref.grouped_linear; rows are independent of each other, and not rounded here."""
     weight = weight.dequantize() if isinstance(weight, Fp8Matrix) else weight
     groups, width, _ = weight.shape
     out = torch.empty(x.shape[0], groups * width)

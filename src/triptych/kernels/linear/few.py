@@ -1,6 +1,13 @@
-"""Linear maps of few rows (decode) in one launch: each weight read once, inputs rounded where native numerics round.
+"""Linear maps of up to 64 rows (decode) in one launch, bound by the bytes of their weights.
 
-Programs hold 64 outputs and a part of the columns, as many as fill the GPU. The last of those that share outputs adds
+A product is computed turned over, W x^T, on the FP8 tensor cores: bulk copies bring blocks of 128 columns of weights
+and of rounded rows into shared memory as they are, and nothing is converted on the way. Each block is summed apart and
+scaled in float32, since the tensor cores keep few bits of an e4m3 sum.
+
+Where rows must not be rounded, a program first writes each as two e4m3 rows that it is the sum of, high + low / 16:
+eight bits of bf16 are four and four, so nothing is lost, and the tensor cores have columns to spare.
+
+Programs hold TALL outputs and a part of the columns, as many as fill the GPU. The last of those that share outputs adds
 up the parts, in their order; counters are back at zero afterwards.
 """
 
@@ -8,157 +15,248 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-
-from triptych.kernels.quant.fragments import (
-    from_bf16,
-    from_fp8,
-    from_rows,
-    mma_layout,
-    row_layout,
-    scale_of,
-    weight_layout,
-    wide_layout,
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
+from triptych.kernels.quant.fragments import scale_of
+
+
+@gluon.constexpr_function
+def _sums(n, depth=32):
+    """Accumulators [.., n] of a warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, depth])
+
+
+@gluon.constexpr_function
+def _factors(n, blocks):
+    """[n, blocks] float32: a thread has those of the rows that it has of _sums(n)."""
+    deep = [[0, 1 << i] for i in range(blocks.bit_length() - 1)]
+    deep += [[1, 0]] + [[8 << i, 0] for i in range((n // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(deep, [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [n, blocks])
+
 
 @gluon.jit
-def _inputs(xp, ROUND: gl.constexpr, N: gl.constexpr, MMA: gl.constexpr):
-    """128 columns of x as the right operand f16 [128, N], and their scales [N]: 1 where nothing is rounded."""
-    x = gl.load(xp).to(gl.float32)
-    if ROUND:
-        scale, inverse = scale_of(gl.max(gl.max(gl.abs(x), axis=2), axis=1))
-        x = (x * gl.expand_dims(gl.expand_dims(inverse, 1), 2)).to(gl.float8e4nv).to(gl.float16)
-        return from_rows(x, N, MMA), gl.convert_layout(scale, gl.SliceLayout(0, MMA))
+def _nth(x, i: gl.constexpr, COUNT: gl.constexpr):
+    """x[:, i] of [n, COUNT], a power of two, without moving anything."""
+    if COUNT == 1:
+        return gl.reshape(x, x.shape[:-1])
     else:
-        x = gl.minimum(gl.maximum(x, -65504.0), 65504.0).to(gl.float16)  # bf16 of any likely size is exact in f16
-        return from_rows(x, N, MMA), gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
-
-
-@gluon.jit
-def _fp8_part(
-    w_ptr,
-    ws_ptr,
-    xp,
-    row,
-    first,
-    K: gl.constexpr,
-    PART: gl.constexpr,
-    TALL: gl.constexpr,
-    ROUND: gl.constexpr,
-    N: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """Products of blocks [first, first + PART) of 128 columns: float32 [64, N]. xp points at column 0 of x."""
-    MMA: gl.constexpr = mma_layout(WARPS)
-    AHEAD: gl.constexpr = 2 if WARPS == 4 else 1  # with fewer warps each has more of a block in flight
-    W: gl.constexpr = weight_layout(8, WARPS, 4 // WARPS)
-    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
-    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
-    b = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, W)))
-    wp = w_ptr + gl.expand_dims(r[:, None] * (K // 4) + c[None, :] * 8, 2) + gl.expand_dims(b[None, :], 1) + first * 32
-    fp = ws_ptr + (row // TALL) * (K // 128) + first
-    xp += first * 128
-    acc = gl.zeros([64, N], gl.float32, MMA)
-    zero = gl.zeros([64, N], gl.float32, MMA)
-    w0 = gl.load(wp, cache_modifier=".cg")  # past the L1, which is for x
-    if AHEAD > 1:
-        w1 = gl.load(wp + 32, mask=PART > 1, other=0, cache_modifier=".cg")
-    for at in range(0, PART):
-        w = w0
-        if AHEAD > 1:
-            w0 = w1
-            w1 = gl.load(wp + (at + 2) * 32, mask=at + 2 < PART, other=0, cache_modifier=".cg")
+        even, odd = gl.split(gl.reshape(x, x.shape[:-1] + [COUNT // 2, 2]))  # noqa: RUF005
+        if i % 2 == 0:
+            return _nth(even, i // 2, COUNT // 2)
         else:
-            w0 = gl.load(wp + (at + 1) * 32, mask=at + 1 < PART, other=0, cache_modifier=".cg")
-        x, s = _inputs(xp + at * 128, ROUND, N, MMA)
-        f = gl.load(fp + at)
-        acc += mma_v2(from_fp8(w, 64, MMA), x, zero) * (f[:, None] * s[None, :])
-    return acc
+            return _nth(odd, i // 2, COUNT // 2)
 
 
 @gluon.jit
-def _bf16_part(w_ptr, xp, row, first, K: gl.constexpr, PART: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
-    """As _fp8_part, of a bf16 matrix and inputs as they are."""
-    MMA: gl.constexpr = mma_layout(WARPS)
-    W: gl.constexpr = wide_layout(WARPS, 4 // WARPS)
-    r = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(2, W)))
-    c = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, W)))
-    b = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, W)))
-    wp = w_ptr + gl.expand_dims(r[:, None] * K + c[None, :] * 32, 2) + gl.expand_dims(b[None, :], 1) + first * 128
-    xp += first * 128
-    acc = gl.zeros([64, N], gl.float32, MMA)
-    for at in range(0, PART):
-        w = gl.load(wp + at * 128, cache_modifier=".cg")
-        acc = mma_v2(from_bf16(w, 64, MMA), from_rows(gl.load(xp + at * 128), N, MMA), acc)
-    return acc
+def _fetch(w, x, ws, xs, bar, row, at, s, BLOCKS: gl.constexpr, WIDE: gl.constexpr, ROWS: gl.constexpr):
+    """BLOCKS blocks of 128 bytes of weight rows from column `at` on into stage s; of x too, unless ROWS is 0."""
+    W: gl.constexpr = gl.NVMMASharedLayout(128, 16 if WIDE else 8)
+    COLUMNS: gl.constexpr = 64 if WIDE else 128
+    mbarrier.expect(bar.index(s), BLOCKS * 128 * (w.block_shape[0] + ROWS))
+    for i in gl.static_range(BLOCKS):
+        to = ws.index(s * BLOCKS + i)._reinterpret(w.dtype, w.block_shape, W)
+        tma.async_copy_global_to_shared(w, [row, at + i * COLUMNS], bar.index(s), to)
+        if ROWS > 0:
+            to = xs.index(s * BLOCKS + i)._reinterpret(x.dtype, x.block_shape, W)
+            tma.async_copy_global_to_shared(x, [0, at + i * COLUMNS], bar.index(s), to)
 
 
-@gluon.jit(do_not_specialize=["rows"])
-def products(
-    x_ptr,
-    w_ptr,
-    ws_ptr,
-    rest_ptr,
-    out_ptr,
-    part_ptr,
-    count_ptr,
-    rows,
-    x_stride,
-    K: gl.constexpr,
-    OUT: gl.constexpr,
-    LATENT: gl.constexpr,
-    GROUP: gl.constexpr,
-    SPLIT: gl.constexpr,
-    TALL: gl.constexpr,
-    ROUND: gl.constexpr,
-    N: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """out [rows, OUT] of x [rows, ..] bf16: outputs below LATENT by the FP8 matrix, the others by `rest` in bf16.
+@gluon.jit
+def _rounded_part(
+    w, f_ptr, x, s_ptr, ws, xs, scales, bar, row, first, rows,
+    DEPTH: gl.constexpr, PART: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
+    TALL: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
+    """Products of blocks [first, first + PART) of 128 columns, the first on their way: float32 [TALL, N].
 
-    Every GROUP outputs have their own K columns of x. TALL rows of the FP8 matrix share a scale.
-    part [SPLIT, rows, OUT] float32 is scratch.
+    f_ptr [DEPTH] are the scales of the weights, s_ptr [rows, DEPTH] those of x. PAIRS: xs [PART, N, 128] has all of x
+    and `scales` [N, PART] its scales, instead of x and s_ptr.
     """
-    MMA: gl.constexpr = mma_layout(WARPS)
-    X: gl.constexpr = row_layout(N, WARPS)
-    r0 = gl.program_id(0) * N  # programs that share weights run side by side
-    n0 = gl.program_id(1) * 64
-    split = gl.program_id(2)
-    PART: gl.constexpr = K // 128 // SPLIT
-    n = n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
-    row = gl.minimum(n, OUT - 1)
-    xrow = gl.minimum(r0 + gl.arange(0, N, gl.SliceLayout(1, gl.SliceLayout(2, X))), rows - 1)
-    xc = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))
-    xb = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))
-    xp = x_ptr + n0 // GROUP * K
-    xp = xp + gl.expand_dims(xrow[:, None] * x_stride + xc[None, :] * 32, 2) + gl.expand_dims(xb[None, :], 1)
-    if LATENT == OUT:
-        acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N, WARPS)
-    else:
-        if n0 < LATENT:
-            acc = _fp8_part(w_ptr, ws_ptr, xp, row, split * PART, K, PART, TALL, ROUND, N, WARPS)
+    MMA: gl.constexpr = _sums(N)
+    F: gl.constexpr = _factors(N, KS)
+    STEPS: gl.constexpr = PART // KS
+    b = gl.arange(0, KS, gl.SliceLayout(0, F))
+    j = gl.minimum(gl.arange(0, N, gl.SliceLayout(1, F)), rows - 1)
+    acc = gl.zeros([TALL, N], gl.float32, MMA)
+    zero = gl.zeros([TALL, N], gl.float32, MMA)
+    for step in gl.static_range(STEPS):
+        factors = gl.load(f_ptr + first + step * KS + b)[None, :]
+        if PAIRS:
+            factors = factors * scales.slice(step * KS, KS, 1).load(F)
         else:
-            acc = _bf16_part(rest_ptr, xp, row - LATENT, split * PART, K, PART, N, WARPS)
-    j = r0 + gl.arange(0, N, gl.SliceLayout(0, MMA))
-    keep = (j < rows)[None, :] & (n < OUT)[:, None]
-    at = j[None, :] * OUT + n[:, None]
-    if SPLIT == 1:
-        _store(out_ptr, at, acc, keep, n0, LATENT, OUT)
-    else:
-        gl.store(part_ptr + split * rows * OUT + at, acc, mask=keep)
-        gl.thread_barrier()
-        mine = count_ptr + gl.program_id(0) * ((OUT + 63) // 64) + gl.program_id(1)
-        if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
-            total = gl.zeros([64, N], gl.float32, MMA)
-            for s in gl.static_range(0, SPLIT):
-                total += gl.load(part_ptr + s * rows * OUT + at, mask=keep, other=0.0, cache_modifier=".cg")
-            _store(out_ptr, at, total, keep, n0, LATENT, OUT)
-            gl.store(mine, 0)
+            factors = factors * gl.load(s_ptr + j[:, None] * DEPTH + (first + step * KS + b)[None, :])
+        mbarrier.wait(bar.index(step % STAGES), (step // STAGES) & 1)
+        before = zero
+        for i in gl.static_range(KS):
+            a = ws.index(step % STAGES * KS + i)
+            right = xs.index(step * KS + i if PAIRS else step % STAGES * KS + i).permute((1, 0))
+            running = warpgroup_mma(a, right, zero, use_acc=False, is_async=True)
+            if i > 0:
+                part = warpgroup_mma_wait(1, deps=[before])
+                acc += part * gl.convert_layout(_nth(factors, i - 1, KS), gl.SliceLayout(0, MMA))[None, :]
+            before = running
+        part = warpgroup_mma_wait(0, deps=[before])
+        if step + STAGES < STEPS:
+            gl.thread_barrier()  # all warps have read the stage
+            at = (first + (step + STAGES) * KS) * 128
+            _fetch(w, x, ws, xs, bar, row, at, step % STAGES, KS, False, 0 if PAIRS else N)
+        acc += part * gl.convert_layout(_nth(factors, KS - 1, KS), gl.SliceLayout(0, MMA))[None, :]
+    return acc
 
 
 @gluon.jit
-def _store(out_ptr, at, acc, keep, n0, LATENT: gl.constexpr, OUT: gl.constexpr):
-    if LATENT != OUT and n0 < LATENT:
-        acc = acc.to(gl.bfloat16).to(gl.float32)  # the latent columns are activations, the others states
-    gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)
+def _bf16_part(
+    w, x, ws, xs, bar, row, first,
+    PART: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr,
+):  # fmt: skip
+    """As _rounded_part, of a bf16 matrix and rows as they are, in blocks of 64 columns."""
+    MMA: gl.constexpr = _sums(N, 16)
+    W: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    STEPS: gl.constexpr = PART // KS
+    acc = gl.zeros([TALL, N], gl.float32, MMA)
+    for step in gl.static_range(STEPS):
+        mbarrier.wait(bar.index(step % STAGES), (step // STAGES) & 1)
+        for i in gl.static_range(KS):
+            a = ws.index(step % STAGES * KS + i)._reinterpret(gl.bfloat16, [TALL, 64], W)
+            right = xs.index(step % STAGES * KS + i)._reinterpret(gl.bfloat16, [N, 64], W).permute((1, 0))
+            acc = warpgroup_mma(a, right, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        if step + STAGES < STEPS:
+            gl.thread_barrier()
+            at = (first + (step + STAGES) * KS) * 64
+            _fetch(w, x, ws, xs, bar, row, at, step % STAGES, KS, True, N)
+    return acc
+
+
+@gluon.jit
+def _pairs(x_ptr, xs, scales, rows, x_row, PART: gl.constexpr, N: gl.constexpr):
+    """128 PART columns of x [rows, ..] bf16 as pairs of e4m3 rows: row j is the sum of rows 2j and 2j + 1 of
+    xs [PART, N, 128] times scales [N, PART]."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 8], [2, 1, 16], [4, 1, 1], [2, 1, 0])
+    some = xs._reinterpret(gl.float8e4nv, [PART, N, 128], gl.NVMMASharedLayout(128, 8, rank=3))
+    b = gl.arange(0, PART, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    d = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    for first in gl.static_range(0, N // 2, 4):
+        j = first + i
+        at = gl.expand_dims(j[None, :] * x_row + b[:, None] * 128, 2) + gl.expand_dims(d[None, :], 1)
+        there = gl.expand_dims((j < rows)[None, :] & (b >= 0)[:, None], 2)
+        x = gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32)
+        scale, inverse = scale_of(gl.max(gl.abs(x), 2))
+        x = x * gl.expand_dims(inverse, 2)
+        high = x.to(gl.float8e4nv)
+        low = ((x - high.to(gl.float32)) * 16.0).to(gl.float8e4nv)
+        both = gl.reshape(gl.permute(gl.join(high, low), (0, 1, 3, 2)), [PART, 8, 128])
+        some.slice(2 * first, 8, 1).store(both)
+        scale = gl.reshape(gl.permute(gl.join(scale, scale * 0.0625), (1, 2, 0)), [8, PART])
+        scales.slice(2 * first, 8, 0).store(scale)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _sum_of_pairs(acc):
+    """[.., 2 n] -> [.., n], neighbours added up."""
+    high, low = gl.split(gl.reshape(acc, [acc.shape[0], acc.shape[1] // 2, 2]))
+    return high + low
+
+
+@gluon.jit(do_not_specialize=["rows", "x_row"])
+def products(
+    w, f_ptr, rest, x, s_ptr, x_ptr, wide, out_ptr, scale_ptr, part_ptr, count_ptr, rows, x_row,
+    K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, GROUP: gl.constexpr, TALL: gl.constexpr,
+    SHARE: gl.constexpr, SPLIT: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, ROUND: gl.constexpr,
+):  # fmt: skip
+    """out [rows, OUT] of x [rows, ..]: outputs below LATENT by the FP8 matrix `w`, the others by `rest` in bf16.
+
+    w, rest, x and wide are descriptors; x are rounded rows and s_ptr their scales [rows, K / 128], `wide` rows in bf16.
+    PAIRS: x_ptr [rows, ..] bf16 instead, of which every GROUP outputs have their own K columns; N is twice as many.
+    ROUND: out are e4m3 values, and scale [rows, OUT / 128] their scales.
+    SHARE rows of `w` share scales. part [programs, TALL, N] float32 is scratch. No more STAGES than a part has steps.
+    """
+    DEPTH: gl.constexpr = K // 128
+    TILES: gl.constexpr = LATENT // TALL
+    PART: gl.constexpr = DEPTH // SPLIT
+    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KS, TALL, 128], gl.NVMMASharedLayout(128, 8))
+    xs = gl.allocate_shared_memory(
+        gl.float8e4nv, [PART if PAIRS else STAGES * KS, N, 128], gl.NVMMASharedLayout(128, 8)
+    )
+    scales = gl.allocate_shared_memory(
+        gl.float32, [N if PAIRS else 1, PART if PAIRS else 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(bar.index(s), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    piece = gl.program_id(0)
+    if LATENT == OUT or piece < TILES * SPLIT:
+        tile, split = piece // SPLIT, piece % SPLIT
+        first = split * PART
+        for s in gl.static_range(STAGES):
+            _fetch(w, x, ws, xs, bar, tile * TALL, (first + s * KS) * 128, s, KS, False, 0 if PAIRS else N)
+        if PAIRS:
+            _pairs(x_ptr + tile * TALL // GROUP * K + first * 128, xs, scales, rows, x_row, PART, N)
+        f_ptr += tile * TALL // SHARE * DEPTH
+        acc = _rounded_part(
+            w, f_ptr, x, s_ptr, ws, xs, scales, bar, tile * TALL, first, rows, DEPTH, PART, N, KS, STAGES, TALL, PAIRS
+        )
+        if PAIRS:
+            acc = _sum_of_pairs(acc)
+        _gather(acc, part_ptr, count_ptr, out_ptr, scale_ptr, rows, tile, 0, split, OUT, SPLIT, LATENT != OUT, ROUND)
+    else:
+        piece -= TILES * SPLIT
+        tile, split = piece // (2 * SPLIT), piece % (2 * SPLIT)
+        first = split * PART  # of blocks of 64 columns
+        for s in gl.static_range(STAGES):
+            _fetch(rest, wide, ws, xs, bar, tile * TALL, (first + s * KS) * 64, s, KS, True, N)
+        part_ptr += TILES * SPLIT * TALL * N
+        more = _bf16_part(rest, wide, ws, xs, bar, tile * TALL, first, PART, N, KS, STAGES, TALL)
+        _gather(
+            more, part_ptr, count_ptr + TILES, out_ptr, scale_ptr, rows, tile, LATENT, split,
+            OUT, 2 * SPLIT, False, False,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _gather(
+    acc, part_ptr, count_ptr, out_ptr, scale_ptr, rows, tile, n0, split,
+    OUT: gl.constexpr, SPLIT: gl.constexpr, NARROW: gl.constexpr, ROUND: gl.constexpr,
+):  # fmt: skip
+    """Stores a tile of outputs from n0 + TALL tile on, by the last of SPLIT programs that have a part of it."""
+    TALL: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1]
+    L: gl.constexpr = acc.type.layout
+    n = gl.arange(0, TALL, gl.SliceLayout(1, L))
+    j = gl.arange(0, N, gl.SliceLayout(0, L))
+    if SPLIT == 1:
+        _store(acc, out_ptr, scale_ptr, rows, n0 + tile * TALL, n, j, OUT, NARROW, ROUND)
+    else:
+        at = part_ptr + tile * (SPLIT * TALL * N) + n[:, None] * N + j[None, :]
+        gl.store(at + split * (TALL * N), acc)
+        gl.thread_barrier()
+        if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
+            total = gl.zeros([TALL, N], gl.float32, L)
+            for s in gl.static_range(SPLIT):
+                total += gl.load(at + s * (TALL * N), cache_modifier=".cg")
+            _store(total, out_ptr, scale_ptr, rows, n0 + tile * TALL, n, j, OUT, NARROW, ROUND)
+            gl.store(count_ptr + tile, 0)
+
+
+@gluon.jit
+def _store(acc, out_ptr, scale_ptr, rows, n0, n, j, OUT: gl.constexpr, NARROW: gl.constexpr, ROUND: gl.constexpr):
+    keep = (j < rows)[None, :] & (n0 + n < OUT)[:, None]
+    if NARROW or ROUND:
+        acc = acc.to(gl.bfloat16).to(gl.float32)  # activations
+    if ROUND:
+        scale, inverse = scale_of(gl.max(gl.abs(acc), 0))
+        acc = acc * inverse[None, :]
+        gl.store(scale_ptr + j * (OUT // 128) + n0 // 128, scale, mask=j < rows)
+    gl.store(out_ptr + j[None, :] * OUT + (n0 + n)[:, None], acc.to(out_ptr.dtype.element_ty), mask=keep)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from triptych.kernels.linear import portable
 from triptych.kernels.linear.portable import FIXED_ROWS
-from triptych.kernels.quant.matrices import Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Rows, FrontMatrix, Matrix
 
 
 def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
@@ -14,11 +14,11 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
     return portable.linear(x, weight, FIXED_ROWS)
 
 
-def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
     """See ref.front_linear."""
     return portable.front_linear(x, front, FIXED_ROWS)
 
 
-def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
-    """See ref.grouped_linear."""
+def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor:
+    """See ref.grouped_linear; the result is not rounded here."""
     return portable.grouped_linear(x, weight, FIXED_ROWS)

@@ -103,27 +103,23 @@ def grouped(
     x_row,
     SPLIT: tl.constexpr,
     TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    HALF: tl.constexpr,
 ):
     """out [rows, columns] by an e4m3 matrix, every `group` outputs having their own `depth` columns of x, not rounded.
 
-    Turned over, W x^T, in bf16, or in f16 if HALF: e4m3 is exact in both, bf16 of any likely size in f16 too. To f16 it
-    takes fewer instructions, but then x changes its format as well, which of many rows is more work.
+    Turned over, W x^T in f16: e4m3 is exact in it, and bf16 of any likely size too.
     """
-    r0, c0, split = tl.program_id(0) * TALL, tl.program_id(1) * WIDE, tl.program_id(2)
-    r, c, d = r0 + tl.arange(0, TALL), c0 + tl.arange(0, WIDE), tl.arange(0, 128)
+    r0, c0, split = tl.program_id(0) * TALL, tl.program_id(1) * 64, tl.program_id(2)
+    r, c, d = r0 + tl.arange(0, TALL), c0 + tl.arange(0, 64), tl.arange(0, 128)
     rr = tl.minimum(r, rows - 1)
     width = depth // 128 // SPLIT * 128
     x_at = x_ptr + rr[None, :] * x_row + c0 // group * depth + split * width + d[:, None]
     w_at = w_ptr + c.to(tl.int64)[:, None] * depth + split * width + d[None, :]
     f_at = ws_ptr + c0 // 128 * (depth // 128) + split * (width // 128)
-    total = tl.zeros([WIDE, TALL], tl.float32)
+    total = tl.zeros([64, TALL], tl.float32)
     for k in range(0, width // 128):
-        x = tl.load(x_at + k * 128, mask=(r < rows)[None, :], other=0.0)
-        if HALF:
-            x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-        total += tl.dot(tl.load(w_at + k * 128).to(x.dtype), x) * tl.load(f_at + k)
+        x = tl.load(x_at + k * 128, mask=(r < rows)[None, :], other=0.0).to(tl.float32)
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+        total += tl.dot(tl.load(w_at + k * 128).to(tl.float16), x) * tl.load(f_at + k)
     keep = (r < rows)[None, :]
     place = r[None, :].to(tl.int64) * columns + c[:, None]
     if SPLIT == 1:
@@ -133,7 +129,7 @@ def grouped(
         tl.debug_barrier()
         mine = count_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.zeros([WIDE, TALL], tl.float32)
+            total = tl.zeros([64, TALL], tl.float32)
             for s in range(SPLIT):
                 more = part_ptr + s * rows.to(tl.int64) * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
@@ -142,12 +138,18 @@ def grouped(
 
 
 @triton.jit
-def dequantised(w_ptr, ws_ptr, out_ptr, size, depth, rows, tall, scale_rows, BLOCK: tl.constexpr):
-    """bf16 of e4m3 matrices of `rows` rows and `depth` columns in a row; `tall` rows and 128 columns share a scale."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    row = at // depth
-    matrix = row // rows
-    place = (matrix * scale_rows + row % rows // tall) * (depth // 128) + at % depth // 128
-    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(ws_ptr + place, mask=inside, other=0.0)
-    tl.store(out_ptr + at, w.to(tl.bfloat16), mask=inside)
+def dequantised(w_ptr, ws_ptr, out_ptr, depth, rows, tall, scale_rows, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """bf16 of e4m3 matrices of `rows` rows and `depth` columns in a row; `tall` rows and 128 columns share a scale.
+
+    A program has ROWS rows, of which all share their scales, and GROUPS groups of 128 columns.
+    """
+    first = tl.program_id(0) * ROWS
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    groups = depth // 128
+    place = (first // rows * scale_rows + first % rows // tall) * groups + g
+    scale = tl.load(ws_ptr + place, mask=g < groups, other=0.0)[None, :, None]
+    r = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    at = r * depth + (g[:, None] * 128 + tl.arange(0, 128)[None, :])[None, :, :]
+    there = (g < groups)[None, :, None]
+    w = tl.load(w_ptr + at, mask=there, other=0.0).to(tl.float32) * scale
+    tl.store(out_ptr + at, w.to(tl.bfloat16), mask=there)

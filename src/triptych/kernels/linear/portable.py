@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3, scale_of
-from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 FIXED_ROWS = 64
 """Rows of a tile in deterministic mode."""
@@ -34,8 +34,9 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix, tall: int | None = None) -> Tens
     return _product(x.to(weight.dtype), weight, None, x.dtype, tall)
 
 
-def front_linear(x: Tensor, front: FrontMatrix, tall: int | None = None) -> Tensor:
+def front_linear(x: Tensor | BothRows, front: FrontMatrix, tall: int | None = None) -> Tensor:
     """See ref.front_linear."""
+    x = x.plain if isinstance(x, BothRows) else x
     latent = linear(x, front.latent, tall).to(torch.bfloat16)
     rest = _product(x, front.rest.to(x.dtype), None, torch.float32, tall)
     return torch.cat([latent.float(), rest], dim=1)

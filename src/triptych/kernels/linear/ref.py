@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, quantize_rows
 
 
 def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
@@ -24,20 +24,23 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
     return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
-def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
     """x [R, d] times all front projections -> float32 [R, columns], the latent columns rounded to bf16.
 
     Only the latent's input is quantised; the compressors keep float32 (reference sections 2.5 and 2.9).
     """
-    latent = linear(x.float(), front.latent).to(torch.bfloat16).float()
+    rows, x = (x.rounded, x.plain) if isinstance(x, BothRows) else (x.float(), x)
+    latent = linear(rows, front.latent).to(torch.bfloat16).float()
     return torch.cat([latent, F.linear(x.float(), front.rest.float())], dim=1)
 
 
-def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
+def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
     """Each group of inputs by its own matrix: x [R, G, in], weight [G, out, in] -> [R, G * out].
 
-    No input is quantised here, whatever the weights are. Source: reference sections 2.3 and 2.9.
+    No input is quantised here, whatever the weights are. Source: reference sections 2.3 and 2.9. `rounds`: the product
+    that reads the result would round it, and it may come as Fp8Rows.
     """
     dense = weight.dequantize() if isinstance(weight, Fp8Matrix) else weight
     y = torch.bmm(x.transpose(0, 1).to(dense.dtype), dense.transpose(1, 2))  # [G, R, out]
-    return y.transpose(0, 1).flatten(1).to(x.dtype)
+    y = y.transpose(0, 1).flatten(1).to(x.dtype)
+    return quantize_rows(y) if rounds else y

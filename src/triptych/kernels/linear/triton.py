@@ -1,9 +1,11 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
-    up to _FEW rows   one launch that streams the weights (few.py), rounding the inputs itself
-    more              rows rounded to e4m3 first, then products on the FP8 tensor cores; each 128 columns are summed
-                      apart and scaled in float32, since the tensor cores keep few bits of an e4m3 sum
-Dense weights go to the library, released ones on other GPUs than Hopper to portable.py.
+    up to 64 rows   one launch that streams the weights (few.py)
+    more            tiles of many.py, from 96 rows on the library's
+
+Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
+made them where that can round, or are rounded here first. Dense weights go to the library, released ones on other GPUs
+than Hopper to portable.py.
 """
 
 from __future__ import annotations
@@ -15,18 +17,13 @@ import triton
 from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import portable, ref
+from triptych.kernels.linear import few_rows, portable, ref
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
-from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
-_FEW = 8
-_FEW_WHOLE = 16  # where inputs are not rounded by every program anew, more rows are few
-_MANY = 512  # rows from which on dequantising a matrix for the library's product pays
-_LIBRARY = 192  # rows from which on the library's product of e4m3 is the faster one
+_MANY = 96  # rows from which on dequantising a matrix for the library's product pays
+_LIBRARY = 96  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
-_GROUPED = (64, 128, 8, 3)  # rows and outputs of a tile, warps and stages of more rows than one tile's
-_WARPS = 2
-"""Warps that share 64 outputs of few rows. Each rounds the inputs for itself, which is half of its work with four."""
 _COUNTERS = 1 << 16
 
 
@@ -39,45 +36,50 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         return ref.linear(x, weight)
     if not _fits(weight):
         return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
-    if isinstance(x, Tensor) and len(x) <= _FEW:
-        out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
-        return _stream(x, weight, None, out, weight.shape[0], rounded=True)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     if dtype == torch.bfloat16 and _for_library(rows, weight):
         return _by_library(rows, weight)
-    return _many(rows, weight, torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device))
+    out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device)
+    return few_rows.product(rows, weight, out) if few_rows.serves(len(out)) else _many(rows, weight, out)
 
 
-def front_linear(x: Tensor, front: FrontMatrix) -> Tensor:
+def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
     """See ref.front_linear."""
     if not _fits(front.latent):
-        return portable.front_linear(x, front) if x.is_cuda else ref.front_linear(x, front)
+        on_gpu = front.rest.is_cuda
+        return portable.front_linear(x, front) if on_gpu else ref.front_linear(x, front)
+    plain = (x.plain if isinstance(x, BothRows) else x).to(torch.bfloat16)
+    rounded = x.rounded if isinstance(x, BothRows) else quantize(x)
     cut, columns = front.latent.shape[0], front.shape[0]
-    out = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
-    if len(x) <= _FEW:
-        return _stream(x, front.latent, front.rest, out, columns, rounded=True)
-    x = x.to(torch.bfloat16)
-    _many(quantize(x), front.latent, out[:, :cut], narrow=True)
+    out = torch.empty(len(plain), columns, dtype=torch.float32, device=plain.device)
+    if few_rows.serves(len(out)):
+        return few_rows.front(BothRows(plain, rounded), front, out)
+    _many(rounded, front.latent, out[:, :cut], narrow=True)
     if cut < columns:
-        torch.mm(x, front.rest.T, out_dtype=torch.float32, out=out[:, cut:])
+        torch.mm(plain, front.rest.T, out_dtype=torch.float32, out=out[:, cut:])
     return out
 
 
-def grouped_linear(x: Tensor, weight: Matrix) -> Tensor:
+def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
     """See ref.grouped_linear."""
     if isinstance(weight, Tensor) or not _fits(weight):
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
-    out = torch.empty(len(x), groups * rank, dtype=x.dtype, device=x.device)
-    if len(x) <= _FEW_WHOLE:
-        return _stream(x.flatten(1), weight, None, out, rank, rounded=False)
-    if len(x) <= _MANY and rank % 128 == 0:
+    rows = len(x)
+    if rounds and rank % 128 == 0 and few_rows.serves(rows, pairs=True):
+        result = empty_rows(rows, groups * rank, x.device)
+        few_rows.grouped(x.flatten(1), weight, result.values, result.scales)
+        return result
+    out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
+    if few_rows.serves(rows, pairs=True):
+        return few_rows.grouped(x.flatten(1), weight, out)
+    if rows <= _MANY and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
     x = x.to(torch.bfloat16)
     y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
-    torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(len(x), groups, rank).transpose(0, 1))
+    torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(rows, groups, rank).transpose(0, 1))
     return y.to(out.dtype)
 
 
@@ -85,11 +87,13 @@ def _dense(weight: Fp8Matrix) -> Tensor:
     """Matrices [G, N, K] in bf16."""
     rank, depth = weight.shape[1:]
     dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
-    block = 4096
-    dequantised[(triton.cdiv(dense.numel(), block),)](
-        *(weight.values, weight.scales, dense, dense.numel(), depth, rank, min(rank, 128), weight.scales.shape[1]),
-        BLOCK=block,
-        num_warps=8,
+    tall = min(rank, 128)
+    some = 8 if tall % 8 == 0 else 1
+    dequantised[(dense.numel() // depth // some, triton.cdiv(depth, 1024))](
+        *(weight.values, weight.scales, dense, depth, rank, tall, weight.scales.shape[1]),
+        ROWS=some,
+        GROUPS=8,
+        num_warps=4,
     )
     return dense
 
@@ -126,44 +130,13 @@ def _fits(weight: Fp8Matrix) -> bool:
 
 
 def quantize(x: Tensor) -> Fp8Rows:
-    """See matrices.quantize_rows, to the bit. Scales lie column by column, as the products read them."""
+    """See matrices.quantize_rows, to the bit. Of many rows scales lie column by column, as their products read them."""
     rows, width = x.shape
-    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T
-    x = x.contiguous()
-    round_rows[(rows, triton.cdiv(width, 1024))](x, values, scales, width, *scales.stride(), GROUPS=8, num_warps=4)
-    return Fp8Rows(values, scales)
-
-
-def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, group: int, *, rounded: bool) -> Tensor:
-    """One launch of few.products. `group` outputs share their columns of x [rows, groups * K]."""
-    from triptych.kernels.linear.few import products
-
-    x = x.to(torch.bfloat16)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    rows, columns, depth = len(x), out.shape[1], weight.shape[-1]
-    n = 8 if rows <= 8 else 16
-    chunks, tiles, blocks = triton.cdiv(rows, n), triton.cdiv(columns, 64), depth // 128
-    warps = _WARPS if n == 8 else 4
-    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
-    split = 1
-    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
-        split *= 2
-    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=x.device)
-    latent = columns if rest is None else weight.shape[-2]
-    products[(chunks, tiles, split)](
-        *(x, weight.values.view(torch.int32), weight.scales, rest if rest is not None else x, out),
-        *(part, _counters(x.device), rows, x.stride(0)),
-        K=depth,
-        OUT=columns,
-        LATENT=latent,
-        GROUP=group,
-        SPLIT=split,
-        TALL=min(128, group),
-        ROUND=rounded,
-        N=n,
-        WARPS=warps,
-        num_warps=warps,
+    out = empty_rows(rows, width, x.device)
+    if not few_rows.serves(rows):
+        out = Fp8Rows(out.values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T)
+    round_rows[(rows, triton.cdiv(width, 1024))](
+        x.contiguous(), out.values, out.scales, width, *out.scales.stride(), GROUPS=8, num_warps=4
     )
     return out
 
@@ -171,21 +144,18 @@ def _stream(x: Tensor, weight: Fp8Matrix, rest: Tensor | None, out: Tensor, grou
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    few = rows <= 64
-    tall, wide, warps, stages = (min(64, triton.next_power_of_2(rows)), 64, 4, 4) if few else _GROUPED
-    chunks, blocks = triton.cdiv(rows, tall), columns // wide
-    split, want = 1, (3 if few else 1) * multiprocessors(out.device)
-    while chunks * blocks * split < want and depth // 128 % (2 * split) == 0:
+    tall = min(64, triton.next_power_of_2(rows))
+    chunks, blocks = triton.cdiv(rows, tall), columns // 64
+    split = 1
+    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
         split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     grouped[(chunks, blocks, split)](
         *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
         SPLIT=split,
         TALL=tall,
-        WIDE=wide,
-        HALF=few or x.dtype != torch.bfloat16,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=4,
+        num_stages=4,
     )
     return out
 

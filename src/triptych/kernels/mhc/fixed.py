@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triptych.kernels.linear import fixed
 from triptych.kernels.mhc import triton as usual
-from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual, SiteRows
 
 ROWS = 256
 
@@ -29,14 +29,16 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
     return usual.mhc_head(streams, head, fixed.linear)
 
 
-def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_rows."""
+    site = site._replace(rounds=False)
     x, streams, post, comb = _by_rows(lambda some, *rest: usual.mhc_rows(some, Residual(*rest), site, norm), y, *before)
     return x, streams, post, comb
 
 
-def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_first."""
+    site = site._replace(rounds=False)
     x, streams, post, comb = _by_rows(lambda ids: usual.mhc_first(ids, embed, site, norm), token_ids)
     return x, streams, post, comb
 
@@ -47,7 +49,7 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     return hidden
 
 
-def _by_rows(run: Callable[..., tuple[Tensor, ...]], *given: Any) -> tuple[Tensor, ...]:
+def _by_rows(run: Callable[..., tuple[Any, ...]], *given: Any) -> tuple[Tensor, ...]:
     """What `run` gives for all rows of `given`, from calls of ROWS rows each."""
     rows = len(given[0])
     parts = []

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from triptych.kernels.norm.ref import rms_norm
+from triptych.kernels.quant.matrices import BothRows, quantize_rows
 
 
 class MhcSite(NamedTuple):
-    """Weights of one site. fn [(2+n)n, n*d], base [(2+n)n], scale [3], all float32; eps and iterations of Sinkhorn."""
+    """Weights of one site. fn [(2+n)n, n*d], base [(2+n)n], scale [3], all float32; eps and iterations of Sinkhorn.
+
+    rounds: products read x rounded, too; whole sites may hand over BothRows.
+    """
 
     fn: Tensor
     base: Tensor
@@ -22,6 +26,7 @@ class MhcSite(NamedTuple):
     iters: int
     eps: float
     norm_eps: float
+    rounds: bool = False
 
 
 class MhcHead(NamedTuple):
@@ -92,7 +97,11 @@ class Residual(NamedTuple):
     comb: Tensor
 
 
-def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+SiteRows = tuple[Tensor | BothRows, Tensor, Tensor, Tensor]
+"""x, and the Residual's three."""
+
+
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRows:
     """From the output y [R, d] of one block to the input of the next: expand, then collapse and norm.
 
     Returns x [R, d], streams [R, n, d], post and comb. Streams and x have the dtype of `before.streams`, to which they
@@ -102,7 +111,7 @@ def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[
     return _next(streams, site, norm)
 
 
-def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     """The first site: streams are copies of the embeddings of token_ids [R], rounded to bf16 where embed [V, d] is.
 
     Returns what `mhc_rows` does.
@@ -118,6 +127,7 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     return rms_norm(hidden, norm, head.norm_eps)
 
 
-def _next(streams: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _next(streams: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     x, post, comb = mhc_pre(streams.float(), site, norm)
-    return x.to(streams.dtype), streams, post, comb
+    x = x.to(streams.dtype)
+    return BothRows(x, quantize_rows(x)) if site.rounds else x, streams, post, comb

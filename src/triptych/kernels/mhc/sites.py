@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triptych.kernels.quant.triton_rows import put_rounded
+
 
 @triton.jit
 def expand(
@@ -93,7 +95,8 @@ def _input(
     streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
     ROUND: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """x = norm of sum_j (sigmoid(z_j) + eps) X_j for four streams. Returns z [MAPS], scaled; reads all first.
+    """x [DIM] = norm of sum_j (sigmoid(z_j) + eps) X_j for four streams. Returns z [MAPS], scaled, and x as it is kept;
+    reads all first.
 
     ROUND: as the streams keep it before the norm.
     """
@@ -111,9 +114,9 @@ def _input(
     x += _pick(pre, 3, MAPS) * x3.to(tl.float32)
     if ROUND:
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + norm_eps) * norm
-    tl.store(x_ptr + r * dim + d, x.to(x_ptr.dtype.element_ty), mask=d < dim)
-    return z
+    x = (x * tl.rsqrt(tl.sum(x * x, 0) / dim + norm_eps) * norm).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + r * dim + d, x, mask=d < dim)
+    return z, x
 
 
 @triton.jit
@@ -124,6 +127,8 @@ def mix(
     scale_ptr,
     norm_ptr,
     x_ptr,
+    values_ptr,
+    scales_ptr,
     post_ptr,
     comb_ptr,
     slices,
@@ -136,26 +141,34 @@ def mix(
     MAPS: tl.constexpr,
     DIM: tl.constexpr,
     APART: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
-    """The block's normed input, and post and comb, which the next site needs; `APART`: by two programs."""
+    """The block's normed input, and post and comb, which the next site needs; `APART`: by two programs.
+
+    ROUNDS: the input to values and scales, too, as quant.matrices.quantize_rows rounds it.
+    """
     r = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, MAPS)
     base = tl.load(base_ptr + i, mask=i < 24, other=0.0)
     scale = tl.load(scale_ptr + tl.where(i < 4, 0, tl.where(i < 8, 1, 2)))
     if APART:
         if tl.program_id(1) == 0:
-            _input(
+            _, x = _input(
                 streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
                 False, N, SLICES, MAPS, DIM,
             )  # fmt: skip
+            if ROUNDS:
+                put_rounded(x, r, dim, values_ptr, scales_ptr, DIM)
         else:
             z = _z(share_ptr, r, slices, dim, norm_eps, N, SLICES, MAPS) * scale + base
             _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS, MAPS)
     else:
-        z = _input(
+        z, x = _input(
             streams_ptr, share_ptr, base, scale, norm_ptr, x_ptr, r, slices, dim, eps, norm_eps,
             False, N, SLICES, MAPS, DIM,
         )  # fmt: skip
+        if ROUNDS:
+            put_rounded(x, r, dim, values_ptr, scales_ptr, DIM)
         _sinkhorn(z, r, post_ptr, comb_ptr, eps, ITERS, MAPS)
 
 

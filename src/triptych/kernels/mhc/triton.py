@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import rounds_rows
 from triptych.kernels.mhc import many, sites
 from triptych.kernels.mhc.few import expand_narrow
-from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual, SiteRows
+from triptych.kernels.quant.matrices import BothRows, Fp8Rows, empty_rows
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """x W^T; deterministic mode has one of its own."""
@@ -66,12 +68,12 @@ def mhc_head(streams: Tensor, head: MhcHead, product: Product = torch.nn.functio
     return out
 
 
-def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_rows; two launches, or those of many.py."""
     return _site(y, y, before, site, norm, first=False)
 
 
-def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_first; two launches."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
     nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
@@ -102,9 +104,7 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter runs one program after the other, and has no Gluon."""
 
 
-def _site(
-    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool) -> SiteRows:
     rows, n, dim = before.streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
     if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
@@ -113,17 +113,21 @@ def _site(
     x, slices = streams.new_empty(rows, dim), share.shape[1]
     post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)
     apart = rows <= _APART
+    rounds = site.rounds and rounds_rows(x.device, dim)
+    rounded = empty_rows(rows, dim, x.device) if rounds else Fp8Rows(x, post)
     sites.mix[(rows, 1 + apart)](
-        *(streams, share, site.base, site.scale, norm, x, post, comb, slices, dim, site.eps, site.norm_eps),
+        *(streams, share, site.base, site.scale, norm, x, rounded.values, rounded.scales, post, comb),
+        *(slices, dim, site.eps, site.norm_eps),
         ITERS=site.iters,
         APART=apart,
+        ROUNDS=rounds,
         N=n,
         SLICES=triton.next_power_of_2(slices),
         MAPS=share.shape[2],
         DIM=triton.next_power_of_2(dim),
         num_warps=8,
     )
-    return x, streams, post, comb
+    return BothRows(x, rounded) if rounds else x, streams, post, comb
 
 
 def _expand(y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:

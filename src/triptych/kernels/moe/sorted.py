@@ -34,6 +34,9 @@ TILING = Tiling(2, 1, 2, 2, 3)
 HIDDEN = torch.float32
 """What hidden values are kept in until they are rounded."""
 
+EACH = torch.bfloat16
+"""What a pair's outputs are kept in until they are added up, in float32."""
+
 _WIDE = 128
 
 
@@ -45,10 +48,10 @@ class _Pieces(NamedTuple):
     total: Tensor
 
 
-def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Tensor:
-    """See ref.experts, in native numerics, experts in tiles. Does not synchronise.
+def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, beside: Tensor | None = None) -> Tensor:
+    """See ref.experts, in native numerics, experts in tiles; `beside` [R, d] is added. Does not synchronise.
 
-    Takes per pair: 1 byte a column of x, 5 of the hidden values, 4 of the output.
+    Takes per pair: 1 byte a column of x, 5 of the hidden values, 2 of the output.
     """
     w13, w2 = moe.w13, moe.w2
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
@@ -66,13 +69,19 @@ def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts) -> Ten
         _launch(many.up, inputs, w13, some, gates, w13.tops, hidden, moe.limit)
     inputs = _rounded(hidden, order, pairs, padded, 0)
     del hidden
-    each = torch.empty(pairs, dim, dtype=torch.float32, device=dev)
+    each = torch.empty(pairs, dim, dtype=EACH, device=dev)
     for some in pieces:
         _launch(many.down, inputs, w2, some, w2.tops, each)
     place = torch.empty_like(order)
     place[order] = torch.arange(pairs, device=dev)
     out = torch.empty(rows, dim, dtype=x.dtype, device=dev)
-    _add_up[(rows, triton.cdiv(dim, 1024))](each, place, out, dim, K=k, BLOCK=1024, num_warps=4)
+    _add_up[(rows, triton.cdiv(dim, 1024))](
+        *(each, place, x if beside is None else beside, out, dim),
+        K=k,
+        BESIDE=beside is not None,
+        BLOCK=1024,
+        num_warps=4,
+    )
     return out
 
 
@@ -150,10 +159,12 @@ def _round_sorted(x_ptr, order_ptr, values_ptr, scales_ptr, width, padded, K: tl
 
 
 @triton.jit
-def _add_up(each_ptr, place_ptr, out_ptr, dim, K: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up(each_ptr, place_ptr, beside_ptr, out_ptr, dim, K: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(K):
-        total += tl.load(each_ptr + tl.load(place_ptr + r * K + s) * dim + d, mask=d < dim, other=0.0)
+        total += tl.load(each_ptr + tl.load(place_ptr + r * K + s) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    if BESIDE:
+        total += tl.load(beside_ptr + r * dim + d, mask=d < dim, other=0.0).to(tl.float32)
     tl.store(out_ptr + r * dim + d, total.to(out_ptr.dtype.element_ty), mask=d < dim)

@@ -131,6 +131,19 @@ class Fp8Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class BothRows:
+    """Activations that some products read as they are and others rounded: plain [R, K], and the same rows rounded."""
+
+    plain: Tensor
+    rounded: Fp8Rows
+
+    @property
+    def shape(self) -> torch.Size:
+        """[R, K]."""
+        return self.plain.shape
+
+
+@dataclass(frozen=True, slots=True)
 class FrontMatrix:
     """The front projections: `latent` [q_lora + c, d] as FP8, the compressors and indexer weights [.., d] in bf16."""
 
@@ -149,6 +162,12 @@ class FrontMatrix:
 
 
 Matrix = Tensor | Fp8Matrix
+
+
+def empty_rows(rows: int, width: int, device: torch.device) -> Fp8Rows:
+    """Room for rounded rows; `width` is a multiple of 128."""
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return Fp8Rows(values, torch.empty(rows, width // FP8_BLOCK, dtype=torch.float32, device=device))
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:

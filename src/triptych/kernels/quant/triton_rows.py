@@ -41,6 +41,20 @@ def store_rows(pool: PackedRows, index: Index, rows: Tensor) -> None:
 
 
 @triton.jit
+def put_rounded(x, r, dim, values_ptr, scales_ptr, DIM: tl.constexpr):
+    """Row r, x [DIM], rounded as quant.matrices.quantize_rows does; `dim` is a multiple of 128."""
+    d = tl.arange(0, DIM)
+    g = tl.arange(0, DIM // 128)
+    x = tl.reshape(tl.where(d < dim, x.to(tl.float32), 0.0), [DIM // 128, 128])
+    bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    values = tl.reshape((x * inverse[:, None]).to(tl.float8e4nv), [DIM])
+    tl.store(values_ptr + r * dim + d, values, mask=d < dim)
+    tl.store(scales_ptr + r * (dim // 128) + g, (exponent << 23).to(tl.float32, bitcast=True), mask=g * 128 < dim)
+
+
+@triton.jit
 def e8m0_of(amax, top_bits: tl.constexpr, top_power: tl.constexpr):
     """e8m0 codes of the smallest powers of two s >= 2^-126 with amax <= top * s; 255 for what is not finite.
 
