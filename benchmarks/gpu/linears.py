@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from triptych.config import SHAPES, ModelShape
 from triptych.kernels.linear import ref
 from triptych.kernels.linear.many import product
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
-from triptych.kernels.quant.matrices import FrontMatrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, FrontMatrix, quantize_rows
 
 
 class Product(NamedTuple):
@@ -30,22 +30,22 @@ class Product(NamedTuple):
     rest: int = 0
 
     def figures(self, rows: int) -> Figures:
-        """Inputs are rounded inside; weights rotate through more than the L2. The floor: weights read, or products."""
+        """Inputs come rounded, as in a step; weights rotate through more than the L2. Floor: weights, or products."""
         size, work = self.n * self.k + 2 * self.rest * self.k, 2 * rows * (self.n + self.rest) * self.k
         many = 2 if rows > 1000 else min(20, max(3, (200 << 20) // size))
         us = timed([self._call(rows) for _ in range(many)], launches=many if rows > 1000 else 20)
         floor = max(size / READ, 2 * rows * self.k * (self.n / FP8 + self.rest / BF16)) * 1e6
         return {**against(floor, us), "tflops": round(work / us / 1e6)}
 
-    def _call(self, rows: int) -> partial[torch.Tensor]:
+    def _call(self, rows: int) -> partial[Any]:
         if self.groups > 1:
             x = torch.randn(rows, self.groups, self.k, device="cuda").bfloat16()
-            return partial(grouped_linear, x, fp8(self.groups, self.n // self.groups, self.k))
+            return partial(grouped_linear, x, fp8(self.groups, self.n // self.groups, self.k), rounds=True)
         x = torch.randn(rows, self.k, device="cuda").bfloat16()
         if self.rest:
             rest = torch.randn(self.rest, self.k, device="cuda").bfloat16()
-            return partial(front_linear, x, FrontMatrix(fp8(self.n, self.k), rest))
-        return partial(linear, x, fp8(self.n, self.k))
+            return partial(front_linear, BothRows(x, quantize(x)), FrontMatrix(fp8(self.n, self.k), rest))
+        return partial(linear, quantize(x), fp8(self.n, self.k))
 
 
 def products(shape: ModelShape) -> dict[str, Product]:
@@ -130,11 +130,12 @@ def sweep() -> None:
         blocks = -(-rows // tall) * -(-n // wide)
         call = partial(
             product[(blocks, 1)],
-            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride()),
+            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride(), n),
             SPLIT=1,
             TALL=tall,
             WIDE=wide,
             SHARE=share,
+            NARROW=False,
             num_warps=warps,
             num_stages=stages,
         )

@@ -149,7 +149,7 @@ def _linears(model: str, batch: int, contexts: Sequence[str]) -> Group:
 
 
 def _sites(model: str, batch: int, contexts: Sequence[str]) -> Group:
-    for case in front.cases(SHAPES[model], batch):
+    for case in front.cases(SHAPES[model], batch, rounds=True):
         yield case.op, ANY, partial(front.figures, case, READ)
 
 
