@@ -90,9 +90,7 @@ def ordered_scores(
     scores = torch.empty(rows, total, dtype=torch.int32, device=device)
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
-        programs = max(1, 3 * multiprocessors(device) // rows)
-        longest = 2048 if rows <= _ALONE else 8192
-        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        stretch = _stretch(rows, total, 3 * multiprocessors(device))
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
@@ -156,7 +154,18 @@ def _gathered(queries: IndexQueries, keys: PagedEntries) -> Any:
     few = len(queries.heads) <= _ALONE or total * len(keys.page_table) * 132 > _GATHERED
     if few or not _on_hopper(queries, keys.pool):
         return None
-    return importlib.import_module("triptych.kernels.select_rows.chunk").gathered(keys, total)
+    return importlib.import_module("triptych.kernels.select_rows.chunk").gathered(keys)
+
+
+def _stretch(rows: int, total: int, programs: int) -> int:
+    """Keys of a program where `programs` run at once: as many as keep all of them busy, once if that is not too long.
+
+    Shorter ones even out rows of unequal lengths; many rows share them, so that their queries are worth loading.
+    """
+    if rows > _ALONE:
+        return min(8192, _whole_tiles(triton.cdiv(total, max(1, programs // rows))))
+    once = _whole_tiles(triton.cdiv(total, max(1, programs // rows)))
+    return once if once <= 6144 else 2048
 
 
 def _whole_tiles(most: int) -> int:
