@@ -20,7 +20,7 @@ CONTEXTS = ("any", "8K", "128K", "1M")
 MODELS = {"flash": "V4-Flash", "pro": "V4-Pro"}
 SECTIONS: dict[str, dict[str, str]] = {
     "Attention": {
-        "attend csa": "CSA, window and chosen entries",
+        "attend csa": "CSA, window and chosen entries, any context",
         "attend hca": "HCA, window and all entries",
         "attend swa": "window only",
     },
@@ -54,7 +54,6 @@ GOALS = {
 }
 """Microseconds that the project aims at; of experts, for the routed ones alone."""
 VENDORS = {"by_flash_mla_us": "with FlashMLA", "flash_mla_us": "FlashMLA's call alone"}
-PARTS = {"topk_us": "of that, top-k"}
 Key = tuple[str, str, str, int]
 Line = Mapping[str, Any]
 
@@ -62,7 +61,7 @@ HEAD = """# What a decode step's kernels take on one H200
 
 Written by `make bench` from the rows of `gpu_table` in [benchmarks/results](../benchmarks/results); do not edit.
 
-    python -m benchmarks.gpu.table              # measure, on an H200: a minute or two
+    python -m benchmarks.gpu.table              # measure, on an H200: seconds, once kernels are compiled
     make bench                                  # write this page again from the rows
 
 Which kernel serves what, and why, is in [kernels.md](kernels.md); whole steps and prompts beside vLLM's are in
@@ -153,7 +152,7 @@ def _blocks(
         theirs = [peers.get(key) for key in keys]
         yield what if context == "any" else f"{what}, {context}", "ours", *map(_ours, mine, theirs)
         yield "", "floor", *map(_floor, mine)
-        for field, name in {**PARTS, **VENDORS}.items():
+        for field, name in VENDORS.items():
             yield from _line(name, [one[field] if one and field in one else None for one in mine])
         yield from _line(_named(theirs), [one["us"] if one else None for one in theirs])
         goals = [GOALS.get(key) for key in keys]

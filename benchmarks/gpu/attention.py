@@ -73,7 +73,9 @@ def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     seen = {"csa": tokens // CSA_RATIO, "hca": tokens // HCA_RATIO, "swa": 0}[kind]
     read = min(seen, shape.index_topk) if kind == "csa" else seen
     size = batch * ((WINDOW + read) * 584 + 2 * heads * dim * 2)
-    sets = [_attention_inputs(shape, kind, tokens, seen, batch) for _ in range(_copies(size))]
+    # each copy of a CSA layer's inputs chooses other entries, so that they can share a pool, which is large
+    shared = _entries(shape, kind, seen, batch) if kind == "csa" else None
+    sets = [_attention_inputs(shape, kind, tokens, batch, shared) for _ in range(_copies(size))]
     us = timed([lambda one=one: attend_rows(*one) for one in sets])
     floor = max(size / READ, batch * heads * (WINDOW + read) * 4 * dim / BF16) * 1e6
     line: Figures = {**against(floor, us)}
@@ -84,7 +86,14 @@ def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     return line | {"by_flash_mla_us": round(whole, 2), "flash_mla_us": round(theirs, 2)}
 
 
-def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batch: int) -> tuple[Any, ...]:
+def _entries(shape: ModelShape, kind: str, seen: int, batch: int) -> PagedEntries:
+    per_page = PAGE // (CSA_RATIO if kind == "csa" else HCA_RATIO)
+    return _pages(batch, seen, per_page, RowFormat("entry", shape.head_dim, shape.rope_dim))
+
+
+def _attention_inputs(
+    shape: ModelShape, kind: str, tokens: int, batch: int, shared: PagedEntries | None
+) -> tuple[Any, ...]:
     form = RowFormat("entry", shape.head_dim, shape.rope_dim)
     turns = torch.randn(batch, shape.rope_dim // 2, device=DEVICE)
     heads = torch.randn(batch, shape.num_heads * shape.head_dim, device=DEVICE).to(torch.bfloat16)
@@ -95,14 +104,14 @@ def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batc
     core = Attention(torch.randn(shape.num_heads, device=DEVICE), shape.head_dim**-0.5)
     if kind == "swa":
         return queries, window, None, None, core
-    per_page = PAGE // (CSA_RATIO if kind == "csa" else HCA_RATIO)
-    entries = _pages(batch, seen, per_page, form)
+    if shared is None:
+        return queries, window, _entries(shape, kind, tokens // HCA_RATIO, batch), None, core
     ids = None
-    if kind == "csa" and seen > shape.index_topk:
-        step = seen // shape.index_topk  # one of each stretch of entries: as scattered as a random choice
+    step = tokens // CSA_RATIO // shape.index_topk
+    if step > 1:  # one of each stretch of entries: as scattered as a random choice
         ids = torch.arange(shape.index_topk, device=DEVICE) * step
         ids = (ids + torch.randint(0, step, (batch, shape.index_topk), device=DEVICE)).to(torch.int32)
-    return queries, window, entries, ids, core
+    return queries, window, shared, ids, core
 
 
 def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
