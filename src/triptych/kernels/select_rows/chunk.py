@@ -1,12 +1,15 @@
 """Scores of packed index keys for the rows of a prefill chunk, in Gluon for Hopper: rows of a sequence share its keys.
 
-    shared memory   queries of two pairs of rows, 128 x 128 e4m3 each | keys, STAGES tiles of 128 as they lie in pages
-                    | their scales | MXFP4 only: a tile of 128 x 128 e4m3
-    a tile          a product of 128 keys, half of them each warpgroup, by a pair's 128 queries, then its weighing
+    workspace       keys of a sequence side by side in e4m3, once a chunk: a block of 256 keys is four tiles of 64, and
+                    four neighbouring keys lie at one place of each, so that a thread ends with all four
+    shared memory   queries of two pairs of rows, 128 x 128 e4m3 each | keys, two tiles | weights
+    a tile          a product of 64 keys by a pair's 128 queries, then its weighing; the next product is under way while
+                    sums of this one are brought together
 
 Two rows in a product halve what is read of keys for it: one row's 64 queries would take all that shared memory gives.
-Two programs of eight warps fit a multiprocessor: while some weigh, others multiply. A score depends on its row and key
-alone.
+Four programs of four warps fit a multiprocessor: while some weigh, others multiply. A product is bound by instructions
+(256 cycles of the tensor cores, 186 instructions a warp, of which 128 are relu, weight and sum), so whatever a tile
+needs beyond it was done before: pages looked up, MXFP4 expanded. A score depends on its row and key alone.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from triptych.kernels.select_rows.weigh import (
 
 ROWS = 4  # of a program
 _KEYS = 64  # of a tile
-_BLOCK = 4 * _KEYS
+_BLOCK = 4 * _KEYS  # keys of four tiles; the kernels below have both as numbers
 
 
 class Gathered(NamedTuple):

@@ -2,11 +2,12 @@
 
     queries  rotated, by Hadamard too, and rounded                  (with the scores where hopper.py cannot serve)
     scores   programs of a row's stretch of keys multiply and weigh; each score is written as an integer of the same
-             order, and with it the highest of each 16 of them
-    highest  highest.py: the k highest of a row
+             order, and with it the highest of each 16 of them; chunk.py does it for many rows that share their keys
+    highest  highest.py or narrow.py: the k highest of a row
 
 FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
-room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0.
+room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0, or on Hopper as
+if its scale were 2^11 below the largest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: keys on their way, MXFP4 keys expanded, products weighed and summed over heads.
+"""What the kernels for Hopper share: MXFP4 keys expanded, products weighed and summed over heads.
 
 A thread of a product [16 keys a warp, 64 heads a row] has 16 of the heads of two keys; with two rows, or two products,
 it has four sums, of which its neighbours in a quad have the other quarters. They swap halves, so that each thread ends
