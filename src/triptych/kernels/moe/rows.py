@@ -23,7 +23,7 @@ _PAIRS = 8
 _SHARED_ROWS = 64
 """Rows that a program of the shared expert multiplies by, at most."""
 
-_COUNTERS = 1 << 15
+_COUNTERS = 1 << 16
 """Counters of each launch: it needs one a tile and 128 hidden columns, or one a row and 64 output columns."""
 
 
