@@ -383,8 +383,7 @@ def _combine(
     acc = tl.zeros([WIDTH], tl.float32)
     for first in range(0, used, TAKEN):
         for n in tl.static_range(TAKEN):
-            row = line + (first + n) * heads
-            there = first + n < used
+            row, there = line + (first + n) * heads, first + n < used
             factor = tl.exp2(tl.load(peak_ptr + row, mask=there, other=-1.0e30) - highest)
             x = tl.load(part_ptr + row * DIM + d, mask=there & (d < DIM), other=0.0)
             acc += x * factor
