@@ -158,7 +158,10 @@ class ChunkGraphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._forward(sized(batch, there))
         except RuntimeError as error:  # no memory left, or an operation that has to wait for the GPU
-            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(error).split("\n", 1)[0])
+            first = error  # leaving a broken recording raises once more, and says less
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(first).split("\n", 1)[0])
             self._works = False
             return
         self._graphs[key] = graph, there, logits
