@@ -1,17 +1,20 @@
 """Mixed random load on a GPU under the integrity check: prefill, decode, stops, aborts, preemptions, tier moves.
 
-    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--canary 0.2] [--deterministic]
+    PYTHONPATH=src python -m benchmarks.gpu.soak [--seconds 1800] [--layers 4] [--tokens 30000] [--canary 0.2]
+        [--deterministic]
 
-The cache is small, so most of the load moves through the host and the disk. Every few steps all frames, slots and pins
-are counted, and the device's memory, of which what is allocated between steps must not grow. At the end some texts are
-asked twice, alone: with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row
-says how many tokens are the same. With --canary the engine computes a share of resumed requests again; steps then do
-not overlap. Random weights are chaotic: without --deterministic the canary's limit is passed by rounding alone.
+The cache is small, so most of the load moves through the host and the disk; with --tokens 30000 running requests
+preempt each other too, since their answers outgrow it. Every few steps all frames, slots and pins are counted, and the
+device's memory, of which what is allocated between steps must not grow. At the end some texts are asked twice, alone:
+with --deterministic to the same bits, otherwise the second ones run in other chunks, and the row says how many tokens
+are the same. With --canary the engine computes a share of resumed requests again; steps then do not overlap. Random
+weights are chaotic: without --deterministic the canary's limit is passed by rounding alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -35,17 +38,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--canary", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=250_000, help="how many the cache on the device holds")
     parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
     shape = made.shape_of("flash", given.layers)
     weights = made.released_weights(shape)
     with tempfile.TemporaryDirectory() as disk:
         engine = engine_of(
-            *(shape, weights, 250_000), spare=48 << 20, batch=16, step_tokens=2048, max_context=65536,
+            *(shape, weights, given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
             host_memory=1 << 30, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
         )  # fmt: skip
         started = time.monotonic()
-        done = load(engine, given.seconds, np.random.default_rng(given.seed))
+        done = load(engine, given, np.random.default_rng(given.seed))
         stats = engine._loop.stats()
         texts = [text(shape, 1000 + i, 5000) for i in range(3)]
         pairs = [(answer(engine, one, 8)[2], answer(engine, one, 8)[2]) for one in texts]
@@ -72,18 +76,18 @@ def main() -> None:
     }
     out |= {name: stats.cache[name] for name in kept if name in stats.cache}
     print(out, flush=True)
-    values = {"command": "python -m benchmarks.gpu.soak", "table": [out]}
+    values = {"command": " ".join(["python -m benchmarks.gpu.soak", *sys.argv[1:]]), "table": [out]}
     rows.append("gpu_soak", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def load(engine: Engine, seconds: float, random: np.random.Generator) -> Counter[str]:
-    """Random requests for `seconds`; what became of them."""
+def load(engine: Engine, given: argparse.Namespace, random: np.random.Generator) -> Counter[str]:
+    """Random requests for `given.seconds`; what became of them."""
     loop, shape = engine._loop, engine.shape
-    bases = [text(shape, i, 40_000) for i in range(6)]
+    bases = [text(shape, i, min(40_000, given.tokens // 2)) for i in range(6)]
     live: set[str] = set()
     done: Counter[str] = Counter()
     memory: list[int] = []
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + given.seconds
     step = 0
     while loop.busy or time.monotonic() < deadline:
         step += 1
@@ -93,7 +97,7 @@ def load(engine: Engine, seconds: float, random: np.random.Generator) -> Counter
             tail = text(shape, int(random.integers(1 << 30)), int(random.integers(1, 400)))
             prompt = np.concatenate([base[:cut], tail])
             params = SamplingParams(
-                max_tokens=int(random.integers(1, 200)),
+                max_tokens=int(random.integers(1, 4000 if random.random() < 0.3 else 200)),
                 temperature=float(random.choice([0.0, 0.8])),
                 top_p=float(random.choice([1.0, 0.9])),
                 repetition_penalty=float(random.choice([1.0, 1.1])),

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from triptych.config import SHAPES
-from triptych.workload.traces import TraceRequest, read_trace
+from triptych.workload.trace_files import read_trace
+from triptych.workload.traces import TraceRequest
 
 ENGINES = {"vllm": "benchmarks.peers.vllm_engine", "sglang": "benchmarks.peers.sglang_engine"}
 

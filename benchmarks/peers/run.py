@@ -19,7 +19,7 @@ from benchmarks.peers import lru
 from triptych.cache.geometry import CacheGeometry
 from triptych.config import SHAPES
 from triptych.workload.replay import ReplaySettings, replay
-from triptych.workload.traces import read_trace
+from triptych.workload.trace_files import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("triptych", "lru line", "sglang", "vllm")

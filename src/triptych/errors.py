@@ -153,3 +153,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     return "Known: " + ", ".join(known) + "." if known else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of the system or of the network says, without its number, its class and what wraps it."""
+    inner = getattr(error, "reason", None)  # urllib's, an error or a text
+    if isinstance(inner, str):
+        return inner
+    error = inner if isinstance(inner, BaseException) else error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

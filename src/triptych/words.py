@@ -112,6 +112,8 @@ class SamplingParams:
         _int_in("n", self.n, 1, 128)
         if len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        if isinstance(self.stop, str):  # each of its letters would be one
+            raise RequestError(f"stop is one string, {self.stop!r}.", "Put it into a tuple.", param="stop")
         for token in self.stop_token_ids:
             _int_in("stop_token_ids", token, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
@@ -167,15 +169,13 @@ NO_HINTS = CacheHints()
 class Request:
     """One prompt to continue. The caller hands over the whole token list; reuse is the engine's business.
 
-    `salt` separates tenants: prefixes with different salts share nothing. `fork_of` names a request with
-    the same prompt (n > 1) whose prefill this one waits for, so that it finds the prompt in the cache.
+    `salt` separates tenants: prefixes with different salts share nothing.
     """
 
     request_id: str
     prompt_ids: TokenIds
     params: SamplingParams
     salt: str = ""
-    fork_of: str | None = None
     hints: CacheHints = NO_HINTS
 
 
@@ -388,8 +388,9 @@ class Panels:
 class RequestFacts:
     """One live request, without a word of its text. Tokens, and seconds since it came (None if nobody knows).
 
-    `state`: waiting, fetching (its pages come up from a lower tier), prefill or decode. `processed` of the known tokens
-    have run or need not. `tenant` and `session` are labels of this process, not the names that the caller gave.
+    `state`: waiting, fetching (its pages come up from a lower tier), held (another request computes what they share),
+    prefill or decode. `processed` of the known tokens have run or need not. `tenant` and `session` are labels of this
+    process, not the names that the caller gave.
     """
 
     request_id: str

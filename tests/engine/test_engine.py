@@ -142,6 +142,11 @@ def test_a_string_instead_of_a_list_is_refused(engine: Engine) -> None:
         engine.generate("Once upon a time", GREEDY)
 
 
+def test_params_of_another_type_are_refused(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
+        engine.generate(["Once"], {"max_tokens": 4})  # type: ignore[arg-type]
+
+
 def test_a_prompt_over_the_limit_says_the_numbers(engine: Engine) -> None:
     tokens = np.zeros(engine.max_context + 1, np.int32)
     with pytest.raises(ContextTooLong, match=f"{engine.max_context + 1:,}"):

@@ -189,6 +189,10 @@ def _misshapen(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Tensor]]
     yield from (tensors | {"layers.2.attn.wq_b.weight": torch.zeros(3, 3)}).items()
 
 
+def _no_tensor(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    yield from (tensors | {"layers.2.attn.wq_b.weight": [1.0]}).items()  # type: ignore[dict-item]
+
+
 def _not_finite(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Tensor]]:
     bad = tensors["layers.2.attn.wq_b.weight"].clone()
     bad[1, 1] = float("nan")
@@ -227,6 +231,7 @@ def _breaks_off(tensors: Tensors, engine: Engine) -> Iterator[tuple[str, Tensor]
 FAULTS = {
     _without: "lacks tensor layers.2.attn.wq_b.weight",
     _misshapen: r"layers.2.attn.wq_b.weight is \[3, 3\]",
+    _no_tensor: "layers.2.attn.wq_b.weight is of type list, not a tensor",
     _not_finite: "layers.2.attn.wq_b.weight holds 1 values",
     _twice: "layers.2.attn.wq_b.weight comes twice",
     _unknown: "layers.2.attn.wq_c.weight is not part",

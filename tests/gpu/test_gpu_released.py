@@ -17,7 +17,7 @@ from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.triton import experts, moe_rows
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Mxfp4Matrix, quantize_rows
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
@@ -54,7 +54,7 @@ def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
 
 @pytest.mark.parametrize("run", [linear, portable.linear], ids=("own", "portable"))
 @pytest.mark.parametrize("size", LINEARS)
-@pytest.mark.parametrize("rows", [1, 8, 17, 33, 64, 700])
+@pytest.mark.parametrize("rows", [1, 8, 17, 33, 64, 260, 700])
 def test_fp8_linears(size: tuple[int, int], rows: int, run: Callable[..., Tensor]) -> None:
     x, weight = torch.randn(rows, size[1], device="cuda").to(torch.bfloat16), fp8(*size)
     agree(lambda: run(x, weight), linear_ref.linear(x, weight))
@@ -71,11 +71,22 @@ def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Ten
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
-@pytest.mark.parametrize("rows", [1, 4, 7, 16, 64, 600])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 64, 260, 600])
 @pytest.mark.parametrize("run", [grouped_linear, portable.grouped_linear], ids=("own", "portable"))
 def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
     agree(lambda: run(x, weight), linear_ref.grouped_linear(x, weight))
+
+
+@pytest.mark.parametrize("size", [(8, 1024, 4096), (16, 1024, 4096), (2, 128, 128)])
+@pytest.mark.parametrize("rows", [1, 4, 9, 16])
+def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int, int, int], rows: int) -> None:
+    weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
+    got, plain = grouped_linear(x, weight, rounds=True), grouped_linear(x, weight)
+    assert isinstance(got, Fp8Rows) and isinstance(plain, Tensor)
+    want = quantize_rows(plain)
+    assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+    assert torch.equal(got.scales, want.scales)
 
 
 @pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
@@ -117,14 +128,16 @@ def tiled(moe: Experts) -> Experts:
 
 
 @pytest.mark.parametrize("name", DIMS)
-@pytest.mark.parametrize("rows", [1, 7, 64, 128])
-def test_mixtures_of_few_rows(name: str, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 31, 64, 128, 260, 999])
+def test_mixtures(name: str, rows: int) -> None:
     router, moe, shared = _layer(name, hashed=rows % 2 == 0)
     x = torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16)
     tokens = torch.randint(0, 50, (rows,), device="cuda")
     want = moe_ref.moe_rows(x, tokens, router, moe, shared)
     fast = tiled(moe)
-    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 6e-3)
+    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off; of many rows the shared
+    # expert's gate and up are bf16 too
+    agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2 if rows <= 96 else 2e-2)
 
 
 @pytest.mark.parametrize("name", DIMS)
@@ -134,7 +147,6 @@ def test_experts_of_many_rows(name: str, rows: int) -> None:
     x = fake_quant_fp8(torch.randn(rows, DIMS[name][0], device="cuda").to(torch.bfloat16).float())
     ids, weights = moe_ref.route(x, torch.zeros(rows, dtype=torch.int64, device="cuda"), router)
     want = moe_ref.experts(x, ids, weights, moe, fake_quant_fp8)
-    # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off
     fast = tiled(moe)
     agree(lambda: experts(x, ids, weights, fast, fake_quant_fp8), want, 8e-3)
     agree(lambda: mixtures.experts(x, ids, weights, moe), want, 2.5e-2)

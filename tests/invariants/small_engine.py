@@ -141,12 +141,12 @@ class SmallEngine:
         self.live: dict[str, Answer] = {}
         self._count = 0
 
-    def add(self, prompt: tuple[int, ...], max_tokens: int, *, salt: str = "", fork_of: str | None = None) -> str:
+    def add(self, prompt: tuple[int, ...], max_tokens: int, *, salt: str = "") -> str:
         """Queue a greedy request and return its id. Raises what the engine raises."""
         request_id = f"q{self._count}"
         self._count += 1
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        self.loop.add(Request(request_id, np.asarray(prompt, np.int32), params, salt, fork_of))
+        self.loop.add(Request(request_id, np.asarray(prompt, np.int32), params, salt))
         self.live[request_id] = Answer(prompt)
         return request_id
 

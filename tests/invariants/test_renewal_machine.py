@@ -80,11 +80,10 @@ class RenewalMachine(RuleBasedStateMachine):
     def submit(self, document: int, length: int, extra: int, count: int, copies: int) -> None:
         prompt = (*text(document, length), *text(100 + extra, extra))
         try:
-            first = self.engine.add(prompt, count)
+            for _ in range(copies):
+                self.engine.add(prompt, count)
         except ContextTooLong:
             return
-        for _ in range(1, copies):
-            self.engine.add(prompt, count, fork_of=first)
 
     @precondition(lambda self: self.engine.live)
     @rule(count=st.sampled_from([1, 2, 5, 20]))
@@ -225,9 +224,8 @@ def test_a_group_that_starts_again_runs_its_prompt_once() -> None:
     engine = SmallEngine(slots=4, deterministic=True, weights=random_weights(0).weights)
     engine.cache.renew(b"first")
     prompt = text(3, 300)
-    first = engine.add(prompt, 30)
-    for _ in range(3):
-        engine.add(prompt, 30, fork_of=first)
+    for _ in range(4):
+        engine.add(prompt, 30)
     for _ in range(12):
         engine.step()
     assert engine.loop.stats().running == 4

@@ -93,12 +93,10 @@ class EngineMachine(RuleBasedStateMachine):
     def ask(self, prompt: Prompt, how: How) -> None:
         max_tokens, salt, copies = how
         try:
-            first = self.engine.add(prompt, max_tokens, salt=salt)
+            for _ in range(copies):
+                self.engine.add(prompt, max_tokens, salt=salt)
         except ContextTooLong:
             assert len(prompt) >= self.engine.cache.capacity.tokens, "this request would have fitted"
-            return
-        for _ in range(1, copies):
-            self.engine.add(prompt, max_tokens, salt=salt, fork_of=first)
 
     @rule(target=conversations, count=st.sampled_from([1, 2, 5, 20, 60]))
     def step(self, count: int) -> object:

@@ -1,4 +1,4 @@
-"""Triton's interpreter cuts bf16 off and half-rounds FP8; with this it converts as the hardware does."""
+"""Triton's interpreter cuts bf16 off, half-rounds FP8 and multiplies bf16 numbers' bits; with this it does neither."""
 
 from __future__ import annotations
 
@@ -18,8 +18,23 @@ _TORCH = {
 
 
 def round_as_hardware() -> None:
-    """Replace the interpreter's conversions between floating-point types by torch's."""
+    """Replace the interpreter's conversions of floating-point types by torch's, and products of bf16 by float32's."""
     interpreter._convert_float = _convert
+    interpreter.InterpreterBuilder.create_dot = _dot
+
+
+_BITS_DOT = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+    return _BITS_DOT(builder, _widened(a), _widened(b), *rest)
+
+
+def _widened(x: Any) -> Any:
+    """A handle's bf16 numbers, of which it keeps the bits, as float32."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle(_convert(x.data, tl.bfloat16, tl.float32, None), tl.float32)
 
 
 def _convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:

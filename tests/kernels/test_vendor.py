@@ -89,7 +89,9 @@ def test_a_package_that_does_not_load_leaves_our_kernel(caplog: pytest.LogCaptur
     registry._cannot_load.cache_clear()
 
 
-@pytest.mark.parametrize(("visible", "who"), [([3] * 8, "ours"), ([2000], "ours"), ([2100], "vendor")])
+@pytest.mark.parametrize(
+    ("visible", "who"), [([3] * 8, "ours"), ([2000] * 16, "ours"), ([2100], "ours"), ([2100] * 16, "vendor")]
+)
 def test_each_call_goes_where_its_shape_was_measured_faster(
     visible: list[int], who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,19 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def test_sections_of_the_reference_that_are_cited_exist() -> None:
+    page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^##+ (\d(?:\.\d+)?) ", page, flags=re.MULTILINE))
+    cited = {}
+    for path in (*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for words in re.findall(r"[Rr]eference (?:sections? )?(\d\.\d+(?:(?:,| and| to) \d\.\d+)*)", text):
+            cited |= {section: path.name for section in re.findall(r"\d\.\d+", words)}
+    assert len(cited) > 20, "the pattern finds what docstrings write"
+    lost = {section: name for section, name in cited.items() if section not in sections}
+    assert not lost, f"docs/model.md has no section for {lost}"
+
+
 def test_the_readme_names_only_verbs_and_paths_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -19,17 +19,18 @@ LAW: dict[str, set[str]] = {
     "errors": set(),
     "words": {"errors"},
     "config": WORDS,
+    "pictures": {"errors"},
     "text": WORDS,
     "cache": BASE,
     "kernels": BASE,
-    "planner": BASE | {"cache"},
+    "planner": BASE | {"pictures", "cache"},
     "schedule": BASE | {"cache"},
     "model": BASE | {"kernels"},
     "checkpoint": BASE | {"kernels"},
     "tiny": BASE | {"kernels", "model", "checkpoint", "text"},
     "engine": BASE | {"text", "cache", "planner", "kernels", "schedule", "model", "checkpoint", "tiny"},
     "server": BASE | {"text", "engine"},
-    "workload": BASE | {"text", "cache", "schedule", "tiny", "engine"},
+    "workload": BASE | {"pictures", "text", "cache", "schedule", "tiny", "engine"},
     "cli": BASE
     | {"__init__", "text", "cache", "kernels", "planner", "checkpoint", "tiny", "engine", "server", "workload"},
     "__main__": {"cli"},
@@ -39,6 +40,7 @@ LAW: dict[str, set[str]] = {
 # foreign library -> rooms that may import it
 DOORS = {
     "numba": {"kernels"},
+    "matplotlib": {"pictures"},
     "triton": {"kernels"},
     "starlette": {"server"},
     "uvicorn": {"server"},

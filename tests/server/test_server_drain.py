@@ -130,3 +130,5 @@ def test_tls(tmp_path: Path) -> None:
     for pair in ((cert, cert), (str(tmp_path / "none.pem"), key)):
         with pytest.raises(ConfigError, match="cannot be used"):
             check_tls(*pair)
+    with pytest.raises(ConfigError, match=r"cannot be used: no PEM\."):
+        check_tls(__file__, __file__)

@@ -229,7 +229,7 @@ def test_paths_and_methods(http: httpx.Client) -> None:
     assert "Did you mean '/v1/completions'?" in refused(http.post("/v1/completion", json=TEXT), 404)["message"]
     assert refused(http.get("/v1/chat/completions/"), 404)
     answer = http.get("/v1/chat/completions")
-    assert "does not take GET" in refused(answer, 405)["message"] and answer.headers["allow"] == "POST"
+    assert "does not take GET. Use POST." in refused(answer, 405)["message"] and answer.headers["allow"] == "POST"
     assert refused(http.delete("/v1/models"), 405)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from triptych.cli.doctor import PACKAGES, Machine, Package, Report, advise, render
 
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine(
     system="Linux",
     cpu="Some Processor",
@@ -56,6 +60,14 @@ def test_what_is_slow_comes_with_its_remedy(machine: Machine, packages: tuple[Pa
     [advice] = advise(machine, packages)
     assert sentence in advice
     assert advice in render(Report(machine, packages, ({"op": "a", "backend": "b", "reason": "c"},), (advice,)))
+
+
+def test_every_package_of_every_extra_is_listed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    declared = {
+        (re.split(r"[<>=;]", line)[0].strip(), extra) for extra in extras if extra != "dev" for line in extras[extra]
+    }
+    assert declared == {(name, extra) for name, extra, _ in PACKAGES if extra}
 
 
 def test_missing_packages_are_listed_with_their_extra() -> None:

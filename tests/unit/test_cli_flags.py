@@ -58,6 +58,13 @@ def test_bad_engine_values_are_refused_by_name() -> None:
         EngineConfig.from_options(**EngineFlags(max_running=0).options())
 
 
+def test_a_bound_of_a_disk_that_is_not_asked_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--disk-memory limits --disk, which is not given"):
+        EngineFlags(disk_memory="1GiB").options()
+    assert EngineFlags(disk_memory="1GiB", disk="/tmp/x").options()["disk_memory"] == 1 << 30
+    assert "disk_memory" in EngineFlags(disk_memory="1GiB", profile="own.toml").options(), "which may name a disk"
+
+
 def test_sampling_flags_agree_with_sampling_params() -> None:
     assert SamplingParams(**SamplingFlags().values()) == SamplingParams(max_tokens=SamplingFlags().max_tokens)
     assert SamplingParams(**SamplingFlags(stop=["a", "b"]).values()).stop == ("a", "b")

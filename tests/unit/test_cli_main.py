@@ -23,6 +23,25 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"{name} " in out and text in out
 
 
+def test_ctrl_c_ends_a_command_with_one_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("triptych.cli.replay._trace", interrupted)
+    assert run(capsys, "replay", "chat") == (130, "", "triptych: Interrupted.\n")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "eval", "profile"])
+def test_a_command_of_commands_lists_them_whole(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, err = run(capsys, name)
+    assert (status, err) == (0, "")
+    listed = out[out.index("Commands:") :]
+    assert listed.count("\n  ") >= 1
+    assert "..." not in listed, "a line that does not fit is cut off"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"triptych {__version__}\n", "")
 
@@ -66,6 +85,16 @@ def test_usage_errors_are_one_sentence_with_a_remedy(
         (["generate", "--max-tokens", "0", "x"], "max_tokens must be an integer from 1"),
         (["generate", "--kv-memory", "2 GiBs", "x"], "--kv-memory '2 GiBs' has an unknown unit 'GiBs'."),
         (["chat", "--top-p", "nan"], "top_p must be a number in (0, 1], not nan."),
+        (["bench", "chat", "--out", "."], "--out . cannot be written: it is a directory. Name a file in it."),
+        (["bench", "chat", "--report", "no/such/page.html"], "--report no/such/page.html cannot be written: there is"),
+        (["bench", "chat", "--ttft", "0"], "--ttft must be a positive number of seconds, not 0.0."),
+        (["bench", "chat", "--price", "nan"], "--price must not be negative, as nan is."),
+        (["bench", "chat", "--url", "127.0.0.1:9"], "http://127.0.0.1:9 lists no models: Connection refused. Start it"),
+        (["eval", "retrieval", "--heat-map", "no/such/map.png"], "there is no directory no/such."),
+        (["profile", "compare", "--out", "."], "--out . cannot be written: it is a directory."),
+        (["profile", "fit", "chat", "--tpot", "-1"], "--tpot must be a positive number of seconds, not -1.0."),
+        (["profile", "fit", "chat", "--plot", "front.pdf"], "--plot front.pdf must end in .png or .svg."),
+        (["replay", "chat", "--save", "."], "--save . cannot be written: it is a directory."),
     ],
 )
 def test_wrong_values_end_before_any_model_is_loaded(

@@ -10,6 +10,7 @@ import pytest
 from triptych.cli.main import main
 from triptych.cli.serve import check_address, need_server_packages
 from triptych.errors import ConfigError
+from triptych.server.options import ServerOptions
 
 
 @pytest.fixture
@@ -70,3 +71,13 @@ def test_a_port_out_of_range_is_named(capsys: pytest.CaptureFixture[str], port: 
 def test_a_wrong_body_limit_names_its_option(capsys: pytest.CaptureFixture[str], size: str) -> None:
     assert main(["serve", "--max-body", size]) == 2
     assert "--max-body" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://example.org/", "https://"])
+def test_an_origin_that_no_browser_sends_is_refused(capsys: pytest.CaptureFixture[str], origin: str) -> None:
+    assert main(["serve", "/nowhere/at/all", "--cors-origin", origin]) == 2
+    assert f"--cors-origin {origin!r} is none. Write it as browsers do" in capsys.readouterr().err
+
+
+def test_origins_that_browsers_send_are_taken() -> None:
+    ServerOptions(cors_origins=("https://example.org", "http://127.0.0.1:3000", "http://[::1]:5173", "null", "*"))

@@ -21,7 +21,7 @@ from triptych.workload.load_report import Slo, spread, summary, table
 from triptych.workload.named import workload
 from triptych.workload.sessions import Part, SessionRequest, as_sessions
 from triptych.workload.texts import Texts
-from triptych.workload.traces import read_trace
+from triptych.workload.trace_files import read_trace
 
 
 def encode(text: str) -> TokenIds:
@@ -279,9 +279,11 @@ def test_a_page_names_its_axes_and_settings_and_escapes_what_it_was_given(tmp_pa
     timings = [timing(f"s{i}", 0.1 * (i + 1), 1.0 + i) for i in range(8)]
     path = tmp_path / "page.html"
     found = summary(timings, Slo(), hourly=3.0)
-    write_page(path, {"<a>": (found, timings), "b": (found, timings)}, {"workload": "chat", "command": "<x>"})
+    runs = {"<a>": (found, timings), "b": (found, timings)}
+    write_page(path, runs, {"workload": "chat", "command": "<x>"}, ["b over <a>"])
     text = path.read_text()
     assert "&lt;a&gt;" in text and "&lt;x&gt;" in text and "<x>" not in text
+    assert "<pre>b over &lt;a&gt;</pre>" in text, "what runs say of each other is on the page too"
     for label in ("seconds to the first token", "share of requests", "prompt tokens, by where they came from"):
         assert label in text
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(

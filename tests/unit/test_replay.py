@@ -21,6 +21,7 @@ from triptych.config import PAGE, SHAPES
 from triptych.errors import ConfigError
 from triptych.words import TokenIds
 from triptych.workload.agents import AgentTraffic, agent_trace
+from triptych.workload.mooncake import MooncakeTrace
 from triptych.workload.oracle import Future
 from triptych.workload.replay import (
     POLICIES,
@@ -32,7 +33,7 @@ from triptych.workload.replay import (
     timed,
 )
 from triptych.workload.sessions import Part, SessionRequest, SessionTrace
-from triptych.workload.traces import MooncakeTrace, Trace
+from triptych.workload.traces import Trace
 
 FLASH = CacheGeometry.of(SHAPES["flash"], "fp8")
 ENDLESS = 8 << 30  # more than any trace here fills

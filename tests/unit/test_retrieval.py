@@ -16,7 +16,7 @@ from triptych.text.tokenizer import Tokenizer
 from triptych.tiny import TOKENIZER_FILE
 from triptych.tiny.facts import draw_facts
 from triptych.words import TokenIds
-from triptych.workload.retrieval import DEPTHS, Answer, InProcess, OverHttp, Report, draw_case, evaluate
+from triptych.workload.retrieval import DEPTHS, Answer, InProcess, OverHttp, Report, Row, draw_case, evaluate
 
 FILLER = "def area(radius):\n    return 3 * radius * radius\n" * 40
 
@@ -89,14 +89,22 @@ def test_together_is_one_growing_conversation() -> None:
 
 @pytest.mark.parametrize(("text", "right"), [("12345", True), (" 12345\n", True), ("1234", False), ("123456", False)])
 def test_an_answer_must_match_exactly(text: str, right: bool) -> None:
-    from triptych.workload.retrieval import Row
-
     assert Row(1024, 1, 0.5, "alone", "12345", Answer(text, 1, 0, 0.0)).right is right
 
 
 def test_lengths_without_rows_are_not_called_right() -> None:
     assert np.isnan(Report("m", ()).accuracy(1024))
     assert Report("m", ()).to_dict()["summary"] == []
+
+
+def test_a_heat_map_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = tuple(Row(1024, 1, depth, "alone", "12345", Answer("12345", 1, 0, 0.0)) for depth in DEPTHS)
+    Report("m", rows).heat_map(tmp_path / "map.svg")
+    assert "share of questions" in (tmp_path / "map.svg").read_text()
+    (tmp_path / "map.png").mkdir()
+    with pytest.raises(ConfigError, match=r"map.png cannot be written: Is a directory"):
+        Report("m", rows).heat_map(tmp_path / "map.png")
 
 
 def test_wrong_settings_are_refused_by_name() -> None:

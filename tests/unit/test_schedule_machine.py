@@ -91,7 +91,7 @@ class Life:
         self.began: dict[str, tuple[int, int]] = {}
         self.seen: dict[bytes, tuple[int, ...]] = {}
         self.structure: tuple[int, ...] = ()
-        self.serial = 0
+        self.serial = self.held = 0
 
     def _start(self) -> None:
         """A process begins: device and host are empty, the stores are as they were left."""
@@ -144,18 +144,16 @@ class Life:
     # ---- clients
 
     def _add(self, tokens: np.ndarray, salt: str, outputs: int, forks: int = 1) -> None:
-        first = None
         for _ in range(forks):
             self.serial += 1
             name = f"r{self.serial}"
             hints = CacheHints((len(tokens) // 2, len(tokens)), None, self.choose(TTLS), self.choose(PINS))
-            request = Request(name, tokens, SamplingParams(max_tokens=outputs), salt, first, hints)
+            request = Request(name, tokens, SamplingParams(max_tokens=outputs), salt, hints)
             if len(tokens) >= self.cache.capacity.tokens:
                 with pytest.raises(ContextTooLong):
                     self.scheduler.add(request)
                 return
             self.scheduler.add(request)
-            first = first or name
             self.texts[name] = (tokens, salt)
             self.prompts[name] = len(tokens)
             self.limits[name] = min(len(tokens) + outputs, self.cache.capacity.tokens)
@@ -231,6 +229,7 @@ class Life:
             assert not self.live or self.cache.copying, "nothing runs although someone waits"
         else:
             self._check_plan(self.flight)
+            self._check_holds(self.flight)
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert 0 < plan.rows <= self.budget
@@ -240,7 +239,7 @@ class Life:
         memory = self.cache.memory
         sealed = {node.page for node in memory.tree.nodes.values()} | set(memory.free)
         sealed |= {frame for frames in memory.snapshots for frame in frames}
-        sealed |= {frame for frames in self.cache.frames_in_flight() for frame in frames}
+        sealed |= {frame for frames in self.cache.tiers.frames_loading() for frame in frames}
         written: set[int] = set()
         for chunk in plan.chunks:
             self.began.setdefault(chunk.request_id, (chunk.start, chunk.write_from))
@@ -248,6 +247,21 @@ class Life:
             mine = set(chunk.pages[begin // 128 : -(-chunk.end // 128)].tolist())
             assert not mine & sealed and not mine & written, f"{chunk} writes into a page of others"
             written |= mine
+
+    def _check_holds(self, plan: StepPlan) -> None:
+        """Who is held up waits for tokens of its own prompt, which somebody else is about to run."""
+        running = {chunk.request_id for chunk in plan.chunks}
+        for name in self.live:
+            hold = self.cache.inflight.held(name)
+            if hold is None:
+                continue
+            self.held += 1
+            (mine, salt), (theirs, other) = self.texts[name], self.texts[hold.leader]
+            assert name not in self.cache.holdings and hold.leader in self.cache.holdings
+            assert hold.leader in running or self.cache.copying, "a leader that does not run"
+            assert salt == other and self.cache.holdings[hold.leader].processed < hold.until
+            assert 0 < hold.until <= min(len(mine), len(theirs)) and hold.until % 128 == 0
+            assert np.array_equal(mine[: hold.until], theirs[: hold.until])
 
     def land(self, choose: Choose | None = None) -> None:
         """The step in the air is run and applied; with `choose`, sometimes a row fails."""
@@ -382,6 +396,10 @@ def live(seed: int, events: int) -> Life:
 @pytest.mark.parametrize("seed", range(16))
 def test_random_lives(seed: int) -> None:
     live(seed, events=40)
+
+
+def test_requests_are_held_up_in_some_lives() -> None:
+    assert sum(live(seed, events=40).held > 0 for seed in range(100, 108)) >= 2
 
 
 @pytest.mark.slow

@@ -4,63 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from schedule_engine import Engine, text
 
-from triptych.cache import CacheCapacity, CacheGeometry, CacheManager
-from triptych.config import EngineConfig
 from triptych.errors import ContextTooLong, QueueFull, RequestError
-from triptych.schedule import Scheduler
-from triptych.words import FinishReason, Request, SampledToken, SamplingParams, StepPlan, StepResult, TokenIds, Usage
-
-GEOMETRY = CacheGeometry(2, (0,), (1,), 8, 4, 4, "float32", "float32")
-
-
-def text(length: int, seed: int = 0) -> TokenIds:
-    return np.random.default_rng(seed).integers(0, 100, length).astype(np.int32)
-
-
-class Engine:
-    """A scheduler whose model always says 7."""
-
-    def __init__(self, pages: int = 32, running: int = 4, budget: int = 256, context: int = 10**6, **more: int) -> None:
-        self.cache = CacheManager(GEOMETRY, CacheCapacity(pages, running), 2)
-        self.scheduler = Scheduler(self.cache, EngineConfig(max_running=running, step_tokens=budget, **more), context)
-
-    def add(self, name: str, tokens: TokenIds, max_tokens: int | None = 4, **more: str) -> None:
-        self.scheduler.add(Request(name, tokens, SamplingParams(max_tokens=max_tokens), **more))
-
-    def plan(self) -> StepPlan:
-        plan = self.scheduler.plan()
-        self.cache.check_integrity()
-        assert plan is not None
-        return plan
-
-    def apply(self, plan: StepPlan, failed: dict[str, str] | None = None) -> list[str]:
-        failed = failed or {}
-        names = [c.request_id for c in plan.chunks if c.samples and c.request_id not in failed]
-        tokens = tuple(SampledToken(name, 7) for name in names)
-        kept = self.scheduler.apply(plan, StepResult(plan.step, tokens, failed))
-        self.cache.check_integrity()
-        return [token.request_id for token in kept]
-
-    def step(self) -> dict[str, tuple[int, int]]:
-        """One step: the rows of each request. Whoever reached its limit is ended."""
-        plan = self.plan()
-        for name in self.apply(plan):
-            if self.scheduler.usage(name).completion_tokens == self.scheduler.max_new_tokens(name):
-                self.finish(name, FinishReason.LENGTH)
-        return {c.request_id: (c.start, c.end) for c in plan.chunks}
-
-    def finish(self, name: str, reason: FinishReason = FinishReason.STOP) -> Usage:
-        usage = self.scheduler.finish(name, reason)
-        self.cache.check_integrity()
-        assert usage is not None
-        return usage
-
-    def drain(self) -> list[dict[str, tuple[int, int]]]:
-        steps = []
-        while self.scheduler.busy:
-            steps.append(self.step())
-        return steps
+from triptych.words import FinishReason, StepPlan, StepResult, Usage
 
 
 def in_flight_of(engine: Engine) -> StepPlan:
@@ -141,28 +88,6 @@ def test_saves_wait_for_the_next_plan_with_rows() -> None:
     assert engine.scheduler.plan() is None
     engine.add("b", text(5, seed=1))
     assert [save.position for save in engine.plan().saves] == [256]
-
-
-def test_forks_wait_for_the_prompt_and_find_it_cached() -> None:
-    engine = Engine(budget=100)
-    prompt = text(256)
-    engine.add("0", prompt)
-    engine.add("1", prompt, fork_of="0")
-    engine.add("2", prompt, fork_of="0")
-    engine.add("other", text(10, seed=1))
-    assert set(engine.step()) == {"0", "other"}
-    steps = engine.drain()
-    begun = {name: rows for step in reversed(steps) for name, rows in step.items()}
-    assert begun["1"] == begun["2"] == (252, 256)
-
-
-def test_a_fork_without_its_parent_runs_alone() -> None:
-    engine = Engine()
-    engine.add("orphan", text(10), fork_of="nobody")
-    engine.add("parent", text(300, seed=1))
-    engine.add("child", text(300, seed=1), fork_of="parent")
-    engine.finish("parent", FinishReason.ABORT)
-    assert set(engine.step()) == {"orphan", "child"}
 
 
 def test_admission_is_first_come_first_served() -> None:
@@ -342,39 +267,3 @@ def test_plans_are_values() -> None:
     assert (plan.chunks[0].tokens.tolist(), plan.chunks[0].pages.tolist()) == before
     with pytest.raises(ValueError, match="read-only"):
         plan.chunks[0].tokens[0] = 1
-
-
-def test_requests_with_the_same_prompt_run_it_once() -> None:
-    """Those who come before it has run wait for the first one; other tenants and short prompts do not."""
-    engine = Engine(pages=64, running=8, budget=4096)
-    for name in "abc":
-        engine.add(name, text(600), max_tokens=3)
-    engine.add("other", text(600), max_tokens=3, salt="other")
-    engine.add("longer", text(601), max_tokens=3)
-    for name in ("x", "y"):
-        engine.add(name, text(40, seed=9), max_tokens=3)
-    assert set(engine.step()) == {"a", "other", "longer", "x", "y"}
-    then = engine.step()
-    assert then["a"] == (600, 601) and then["b"] == then["c"] == (508, 600)
-    engine.drain()
-
-
-def test_who_waits_for_the_same_prompt_goes_on_when_its_request_is_gone() -> None:
-    engine = Engine()
-    for name in "ab":
-        engine.add(name, text(600), max_tokens=3)
-    assert set(engine.step()) == {"a"}
-    engine.finish("a")
-    engine.add("c", text(600), max_tokens=3)
-    assert set(engine.step()) == {"b"}, "b is the first one now, and c waits for it"
-    steps = engine.drain()
-    assert any(step.get("c", (0, 0))[0] >= 508 for step in steps) and not engine.scheduler.busy
-
-
-def test_without_a_prefix_cache_nobody_waits() -> None:
-    engine = Engine(budget=4096)
-    engine.cache.prefix_cache = False
-    for name in "ab":
-        engine.add(name, text(600), max_tokens=3)
-    assert set(engine.step()) == {"a", "b"}
-    engine.drain()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triptych.cache.geometry import CacheGeometry
+from triptych.cache.geometry import CacheGeometry, plan_capacity
 from triptych.cache.rates import Rates
 from triptych.cli.main import main
 from triptych.config import EngineConfig, ModelShape
@@ -26,7 +26,7 @@ from triptych.workload.load import Timing, scaled
 from triptych.workload.load_report import Slo
 from triptych.workload.named import retimed, workload
 from triptych.workload.objectives import objective_for, objective_named
-from triptych.workload.sessions import SessionRequest
+from triptych.workload.sessions import Part, SessionRequest
 from triptych.workload.simulate import MachineCosts, Simulation, StepCosts, World, amounts, fitted
 from triptych.workload.verdicts import gain, geometric
 
@@ -66,6 +66,16 @@ def test_every_request_is_answered_at_its_length_and_time_adds_up() -> None:
     assert max(one.end for one in found.timings) > least
 
 
+def test_agents_run_no_more_at_once_than_one_after_the_other() -> None:
+    """What they share is new to all of them; whoever comes while one runs it waits for that one."""
+    asked = requests("coding-agent", 40, 0.03, 12)
+    ran = []
+    for running in (1, 4, 12):
+        found = Simulation(world(256 << 20), EngineConfig(max_running=running, step_tokens=1024), 12, 1e6).run(asked)
+        ran.append(sum(one.counts.prompt - one.counts.cached for one in found.timings))
+    assert ran[0] == ran[1] == ran[2]
+
+
 def test_a_smaller_budget_waits_longer_for_first_tokens_and_shorter_between_them() -> None:
     small = run(EngineConfig(max_running=8, step_tokens=64))
     large = run(EngineConfig(max_running=8, step_tokens=1024))
@@ -90,6 +100,15 @@ def test_what_does_not_fit_fails_as_it_would_in_the_engine() -> None:
     asked = requests("research-agent", 6, 1.0, 2)
     found = Simulation(world(4 << 20), EngineConfig(max_running=4, step_tokens=512), 2, 1e6).run(asked)
     assert any("needs room" in str(one.error) for one in found.timings)
+
+
+def test_an_answer_ends_where_the_cache_does() -> None:
+    """A prompt that leaves less room than its answer wants gets a shorter one, as in the engine, and not for ever."""
+    config = EngineConfig(max_running=2, step_tokens=256)
+    tokens = plan_capacity(GEOMETRY, 4 << 20, config.max_running).tokens
+    asked = [SessionRequest(0.0, "one", "", (Part("text", tokens - 5),), Part("answer", 50))]
+    (timing,) = Simulation(world(4 << 20), config, 1, 1e6).run(asked).timings
+    assert not timing.error and timing.counts.output == 5
 
 
 def test_costs_are_found_again_in_the_times_they_made() -> None:

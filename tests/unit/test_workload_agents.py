@@ -12,7 +12,7 @@ import pytest
 
 from triptych.workload.agents import AgentTraffic, agent_trace
 from triptych.workload.sessions import SessionRequest
-from triptych.workload.traces import read_trace
+from triptych.workload.trace_files import read_trace
 
 # few users, so that whole sessions fit in what a test can look at
 WHOLE = AgentTraffic(users=8)

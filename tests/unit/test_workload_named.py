@@ -13,7 +13,7 @@ import pytest
 from triptych.errors import ConfigError
 from triptych.workload.named import WORKLOADS, retimed, workload
 from triptych.workload.sessions import SessionRequest
-from triptych.workload.traces import read_trace
+from triptych.workload.trace_files import read_trace
 
 MANY = 8_000
 

@@ -16,7 +16,8 @@ from made_traces import write_lines
 from triptych.errors import ConfigError
 from triptych.words import TokenIds
 from triptych.workload.sessions import KINDS, Part, SessionRequest, SessionTrace, write_sessions
-from triptych.workload.traces import MAX_TOKENS, Trace, read_trace
+from triptych.workload.trace_files import read_trace
+from triptych.workload.traces import MAX_TOKENS, Trace
 
 HEAD = {"format": "triptych-sessions", "version": 1}
 LINE = {"time": 0.0, "session": "s", "tenant": "t", "prompt": [["a", 200, "user"]], "output": ["o", 5]}

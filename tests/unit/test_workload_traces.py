@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from made_traces import BLOCK, Row, mooncake_rows, write_lines
 
 from triptych.errors import ConfigError
 from triptych.words import TokenIds
-from triptych.workload.traces import MooncakeTrace, TokenMode, TraceRequest, read_trace
+from triptych.workload.mooncake import MooncakeTrace, TokenMode
+from triptych.workload.trace_files import read_trace
+from triptych.workload.traces import TraceRequest
 
-PEERS = Path(__file__).parents[3] / "shared" / "peers" / "traces.py"
 LINE = {"timestamp": 0, "input_length": 700, "output_length": 10, "hash_ids": [1, 2]}
 
 
@@ -136,25 +135,54 @@ def test_the_made_trace_has_what_it_is_made_for() -> None:
     assert any(r["input_length"] % BLOCK == 0 for r in rows)
 
 
-@pytest.mark.skipif(not PEERS.exists(), reason="the reference implementation is not part of the package")
+Symbols = list[tuple[str, int, int]]
+
+
+def read_slowly(rows: list[Row], mode: TokenMode) -> list[Symbols]:
+    """Prompt and output of each line as symbols, by looking through all lines before it again for each."""
+    stands_for: dict[int, Symbols] = {}
+    found = []
+    for number, one in enumerate(rows):
+        before = [other for other in range(number) if mode == "session" and continues(rows, one, rows[other])]
+        if before:
+            other = max(before, key=lambda n: (rows[n]["input_length"] // BLOCK, n))
+            full = rows[other]["input_length"] // BLOCK
+            tail = found[other][full * BLOCK :]
+            for at, block in enumerate(one["hash_ids"][full:]):
+                if block in stands_for or at * BLOCK >= len(tail):
+                    break
+                fresh: Symbols = [("block", block, i) for i in range(BLOCK)]
+                stands_for[block] = (tail[at * BLOCK : (at + 1) * BLOCK] + fresh[len(tail) - at * BLOCK :])[:BLOCK]
+        for block in one["hash_ids"]:
+            stands_for.setdefault(block, [("block", block, i) for i in range(BLOCK)])
+        prompt = [symbol for block in one["hash_ids"] for symbol in stands_for[block]][: one["input_length"]]
+        found.append(prompt + [("output", number, i) for i in range(one["output_length"])])
+    return found
+
+
+def continues(rows: list[Row], one: Row, other: Row) -> bool:
+    """Whether `one` looks like the next turn after `other`."""
+    full, mine, theirs = other["input_length"] // BLOCK, one["hash_ids"], other["hash_ids"]
+    if full == 0 or other["input_length"] % BLOCK == 0 or len(theirs) != full + 1 or len(mine) <= full:
+        return False
+    same = mine[:full] == theirs[:full] and mine[full] != theirs[full]
+    successors = {
+        r["hash_ids"][full] for r in rows if len(r["hash_ids"]) > full and r["hash_ids"][full - 1] == mine[full - 1]
+    }
+    return same and len(successors) <= 4 and one["input_length"] >= other["input_length"] + other["output_length"]
+
+
 @pytest.mark.parametrize("mode", ["literal", "session"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_same_is_shared_as_in_the_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: TokenMode, seed: int
-) -> None:
-    """Tokens differ, but what any two requests have in common must not, prompts and outputs, to the token."""
-    spec = importlib.util.spec_from_file_location("peer_traces", PEERS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peer_traces", module)
-    spec.loader.exec_module(module)
-    path = write_lines(tmp_path / "trace.jsonl", mooncake_rows(seed=seed))
-    ours = list(read_trace(path, mode))
-    theirs = list(module.Trace(str(path), mode))
-    assert [len(r.prompt) for r in ours] == [len(r.prompt) for r in theirs]
-    assert [len(r.output) for r in ours] == [len(r.output) for r in theirs]
+def test_the_same_is_shared_as_by_a_slow_reading(mode: TokenMode, seed: int) -> None:
+    """Whatever tokens stand for a line, what any two lines have in common is this, prompts and outputs."""
+    rows = mooncake_rows(seed=seed)
+    ours, slowly = [whole(one) for one in requests(*rows, mode=mode)], read_slowly(rows, mode)
+    assert [len(one) for one in ours] == [len(one) for one in slowly]
     for a, b in combinations(range(len(ours)), 2):
-        assert shared(whole(ours[a]), whole(ours[b])) == shared(whole(theirs[a]), whole(theirs[b])), (a, b)
+        both = zip(slowly[a], slowly[b], strict=False)
+        same = next((at for at, (x, y) in enumerate(both) if x != y), min(len(slowly[a]), len(slowly[b])))
+        assert shared(ours[a], ours[b]) == same, (a, b)
 
 
 def test_only_the_first_lines_are_read(tmp_path: Path) -> None:

@@ -184,10 +184,9 @@ class CacheCapacity:
     def describe(self, geometry: CacheGeometry) -> str:
         """One line for the start banner."""
         return (
-            f"{self.tokens:,} tokens in {self.frames:,} frames of {_human(geometry.page_bytes)} "
-            f"(a page takes 1, a snapshot {geometry.snapshot_frames}), "
-            f"{self.slots} window slots of {_human(geometry.slot_bytes)}: "
-            f"{_human(self.bytes(geometry))} in {geometry.kv_format}"
+            f"{_human(self.bytes(geometry))} in {geometry.kv_format}: {self.tokens:,} tokens in {self.frames:,} frames "
+            f"of {_human(geometry.page_bytes)} (a page takes 1, a snapshot {geometry.snapshot_frames}), "
+            f"{self.slots} window slots of {_human(geometry.slot_bytes)}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,24 @@ from triptych.words import CacheHints, SnapshotWrite
 PageTable = npt.NDArray[np.int32]
 
 
+class Room(NamedTuple):
+    """Window slots, and frames of the arena."""
+
+    slots: int = 0
+    frames: int = 0
+
+
+NOTHING = Room()
+
+
 @dataclass(slots=True)
 class Holding:
     """`goal` frames are promised to it; `table[:count]` are there.
 
     `chain` are the nodes of its sealed pages, the last of them pinned; `keys` name its whole pages, sealed or not.
     `places`: boundaries that get a snapshot, and the tokens each is expected to save. `reserved` are snapshots being
-    written, `restoring` is the snapshot that its first step reads.
+    written, `restoring` is the snapshot that its first step reads. `planned` tokens of its prompt are in steps,
+    `processed` have run.
     """
 
     slot: int
@@ -37,6 +49,7 @@ class Holding:
     hints: CacheHints
     count: int = 0
     processed: int = 0
+    planned: int = 0
     restoring: Snapshot | None = None
     reserved: list[SnapshotWrite] = field(default_factory=list)
 

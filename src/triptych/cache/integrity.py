@@ -38,7 +38,7 @@ def _check_frames(manager: CacheManager) -> None:
         places.update(holding.table[len(holding.chain) : holding.count].tolist())
         for write in holding.reserved:
             places.update(write.frames)
-    for frames in manager.frames_in_flight():
+    for frames in manager.tiers.frames_loading():
         places.update(frames)
     twice = [frame for frame, times in places.items() if times > 1]
     _claim(not twice, f"Frame {twice[:1]} is in two places.")
@@ -56,7 +56,8 @@ def _check_tree(manager: CacheManager) -> None:
     children: Counter[Node] = Counter()
     pins: Counter[Node] = Counter(h.chain[-1] for h in manager.holdings.values() if h.chain)
     pins.update(manager.leases.pinned)
-    pins.update(manager.tips_in_flight())
+    pins.update(manager.tiers.tips())
+    pins.update(manager.prefetcher.tips)
     for key, node in tree.nodes.items():
         _claim(node.key == key, f"The node of page {node.page} is filed under another key.")
         if node.parent is not None:
@@ -76,7 +77,7 @@ def _check_tree(manager: CacheManager) -> None:
 def _check_snapshots(manager: CacheManager) -> None:
     memory = manager.memory
     holds: Counter[Snapshot] = Counter(h.restoring for h in manager.holdings.values() if h.restoring is not None)
-    holds.update(manager.snapshots_in_flight())
+    holds.update(manager.tiers.snapshots())
     for frames, snapshot in memory.snapshots.items():
         _claim(snapshot.frames == frames, f"The snapshot at {snapshot.node.end} is filed under other frames.")
         node = snapshot.node

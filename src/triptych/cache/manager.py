@@ -7,7 +7,7 @@ The life of a page and of a request's page table (n tokens known, p processed, s
     0                     128 s            p            128 len(table)
     |  sealed, in the tree  |  held, filled  |  held, empty  |
 
-Order of calls for one request: (prefetch while it waits) admit, then per step grow, snapshot_writes, (the step
+Order of calls for one request: (held, ready while it waits) admit, then per step grow, snapshot_writes, (the step
 runs) advance; at its end boundary_snapshot, publish_snapshot, release. Nothing here is a tensor.
 """
 
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.cache.history import REACH, Forks, Visits, kind_of
-from triptych.cache.holding import Holding, PageTable, pages_for
+from triptych.cache.holding import NOTHING, Holding, PageTable, Room, pages_for
+from triptych.cache.inflight import Hold, InFlight
 from triptych.cache.integrity import check
 from triptych.cache.jobs import Done, Jobs
 from triptych.cache.leases import Leases
@@ -30,7 +31,7 @@ from triptych.cache.memory import Memory
 from triptych.cache.places import Prompt
 from triptych.cache.policies import Below, Policies
 from triptych.cache.prefetch import Prefetcher
-from triptych.cache.prefix import Branch, Node, Snapshot, Tenant, page_keys, root_key
+from triptych.cache.prefix import Branch, Names, Node, Snapshot, Tenant, page_keys, root_key
 from triptych.cache.resume import Planner, ResumePlan, snapshot_is_exact
 from triptych.cache.sessions import Sessions
 from triptych.cache.stats import CacheStats, Counters, collect
@@ -82,6 +83,8 @@ class CacheManager:
         self.leases = Leases(self.memory)
         self.tiers = Tiers(self.memory, geometry, self.rates, below)
         self.prefetcher = Prefetcher(self)
+        self.inflight = InFlight(self)
+        self.names = Names()
         self.holdings: dict[str, Holding] = {}
         self.distrusted: set[bytes] = set()
         self.free_slots = list(range(capacity.slots - 1, -1, -1))
@@ -93,9 +96,15 @@ class CacheManager:
         self._tenants: dict[str, Tenant] = {}
         self.epoch = self._distrusts = 0
         self._changes = 0
-        self._refused: tuple[str, str, int, int] | None = None
+        self._refused: tuple[str, Room, int] | None = None
 
     # ---- before admission
+
+    def held(self, request_id: str, tokens: TokenIds, salt: str) -> Hold | None:
+        """What a waiting request should wait for because a running one computes it; None if it should go on."""
+        if not self.prefix_cache or self.prefetcher.fetching(request_id):
+            return None
+        return self.inflight.hold(request_id, tokens, salt)
 
     def ready(self, request_id: str, tokens: TokenIds, salt: str) -> bool:
         """Bring up from lower tiers what a waiting request can use. False while that is under way."""
@@ -103,8 +112,12 @@ class CacheManager:
 
     def withdraw(self, request_id: str) -> None:
         """A waiting request will not be admitted."""
-        self.prefetcher.forget(request_id)
+        self._dequeue(request_id)
         self._changes += 1
+
+    def _dequeue(self, request_id: str) -> None:
+        for memory in (self.prefetcher, self.inflight, self.names):
+            memory.forget(request_id)
 
     def due(self) -> Jobs:
         """Copies to carry out before the next step, asked once after each planning."""
@@ -118,32 +131,37 @@ class CacheManager:
     # ---- admission
 
     def admit(
-        self, request_id: str, tokens: TokenIds, salt: str, limit: int, hints: CacheHints = NO_HINTS
+        self,
+        request_id: str,
+        tokens: TokenIds,
+        salt: str,
+        limit: int,
+        hints: CacheHints = NO_HINTS,
+        keep: Room = NOTHING,
     ) -> ResumePlan | None:
         """Reserve a slot for `tokens`, pin what is cached of them and say how to continue.
 
-        `limit` is the most tokens this request may ever have. None when no slot is free, or when the pages of
-        the uncached tokens (and one more to decode into) do not fit in what is neither held nor promised.
+        `limit` is the most tokens this request may ever have. None when no slot is free, or when the pages of the
+        uncached tokens (and one more to decode into) do not fit in what is neither held nor promised; `keep` included.
         """
         assert request_id not in self.holdings, request_id
         assert len(tokens) <= limit <= self.capacity.tokens, (len(tokens), limit, self.capacity.tokens)
         now = self.clock()
         self._changes += self.leases.expire(now)
-        if not self.free_slots or (request_id, salt, len(tokens), self._changes) == self._refused:
+        if len(self.free_slots) <= keep.slots or (request_id, keep, self._changes) == self._refused:
             return None
         root = self.root(salt)
-        keys = list(page_keys(root, tokens)) if self.prefix_cache else []
-        tainted = bool(self.distrusted) and not self.distrusted.isdisjoint(keys)
+        keys = self.names.of(request_id, root, tokens) if self.prefix_cache else []
+        tainted = self.tainted(keys)
         chain = self.memory.tree.match([] if tainted else keys)
         if chain:
             self.memory.tree.pin(chain[-1])
         goal = min(pages_for(len(tokens)) + 1, pages_for(limit))
-        room = self._room_beyond(goal - len(chain))
+        room = self._room_beyond(goal - len(chain) + keep.frames)
         if room < 0:
             if chain:
                 self.memory.tree.unpin(chain[-1], chain[-1].used)
-            # hashing a long prompt again in each step would be dear, and the answer the same
-            self._refused = (request_id, salt, len(tokens), self._changes)
+            self._refused = (request_id, keep, self._changes)  # matching a long prompt in each step would be dear
             return None
         plan, source = self._plan(len(tokens), chain, room)
         if source is not None:
@@ -166,11 +184,16 @@ class CacheManager:
             processed=plan.start,
             restoring=source,
         )
-        self.prefetcher.forget(request_id)
+        self.inflight.admitted(request_id, plan)
+        self._dequeue(request_id)
         self.counters.admitted(plan)
         if plan.write_from:
             logger.debug("%s resumes: %s", request_id, plan)
         return plan
+
+    def tainted(self, keys: list[bytes]) -> bool:
+        """Whether some page of a prompt is not trusted, so that it neither uses what is cached nor adds to it."""
+        return bool(self.distrusted) and not self.distrusted.isdisjoint(keys)
 
     def root(self, salt: str) -> bytes:
         """The parent key of the first pages of a tenant."""
@@ -178,10 +201,7 @@ class CacheManager:
 
     def tenant(self, salt: str) -> Tenant:
         """The tenant with this salt."""
-        found = self._tenants.get(salt)
-        if found is None:
-            found = self._tenants[salt] = Tenant(salt)
-        return found
+        return self._tenants.setdefault(salt, Tenant(salt))
 
     def _plan(self, length: int, chain: list[Node], room: int) -> tuple[ResumePlan, Snapshot | None]:
         """The cheapest plan and the snapshot it restores, if holding that one leaves `room`."""
@@ -291,8 +311,7 @@ class CacheManager:
     def snapshot_writes(self, request_id: str, start: int, end: int) -> tuple[SnapshotWrite, ...]:
         """Reserve snapshots for the boundaries in (start, end] that the policy wants and that have none."""
         holding = self.holdings[request_id]
-        if not holding.places:
-            return ()
+        holding.planned = end
         writes = []
         for boundary in range((start // PAGE + 1) * PAGE, end + 1, PAGE):
             if boundary in holding.places:
@@ -381,7 +400,7 @@ class CacheManager:
         """
         holding = self.holdings[request_id]
         boundary = holding.processed // PAGE * PAGE
-        if not boundary or not self.places.at_end or boundary > len(holding.chain) * PAGE:
+        if not boundary or not self.places.on_demand or boundary > len(holding.chain) * PAGE:
             return None
         return self._reserve(holding, boundary)
 
@@ -470,22 +489,6 @@ class CacheManager:
         self.memory.remove_all(reversed(chain))
 
     # ---- what it says about itself
-
-    def frames_in_flight(self) -> Iterator[Sequence[int]]:
-        """Frames that a fetch is filling."""
-        for fetching in self.tiers.fetching.values():
-            yield fetching.pages
-            yield fetching.snapshot_frames
-
-    def tips_in_flight(self) -> Iterator[Node]:
-        """Nodes that fetches, saves and waiting requests have pinned."""
-        yield from (fetching.chain[-1] for fetching in self.tiers.fetching.values() if fetching.chain)
-        yield from (saving.node for saving in self.tiers.saving.values() if saving.node is not None)
-        yield from self.prefetcher.tips
-
-    def snapshots_in_flight(self) -> Iterator[Snapshot]:
-        """Snapshots that are being saved."""
-        yield from (saving.snapshot for saving in self.tiers.saving.values() if saving.snapshot is not None)
 
     def check_integrity(self) -> None:
         """Raise AssertionError with a sentence if any frame, slot, snapshot, pin or queue entry is out of place."""

@@ -38,14 +38,15 @@ only the first ones are taken."""
 class SnapshotPolicy:
     """Where snapshots are put and what happens without one.
 
-    `at_end`: the last boundary of the output gets one too. `stored`: stores keep all of them; if not, those that were
+    `on_demand`: so do boundaries that turn out to be wanted: the last one of an output, and where others who wait part
+    from a running prompt. `stored`: stores keep all of them; if not, those that were
     used, where a prompt left what was cached, and the last. `replay`: how windows are rebuilt where no snapshot is
     left: "trapezoid" is exact, "bounded" runs one window only and is approximate.
     """
 
     name: str
     places: Places
-    at_end: bool = True
+    on_demand: bool = True
     stored: bool = False
     replay: str = "trapezoid"
 
@@ -106,13 +107,13 @@ def snapshot_policy_named(name: str) -> SnapshotPolicy:
     if kind == "periodic":
         if not argument.isdecimal() or not int(argument) or int(argument) % PAGE:
             raise ConfigError(f"{name!r}: the period is a multiple of {PAGE} tokens.", "For example periodic:4096.")
-        return SnapshotPolicy(name, periodic(int(argument)), at_end=False, stored=True)
+        return SnapshotPolicy(name, periodic(int(argument)), on_demand=False, stored=True)
     if name == "adaptive":
         return SnapshotPolicy(name, adaptive)
     if name == "full":
         return SnapshotPolicy(name, full, stored=True)
     if name == "none":
-        return SnapshotPolicy(name, none, at_end=False)
+        return SnapshotPolicy(name, none, on_demand=False)
     if name == "bounded":
         return SnapshotPolicy(name, adaptive, replay="bounded")
     raise ConfigError(f"Unknown cache policy {name!r}.", nearest(name, NAMES))

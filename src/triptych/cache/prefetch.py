@@ -12,8 +12,9 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from triptych.cache.jobs import Done
-from triptych.cache.prefix import Branch, Node, page_keys
+from triptych.cache.prefix import Branch, Node
 from triptych.cache.store.protocol import ObjectKey
+from triptych.cache.tiers import pages_and_snapshot
 from triptych.config import PAGE
 from triptych.words import TokenIds
 
@@ -37,7 +38,6 @@ class Prefetcher:
         self._begun: dict[str, Node] = {}
         self._tips: dict[str, Node | None] = {}
         self._refused: dict[str, int] = {}
-        self._names: dict[str, tuple[bytes, list[bytes]]] = {}
 
     @property
     def tips(self) -> Iterator[Node]:
@@ -56,12 +56,12 @@ class Prefetcher:
         if request_id in self._tips or not self._manager.tiers.enabled or self._refused.get(request_id) == changes:
             return True
         manager = self._manager
-        names = self._names_of(request_id, tokens, salt)
+        names = manager.names.of(request_id, manager.root(salt), tokens)
         chain = manager.memory.tree.match(names)
         keys = self._below(names[len(chain) :])
-        if keys and keys[0] in manager.tiers.loading:
-            return False  # somebody else's fetch brings them
         snapshot = self._snapshot(chain, keys)
+        if manager.tiers.loading.intersection(pages_and_snapshot(keys[:1], snapshot)):
+            return False  # somebody else's fetch brings them
         if not self._pays(len(tokens), chain, keys, snapshot):
             self._tips[request_id] = self._begun.pop(request_id, None)
             return True
@@ -79,14 +79,6 @@ class Prefetcher:
         self._jobs[request_id] = manager.tiers.fetch(chain, keys, snapshot, branch, manager.epoch)
         self._unpin(self._begun.pop(request_id, None))  # the fetch has pinned what it follows
         return False
-
-    def _names_of(self, request_id: str, tokens: TokenIds, salt: str) -> list[bytes]:
-        """The keys of the prompt's pages, remembered while it waits."""
-        root = self._manager.root(salt)
-        known = self._names.get(request_id)
-        if known is None or known[0] != root:
-            known = self._names[request_id] = root, list(page_keys(root, tokens))
-        return known[1]
 
     def _room_beside(self, chain: list[Node]) -> int:
         """Unpromised frames while `chain` may not be evicted."""
@@ -129,8 +121,7 @@ class Prefetcher:
             there = max(here, (len(ends) - ends[::-1].index(snapshot)) * PAGE)
         after = manager.planner.cheapest(length, (len(chain) + len(keys)) * PAGE, there).seconds
         sizes: dict[str, int] = {}
-        wanted = [ObjectKey("page", key) for key in keys] + ([ObjectKey("snapshot", snapshot)] if snapshot else [])
-        for key in wanted:
+        for key in pages_and_snapshot(keys, snapshot):
             tier = tiers.where(key)
             if tier is not None:
                 sizes[tier] = sizes.get(tier, 0) + tiers.size(key)
@@ -162,7 +153,6 @@ class Prefetcher:
         """The request is admitted or gone: what was brought up for it is like any other page now."""
         self._jobs.pop(request_id, None)
         self._refused.pop(request_id, None)
-        self._names.pop(request_id, None)
         self._unpin(self._tips.pop(request_id, None))
         self._unpin(self._begun.pop(request_id, None))
 

@@ -121,6 +121,24 @@ def page_keys(parent: bytes, tokens: TokenIds) -> Iterator[bytes]:
         yield key
 
 
+class Names:
+    """Keys of waiting prompts' pages, worked out once for each: hashing a long prompt in each step would be dear."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[bytes, list[bytes]]] = {}
+
+    def of(self, request_id: str, root: bytes, tokens: TokenIds) -> list[bytes]:
+        """The keys of a request's whole pages, which follow `root`."""
+        known = self._known.get(request_id)
+        if known is None or known[0] != root:
+            known = self._known[request_id] = root, list(page_keys(root, tokens))
+        return known[1]
+
+    def forget(self, request_id: str) -> None:
+        """The request waits no more."""
+        self._known.pop(request_id, None)
+
+
 class PrefixTree:
     """All sealed pages on the device. `set_leaf(node, may_go)` is told whenever a node may or may not be given up."""
 

@@ -27,6 +27,8 @@ class Counters:
     pages_adopted: int = 0
     snapshots_written: int = 0
     snapshots_refused: int = 0
+    requests_held: int = 0
+    held_tokens_saved: int = 0
 
     def admitted(self, plan: ResumePlan) -> None:
         """A request was admitted with `plan`."""
@@ -49,7 +51,8 @@ class CacheStats:
     fetched) = frames; evictable
     frames are a part of the cached ones. `useful_bytes_share`: bytes of pages and snapshots over bytes of the frames
     they take. `snapshots_refused`: wanted by the policy while no frames could be had. `admitted_tokens` counts a
-    preempted request again each time it comes back.
+    preempted request again each time it comes back. `requests_held` waited for what another one was computing, and did
+    not have to run `held_tokens_saved` tokens therefore.
     """
 
     frames: int
@@ -82,6 +85,8 @@ class CacheStats:
     pages_adopted: int
     snapshots_written: int
     snapshots_refused: int
+    requests_held: int
+    held_tokens_saved: int
 
 
 def collect(manager: CacheManager) -> CacheStats:
@@ -90,7 +95,7 @@ def collect(manager: CacheManager) -> CacheStats:
     reserved = sum(len(holding.reserved) for holding in manager.holdings.values())
     used = capacity.frames - len(memory.free)
     snapshots = len(memory.snapshots) + reserved
-    loading = sum(len(frames) for frames in manager.frames_in_flight())
+    loading = sum(len(frames) for frames in manager.tiers.frames_loading())
     pages = used - loading - snapshots * memory.snapshot_frames
     page_bytes, snapshot_bytes = pages * geometry.page_bytes, snapshots * geometry.snapshot_bytes
     return CacheStats(

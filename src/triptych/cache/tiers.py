@@ -11,7 +11,7 @@ keys that some tier has. A fetch holds its frames until all has arrived; then it
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from triptych.cache.geometry import CacheGeometry
@@ -86,7 +86,7 @@ class Tiers:
         self.fetching: dict[int, Fetching] = {}
         self.saving: dict[int, Saving] = {}
         self._on_the_way: set[tuple[ObjectKey, str]] = set()
-        self.loading: set[bytes] = set()
+        self.loading: set[ObjectKey] = set()
         self._memory = memory
         self._geometry = geometry
         self._rates = rates
@@ -117,6 +117,21 @@ class Tiers:
     def leaving(self) -> Sequence[Demotion]:
         """Demotions that are due: their frames may be free already, but must not be written before."""
         return self._demotions
+
+    def frames_loading(self) -> Iterator[Sequence[int]]:
+        """Frames that fetches are filling."""
+        for fetching in self.fetching.values():
+            yield fetching.pages
+            yield fetching.snapshot_frames
+
+    def tips(self) -> Iterator[Node]:
+        """Nodes that fetches and saves have pinned."""
+        yield from (fetching.chain[-1] for fetching in self.fetching.values() if fetching.chain)
+        yield from (saving.node for saving in self.saving.values() if saving.node is not None)
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Snapshots that are being saved."""
+        yield from (saving.snapshot for saving in self.saving.values() if saving.snapshot is not None)
 
     # ---- where things are
 
@@ -251,9 +266,7 @@ class Tiers:
         self._jobs += 1
         if chain:
             self._memory.tree.pin(chain[-1])
-        objects = [ObjectKey("page", key) for key in keys]
-        if snapshot_key is not None:
-            objects.append(ObjectKey("snapshot", snapshot_key))
+        objects = pages_and_snapshot(keys, snapshot_key)
         # sources first: taking frames pushes others to the host, which must not give up what is wanted from it
         sources = [self._source(key) for key in objects]
         pages = self._memory.take(len(keys), branch.tenant)
@@ -266,7 +279,7 @@ class Tiers:
             for key, place, (tier, host_frames) in zip(objects, places, sources, strict=True)
         )
         self.fetching[self._jobs] = Fetching(chain, keys, pages, branch, snapshot_key, frames, parts, epoch)
-        self.loading.update(keys)
+        self.loading.update(objects)
         self._fetches.append(Fetch(self._jobs, parts))
         return self._jobs
 
@@ -330,7 +343,7 @@ class Tiers:
             self._end_save(saving, done.ok[0])
             return None, False
         fetching = self.fetching.pop(done.job)
-        self.loading.difference_update(fetching.keys)
+        self.loading.difference_update(part.key for part in fetching.parts)
         self._observe(fetching, done)
         return self._end_fetch(fetching, done.ok, stale=fetching.epoch != epoch), True
 
@@ -364,3 +377,8 @@ class Tiers:
 def key_of(item: Item) -> ObjectKey:
     """The name of a page or snapshot below the device."""
     return ObjectKey("page", item.key) if isinstance(item, Node) else ObjectKey("snapshot", item.node.key)
+
+
+def pages_and_snapshot(pages: Sequence[bytes], snapshot: bytes | None) -> list[ObjectKey]:
+    """The objects of these names."""
+    return [ObjectKey("page", name) for name in pages] + ([ObjectKey("snapshot", snapshot)] if snapshot else [])

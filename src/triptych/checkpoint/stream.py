@@ -133,6 +133,8 @@ def check_numbers(name: str, data: Tensor) -> None:
 
 def _pieces(given: str, tensor: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """The official tensors inside one: itself, or the matrices of a stack of experts [E, rows, columns]."""
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"Tensor {given} is of type {type(tensor).__name__}, not a tensor.")
     name, tensor = official_name(given), tensor.detach()
     for fused, parts in FUSED.items():
         if not name.endswith((fused, fused + "_scale_inv")):

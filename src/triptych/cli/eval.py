@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from triptych.cli.flags import EngineFlags, spread
-from triptych.errors import ConfigError
+from triptych.cli.outfiles import PICTURE, check_file
+from triptych.errors import ConfigError, reason_of
 
 if TYPE_CHECKING:
     from triptych.workload.retrieval import Model, Row
@@ -47,21 +48,23 @@ def retrieval(
     as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
     engine: EngineFlags,
 ) -> None:
-    """Hide keyed facts in long real text, ask for each, and count exact answers by length and depth."""
+    """Ask for facts that are hidden in long real text.
+
+    Counts exact answers by length of the text and by depth of the fact in it.
+    """
     plan = [(length, documents) for length in parse_lengths(lengths)]
     if documents < 1:
         raise ConfigError(f"--documents {documents} asks nothing.", "Use 1 or more.")
-    if heat_map is not None and heat_map.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--heat-map {heat_map} must end in .png or .svg.")
+    check_file("--heat-map", heat_map, PICTURE)
     text = read_filler(filler) if filler is not None else None
     from triptych.workload.retrieval import evaluate
 
     target = _server(url, model) if url is not None else _in_process(model, engine, max(n for n, _ in plan))
     report = evaluate(target, plan, filler=text, seed=seed, together=together, on_row=_Progress())
-    if heat_map is not None:
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+    if heat_map is not None:  # last, so that a picture that fails takes no numbers with it
         report.heat_map(heat_map)
         print(f"Heat map in {heat_map}.", file=sys.stderr)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -80,7 +83,7 @@ def read_filler(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--filler {path} cannot be read as text: {error}.") from None
+        raise ConfigError(f"--filler {path} cannot be read as text: {reason_of(error)}.") from None
 
 
 def _in_process(model: str, engine: EngineFlags, longest: int) -> Model:

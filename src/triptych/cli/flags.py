@@ -15,6 +15,7 @@ import typer
 
 from triptych.config import KernelBackend
 from triptych.engine.sizes import parse_size
+from triptych.errors import ConfigError
 
 _SIZES = {"kv_memory", "host_memory", "disk_memory"}
 
@@ -122,6 +123,8 @@ class EngineFlags:
 
     def options(self) -> dict[str, Any]:
         """Keyword options for Engine.load; what was not given is left to the engine's default."""
+        if self.disk_memory is not None and self.disk is None and self.profile is None:
+            raise ConfigError("--disk-memory limits --disk, which is not given.", "Add --disk DIR.")
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         given = {name: value for name, value in given.items() if value is not None}
         for name in _SIZES & given.keys():

@@ -32,6 +32,8 @@ COMMANDS = {
     "doctor": "Show what this machine has and which kernels will run.",
 }
 
+_INTERRUPTED = 130
+
 # Typer re-exports only the most specific of its usage errors, and from another home in older releases
 _ClickError: type[Any] = typer.BadParameter.__mro__[2]
 
@@ -82,13 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         status = typer.main.get_command(app).main(args=argv, prog_name="triptych", standalone_mode=False)
+        if status == _INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except TriptychError as error:
         return _say(str(error), 2 if isinstance(error, ConfigError | RequestError) else 1)
     except _ClickError as error:
         return _say(_usage_sentence(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("Interrupted.", 130)
+        return _say("Interrupted.", _INTERRUPTED)
 
 
 def _usage_sentence(error: Any) -> str:

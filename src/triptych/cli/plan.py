@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from triptych.cli.flags import spread
+from triptych.cli.outfiles import PICTURE, check_file
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class MachineFlags:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         if not 0.0 < self.utilisation <= 1.0:
             raise ConfigError(f"--utilisation must be a share above 0 and at most 1, not {self.utilisation}.")
-        if self.price is not None and self.price < 0:
+        if self.price is not None and not self.price >= 0:
             raise ConfigError(f"--price must not be negative, as {self.price} is.")
 
 
@@ -111,7 +112,7 @@ def plan(
         typer.echo(_catalogue(known))
         return
     machine.check()
-    _check_plot(plot)
+    check_file("--plot", plot, PICTURE)
     node = known.node(machine.hardware, machine.gpus)
     model = model_named(os.path.expanduser(what.model), what.kv_format, what.index_format, what.weights)
     layout = layout_for(model, node.count, machine.tp, machine.ep, machine.latent)
@@ -130,14 +131,6 @@ def _show(done: Plan, as_json: bool, plot: Path | None) -> None:
 
         draw(plot, done)
         print(f"Plot in {plot}.", file=sys.stderr)
-
-
-def _check_plot(plot: Path | None) -> None:
-    if plot is not None:
-        if plot.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--plot {plot} must end in .png or .svg.")
-        if not plot.parent.is_dir():
-            raise ConfigError(f"--plot {plot} cannot be written: there is no directory {plot.parent}.")
 
 
 def _tokens(text: str) -> int:

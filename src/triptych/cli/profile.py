@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from triptych.cli.bench import LoadFlags, machine, requests_of
+from triptych.cli.bench import LoadFlags, check_accepted, machine, requests_of
 from triptych.cli.flags import spread
+from triptych.cli.outfiles import PICTURE, check_file, write_file
 from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from triptych.workload.fit import Fit, Outcome, WorldOf
     from triptych.workload.simulate import MachineCosts
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,10 @@ class WhereFlags:
 
 
 @app.callback()
-def profile() -> None:
+def profile(ctx: typer.Context) -> None:
     """Settings for a kind of traffic: show, fit to a trace, compare."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @app.command()
@@ -92,9 +95,11 @@ def measure(
     ] = "cpu",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
 ) -> None:
-    """Measure what steps cost on this machine, for `profile fit`; takes a minute."""
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out} cannot be written: there is no directory {out.parent}.")
+    """Measure what steps cost on this machine.
+
+    It takes a minute; `profile fit --steps` and `profile compare --steps` read what it writes.
+    """
+    check_file("--out", out)
     found = _measured(model, clock, device)
     costs = {"seconds": asdict(found.usual)}
     if found.deterministic is not None:
@@ -102,7 +107,7 @@ def measure(
     text = json.dumps({"model": model, "clock": clock, **costs}, indent=1)
     typer.echo(text)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        write_file("--out", out, text + "\n")
 
 
 @app.command()
@@ -126,13 +131,14 @@ def fit(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="The front as PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Search settings for a trace: the scheduler and cache that serve, on planned or measured times of steps.
+    """Search the settings that suit a trace.
 
-    No model is loaded. Prints the shipped profiles, the Pareto front and one recommendation.
+    It runs the scheduler and the cache that serve, on planned or measured times of steps; no model is loaded. Prints
+    the shipped profiles, the Pareto front and one recommendation.
     """
     load.check()
-    if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
-        raise ConfigError(f"--plot {plot} must be a .png or .svg in a directory that exists.")
+    check_accepted(ttft, tpot)
+    check_file("--plot", plot, PICTURE)
     from triptych.engine.profiles import PROFILES, settings_from_text
     from triptych.workload.fit import Traffic
     from triptych.workload.fit import fit as search
@@ -182,9 +188,10 @@ def compare(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures as JSON lines.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots (HTML).")] = None,
 ) -> None:
-    """Run the shipped profiles against each other on this processor, each workload by its own objective.
+    """Run the shipped profiles against each other.
 
-    Fits every workload first, on other draws of it, and says whether the profile that the fit recommends is better.
+    On this processor, each workload by its own objective. Fits every workload first, on other draws of it, and says
+    whether the profile that the fit recommends is better.
     """
     from triptych.workload.compare import SETUPS
 
@@ -193,9 +200,8 @@ def compare(
             raise ConfigError(f"There is no comparison for {name!r}.", nearest(name, SETUPS))
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {rounds}.")
-    for flag, path in (("--out", out), ("--report", report)):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{flag} {path} cannot be written: there is no directory {path.parent}.")
+    check_file("--out", out)
+    check_file("--report", report)
     from triptych.workload.compare_page import write_comparison
     from triptych.workload.verdicts import objective_lines
 
@@ -206,8 +212,7 @@ def compare(
             typer.echo(f"  {name:<40} cannot run: {why}")
         found.append(one)
         if out is not None:
-            text = "".join(json.dumps(each.to_dict()) + "\n" for each in found)
-            out.write_text(text, encoding="utf-8")
+            write_file("--out", out, "".join(json.dumps(each.to_dict()) + "\n" for each in found))
     if report is not None:  # last, so that a page that fails takes no numbers with it
         write_comparison(report, found, {"rounds": rounds, "clock": clock, "seed": seed} | machine())
 
@@ -307,7 +312,8 @@ def costs_of(path: Path) -> MachineCosts:
     except OSError as error:
         raise ConfigError(f"--steps {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--steps {path} holds no costs of steps: {error}.", "See `profile measure`.") from None
+        why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"--steps {path} holds no costs of steps: {why}.", "See `profile measure`.") from None
 
 
 def _measured(model: str, clock: Literal["wall", "cpu"], device: Literal["auto", "cpu", "cuda"]) -> MachineCosts:

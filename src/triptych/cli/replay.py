@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from triptych.cli.flags import spread
+from triptych.cli.outfiles import PICTURE, check_file
 from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
 
@@ -82,6 +83,7 @@ def replay(
     input_length, output_length, hash_ids) or in our session format.
     """
     _check(in_flight, chunk, traffic.limit, plot)
+    check_file("--save", traffic.save)
     from triptych.workload.replay import POLICIES, ReplaySettings
     from triptych.workload.replay import replay as run
 
@@ -102,18 +104,15 @@ def replay(
     else:
         typer.echo(_table(results))
     if plot is not None:  # last, so that a plot that fails takes no numbers with it
-        _draw(plot, f"{requests.name}, {len(requests):,} requests, {model}, {traffic.tokens}", results)
+        how = "" if traffic.tokens == "literal" else f", --tokens {traffic.tokens}"
+        _draw(plot, f"{requests.name}: {len(requests):,} requests to {model}{how}", results)
 
 
 def _check(in_flight: int, chunk: int, limit: int | None, plot: Path | None) -> None:
     for name, value in (("--in-flight", in_flight), ("--chunk", chunk), ("--limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}.")
-    if plot is not None:
-        if plot.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--plot {plot} must end in .png or .svg.")
-        if not plot.parent.is_dir():
-            raise ConfigError(f"--plot {plot} cannot be written: there is no directory {plot.parent}.")
+    check_file("--plot", plot, PICTURE)
 
 
 def _memory(text: str, geometry: CacheGeometry, in_flight: int) -> int:
@@ -166,7 +165,7 @@ def _geometry(model: str, kv_format: Literal["float32", "bfloat16", "fp8"]) -> C
 
 def _trace(name: str, traffic: TrafficFlags) -> Trace:
     from triptych.workload.named import WORKLOADS, workload
-    from triptych.workload.traces import read_trace
+    from triptych.workload.trace_files import read_trace
 
     path = Path(os.path.expanduser(name))
     if name in WORKLOADS:

@@ -133,7 +133,7 @@ def check_tls(cert: str | None, key: str | None) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
     except (OSError, ssl.SSLError) as error:
-        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        reason = (error.reason or "no PEM") if isinstance(error, ssl.SSLError) else error.strerror
         raise ConfigError(
             f"--tls-cert {cert} and --tls-key {key} cannot be used: {reason}.", "Give PEM files that belong together."
         ) from None

@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from triptych.engine.async_engine import AsyncEngine
-from triptych.engine.load import LoadedEngine, load_with
+from triptych.engine.face import Face
+from triptych.engine.load import LoadedEngine
 from triptych.engine.outputs import OutputText
 from triptych.engine.renewal import Source, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.step_times import StepTime, timed_steps
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
-from triptych.text.grammar import GrammarCache
 from triptych.words import (
     NO_HINTS,
     CacheHints,
@@ -56,7 +54,7 @@ class Output:
     index: int = 0
 
 
-class Engine:
+class Engine(Face):
     """Offline inference. Not for use from several threads at once; AsyncEngine is.
 
     from triptych import Engine, SamplingParams
@@ -65,31 +63,10 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedEngine) -> None:
-        self._loaded = loaded
-        self._loop = loaded.loop
+        super().__init__(loaded)
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self.model_name = loaded.name
-        self.shape = loaded.shape
-        self.config = loaded.config
         self.tokenizer = loaded.tokenizer
-        self.max_context = loaded.max_context
-
-    @classmethod
-    def load(cls, model: str | Path = "tiny", **options: Any) -> Engine:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
-        `profile`, a name or a TOML file that gives those which are not named here.
-        """
-        return cls(load_with(model, options))
-
-    @property
-    def grammars(self) -> GrammarCache | None:
-        """The compiled grammars; None without a tokenizer."""
-        return self._loop.masks.grammars if self._loop.masks is not None else None
-
-    def describe(self) -> str:
-        """A few lines: the model, the cache and what it holds."""
-        return self._loaded.banner
 
     def generate(
         self,
@@ -107,6 +84,9 @@ class Engine:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, not {type(one).__name__}.", param="params")
         with self._lock:
             samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}

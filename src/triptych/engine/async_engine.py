@@ -16,18 +16,17 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from triptych.checkpoint import safetensors_stream
+from triptych.engine.face import Face
 from triptych.engine.facts import Watch, panels
-from triptych.engine.load import LoadedEngine, load_with
+from triptych.engine.load import LoadedEngine
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
 from triptych.engine.renewal import Source, Staged, check_running, stage, swap
 from triptych.engine.samples import Sample, deltas, expand
 from triptych.errors import ConfigError, TriptychError, Unavailable
-from triptych.text.grammar import GrammarCache
 from triptych.words import (
     NO_HINTS,
     CacheHints,
@@ -85,22 +84,17 @@ class _Route:
     born: float = field(default_factory=time.monotonic)
 
 
-class AsyncEngine:
+class AsyncEngine(Face):
     """Serves many requests at once from one event loop. Call `start` on it, `stop` or `drain` at the end."""
 
     def __init__(self, loaded: LoadedEngine) -> None:
-        self._loaded = loaded
-        self._loop = loaded.loop
-        self.model_name = loaded.name
-        self.shape = loaded.shape
-        self.config = loaded.config
+        super().__init__(loaded)
         if loaded.tokenizer is None:
             raise ConfigError(
                 f"Checkpoint {loaded.name} has no tokenizer.json, which a server needs.",
                 "Put the model's tokenizer.json into the checkpoint directory.",
             )
         self.tokenizer = loaded.tokenizer
-        self.max_context = loaded.max_context
         self._routes: dict[str, _Route] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -114,22 +108,6 @@ class AsyncEngine:
         self._facts: asyncio.Future[Facts] | None = None
         self._update: _Update | None = None  # belongs to the engine thread
         self._updating = threading.Lock()
-
-    @classmethod
-    def load(cls, model: str | Path = "tiny", **options: Any) -> AsyncEngine:
-        """Load a bundled model or a checkpoint directory. Options are the fields of EngineConfig and CacheConfig, and
-        `profile`, a name or a TOML file that gives those which are not named here.
-        """
-        return cls(load_with(model, options))
-
-    @property
-    def grammars(self) -> GrammarCache | None:
-        """The compiled grammars; None without a tokenizer."""
-        return self._loop.masks.grammars if self._loop.masks is not None else None
-
-    def describe(self) -> str:
-        """A few lines: the model, the cache and what it holds."""
-        return self._loaded.banner
 
     async def start(self) -> None:
         """Start the engine thread; deltas will arrive on the running event loop."""

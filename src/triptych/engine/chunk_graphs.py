@@ -1,10 +1,11 @@
 """Small prefill chunks by CUDA graphs: what a cached prompt has left costs the host more than the GPU without them.
 
-A graph needs fixed shapes, which a chunk has not: it is padded by repeating its last row and the last one of every list
-of rows, groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
+A graph needs fixed shapes, which a chunk has not: it is padded by repeating its last rows and the last one of every
+list of groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
 one signature share a graph, recorded when the signature comes for the second time.
 
-    rows          up to a multiple of 32
+    rows          up to a multiple of 32, or of 128 if they are many, beside the few that are run again behind a
+                  boundary; the last ones once more each, since copies of one row would all go to a few experts
     pages         as for decode steps; entries that a row may see are bounded by them
     other lists   as many as so many rows can need
 """
@@ -16,21 +17,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.cache.geometry import CSA_RING, HCA_RING, RESTORED, SLOT_ROWS
+from triptych.cache.geometry import CSA_RING, HCA_RING, LOOKBACK, RESTORED, SLOT_ROWS
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE
+from triptych.engine.batching import Ints
 from triptych.engine.device import signature, sized, staged
 from triptych.model.batch import Batch, EntryPlan
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 512
+MOST_ROWS = 2048
 """Rows of a step up to which the host is slower than the GPU."""
 MOST_GRAPHS = 24
 """Graphs at most; the one that was not used for longest goes."""
-_ROWS = 32
+_ROWS, _MANY_ROWS = 32, 128
+_MANY = 512
 
 Key = tuple[object, ...]
 
@@ -40,8 +44,8 @@ def padded(batch: Batch, pages: int) -> Batch | None:
 
     Results and caches are those of `batch`.
     """
-    rows = -(-batch.rows // _ROWS) * _ROWS
-    window, more = batch.window, rows - batch.rows
+    rows = _bucket(batch.rows)
+    window, again = batch.window, _repeated(batch.seq.numpy(), rows)
     sequences = len(batch.page_table)
     if batch.narrow or not len(batch.csa.first) or not len(window.past_src):
         return None
@@ -51,54 +55,73 @@ def padded(batch: Batch, pages: int) -> Batch | None:
     table[:, : batch.page_table.shape[1]] = batch.page_table
     return replace(
         batch,
-        token_ids=_more(batch.token_ids, more),
-        positions=_more(batch.positions, more),
-        seq=_more(batch.seq, more),
+        token_ids=_rows(batch.token_ids, again),
+        positions=_rows(batch.positions, again),
+        seq=_rows(batch.seq, again),
         page_table=table,
         window=replace(
             window,
             total=past + rows,
             past_src=_up_to(window.past_src, past),
             past_dst=_up_to(window.past_dst, past),
-            step_dst=_more(window.step_dst, more),
-            first=_more(window.first, more),
-            count=_more(window.count, more),
+            step_dst=_rows(window.step_dst, again),
+            first=_rows(window.first, again),
+            count=_rows(window.count, again),
             keep_src=_up_to(window.keep_src, kept),
             keep_dst=_up_to(window.keep_dst, kept),
         ),
-        csa=_padded(batch.csa, rows, sequences, pages, (CSA_RATIO, CSA_RING)),
-        hca=_padded(batch.hca, rows, sequences, pages, (HCA_RATIO, HCA_RING)),
+        csa=_padded(batch.csa, again, sequences, pages, (CSA_RATIO, CSA_RING)),
+        hca=_padded(batch.hca, again, sequences, pages, (HCA_RATIO, HCA_RING)),
     )
 
 
-def _padded(plan: EntryPlan, rows: int, sequences: int, pages: int, kind: tuple[int, int]) -> EntryPlan:
-    """A plan for `rows` rows and, where any group completes, as many groups as they can complete."""
+def _bucket(rows: int) -> int:
+    """How many rows are run for so many."""
+    some = _ROWS if rows <= _MANY else _MANY_ROWS
+    return LOOKBACK + max(0, -(-(rows - LOOKBACK) // some)) * some
+
+
+def _repeated(seq: Ints, rows: int) -> Ints:
+    """All rows in their order, and then the last sequence's last ones again, in turn, until there are `rows`."""
+    at, own = np.arange(rows), len(seq)
+    span = max(1, min(int((seq == seq[-1]).sum()), rows - own))
+    at[own:] = own - span + (at[own:] - own) % span
+    return at
+
+
+def _padded(plan: EntryPlan, again: Ints, sequences: int, pages: int, kind: tuple[int, int]) -> EntryPlan:
+    """A plan for rows `again` and, where any group completes, as many groups as they can complete."""
     ratio, ring = kind
+    rows = len(again)
     groups = rows // ratio + sequences if len(plan.first) else 0
-    more, ring = rows - len(plan.visible), min(rows, ring * sequences)
+    ring = min(rows, ring * sequences)
     steps = plan.compress
     compress = steps._replace(
         src=_up_to(steps.src, groups),
         page=_up_to(steps.page, groups),
         offset=_up_to(steps.offset, groups),
-        phase=_more(steps.phase, more),
+        phase=_rows(steps.phase, again),
         keep_src=_up_to(steps.keep_src, ring),
         keep_dst=_up_to(steps.keep_dst, ring),
     )
-    visible = _more(plan.visible, more)
+    visible = _rows(plan.visible, again)
     return replace(
         plan, compress=compress, first=_up_to(plan.first, groups), visible=visible, max_visible=pages * (PAGE // ratio)
     )
 
 
-def _more(values: Tensor, count: int) -> Tensor:
-    """`values` and `count` times the last of them."""
-    return torch.cat([values, values[-1:].expand(count, *values.shape[1:])])
+def _rows(values: Tensor, again: Ints) -> Tensor:
+    """Rows `again` of `values`. On the host numpy takes a fraction of the time of torch's indexing."""
+    return torch.from_numpy(values.numpy()[again])
 
 
 def _up_to(values: Tensor, count: int) -> Tensor:
     """`values` with the last one repeated until there are `count`."""
-    return _more(values, count - len(values))
+    given = values.numpy()
+    out = np.empty((count, *given.shape[1:]), given.dtype)
+    out[: len(given)] = given
+    out[len(given) :] = given[-1:]
+    return torch.from_numpy(out)
 
 
 class ChunkGraphs:
@@ -135,7 +158,10 @@ class ChunkGraphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._forward(sized(batch, there))
         except RuntimeError as error:  # no memory left, or an operation that has to wait for the GPU
-            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(error).split("\n", 1)[0])
+            first = error  # leaving a broken recording raises once more, and says less
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(first).split("\n", 1)[0])
             self._works = False
             return
         self._graphs[key] = graph, there, logits

@@ -112,9 +112,10 @@ def staged(batch: Batch) -> Tensor:
     found = list(_tensors(batch))
     starts, total = _starts(found)
     host = torch.empty(max(total, 1), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    room = host.numpy()  # whose small copies take a fraction of the time of torch's
     for tensor, start in zip(found, starts, strict=True):
         assert tensor.dtype == torch.int64, tensor.dtype
-        host[start : start + tensor.numel()] = tensor.flatten()
+        room[start : start + tensor.numel()] = tensor.numpy().reshape(-1)
     return host
 
 

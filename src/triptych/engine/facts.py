@@ -69,8 +69,10 @@ class Watch:
         request, usage = sequence.request, sequence.usage()
         if sequence.running:
             state = "decode" if sequence.prefilled else "prefill"
+        elif cache.prefetcher.fetching(sequence.request_id):
+            state = "fetching"
         else:
-            state = "fetching" if cache.prefetcher.fetching(sequence.request_id) else "waiting"
+            state = "held" if cache.inflight.held(sequence.request_id) else "waiting"
         born, hint = self._born(sequence.request_id), request.hints.session
         return RequestFacts(
             request_id=sequence.request_id,

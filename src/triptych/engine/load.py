@@ -28,6 +28,7 @@ from triptych.engine.loop import EngineLoop
 from triptych.engine.masks import Masks
 from triptych.engine.memory import free_memory
 from triptych.engine.mover import Mover
+from triptych.engine.options import options_of
 from triptych.engine.pools import Pools
 from triptych.engine.profiles import profile_named
 from triptych.engine.rates import starting_rates
@@ -35,7 +36,7 @@ from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
 from triptych.engine.warmup import prepare, prepare_chunks, warm_up
-from triptych.errors import CheckpointError, ConfigError, nearest
+from triptych.errors import CheckpointError, ConfigError, nearest, reason_of
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
 from triptych.model.weights import ModelWeights, Storage, WeightStore
@@ -71,7 +72,7 @@ class LoadedEngine:
 
 def load_with(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load `model` with options by name; `profile` among them gives those that are not there. Raises as `load`."""
-    given = dict(options)
+    given = options_of(options)
     name = given.pop("profile", None)
     if name is None:
         return load(model, EngineConfig.from_options(**given))
@@ -109,7 +110,7 @@ def load(model: str | Path, config: EngineConfig) -> LoadedEngine:
     tokenizer = _tokenizer(directory, shape)
     if tokenizer is not None:
         loop.masks = Masks(GrammarCache(tokenizer, shape.vocab_size, shape.eos_ids))
-    banner = _banner(name, weights, memory, capacity.describe(geometry), max_context)
+    banner = _banner(name, weights, capacity.describe(geometry), max_context)
     return LoadedEngine(name, shape, config, tokenizer, loop, max_context, banner, store)
 
 
@@ -175,7 +176,7 @@ def _find(model: str | Path) -> tuple[str, Path]:
         try:
             return str(model), tiny.ensure_checkpoint()
         except OSError as error:
-            raise ConfigError(f"The bundled checkpoint could not be written: {error}.") from None
+            raise ConfigError(f"The bundled checkpoint could not be written: {reason_of(error)}.") from None
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path.resolve().name, path
@@ -279,13 +280,13 @@ def _tokenizer(directory: Path, shape: ModelShape) -> Tokenizer | None:
     return None
 
 
-def _banner(name: str, weights: ModelWeights, memory: int, capacity: str, max_context: int) -> str:
+def _banner(name: str, weights: ModelWeights, capacity: str, max_context: int) -> str:
     shape = weights.shape
     kinds = f"{len(shape.csa_layers)} CSA, {len(shape.hca_layers)} HCA"
     swa = shape.num_layers - len(shape.csa_layers) - len(shape.hca_layers)
     return (
         f"Model    {name}: {shape.num_layers} layers ({swa} SWA, {kinds}), weights about "
         f"{_bytes_of(weights) / 2**20:,.0f} MiB in {str(weights.embed.dtype).removeprefix('torch.')}\n"
-        f"Cache    {memory / 2**30:.2f} GiB: {capacity}\n"
+        f"Cache    {capacity}\n"
         f"Context  up to {max_context:,} tokens per request"
     )

@@ -12,16 +12,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from triptych.config import CacheConfig, EngineConfig
-from triptych.engine.sizes import parse_size
+from triptych.engine.options import SIZES, typed
 from triptych.errors import ConfigError, nearest
 
 Options = Mapping[str, Any]
 
 DEVICES = ("cpu", "cuda")
-_SIZES = ("kv_memory", "host_memory", "disk_memory")
 _ABOUT = ("name", "purpose", "base")
 
 
@@ -66,7 +65,7 @@ PROFILES: dict[str, Profile] = {
             "research-agent",
             "Few agents with very long contexts, read page after page.",
             {},
-            {"cpu": {"max_running": 6, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
+            {"cpu": {"max_running": 3, "step_tokens": 2048}, "cuda": {"max_running": 4, "step_tokens": 2048}},
         ),
         Profile(
             "rl-rollout",
@@ -77,7 +76,7 @@ PROFILES: dict[str, Profile] = {
                 "cuda": {"max_running": 64, "step_tokens": 8192},
             },
         ),
-        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 1024}}),
+        Profile("mixed", "All of these at one endpoint.", {}, {"cpu": {"max_running": 16, "step_tokens": 2048}}),
     )
 }
 
@@ -131,27 +130,10 @@ def _read(path: Path) -> Profile:
 
 def _checked(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> dict[str, Any]:
     """`given` with sizes in bytes. ConfigError for a key that is no option."""
-    found = {}
-    for key, value in given.items():
+    for key in given:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}.", nearest(key, known))
-        size = key in _SIZES and isinstance(value, str)
-        found[key] = parse_size(value, f"{where}: {key}") if size else _typed(key, value, where)
-    return found
-
-
-def _typed(key: str, value: Any, where: str) -> Any:
-    """`value` if the option takes its type. ConfigError says what it takes."""
-    hint = (get_type_hints(EngineConfig) | get_type_hints(CacheConfig))[key]
-    wanted = [part for part in get_args(hint) or (hint,) if part is not type(None)]
-    if get_origin(wanted[0]) is Literal:  # Literal[...] | None
-        wanted = list(get_args(wanted[0]))
-    if all(isinstance(part, str) for part in wanted):
-        if value not in wanted:
-            raise ConfigError(f"{where}: {key} {value!r} is not known.", nearest(str(value), wanted))
-    elif type(value) not in wanted and not (float in wanted and type(value) is int):
-        raise ConfigError(f"{where}: {key} must be of type {wanted[0].__name__}, not {value!r}.")
-    return value
+    return {key: typed(key, value, where) for key, value in given.items()}
 
 
 def _config_of(options: Mapping[str, Any], where: str) -> EngineConfig:
@@ -178,7 +160,7 @@ def settings_from_text(text: str, flag: str) -> dict[str, Any]:
 
 def _from_text(key: str, text: str) -> Any:
     """`text` as TOML reads it, or as it is."""
-    if key in _SIZES:
+    if key in SIZES:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]

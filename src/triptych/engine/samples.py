@@ -28,17 +28,13 @@ def expand(
     salt: str = "",
     hints: CacheHints = NO_HINTS,
 ) -> list[Sample]:
-    """The n samples of a request. All but the first wait for the first one's prefill and find it cached."""
+    """The n samples of a request: as many requests with one prompt, which the first of them runs."""
     if not len(prompt):
         raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
     if params.stop and tokenizer is None:
         raise RequestError("Stop strings need a tokenizer.", "Use stop_token_ids.", param="stop")
-    first = f"{request_id}.0"
     return [
-        Sample(
-            Request(f"{request_id}.{i}", prompt, params, salt, fork_of=first if i else None, hints=hints),
-            OutputText(i, params, tokenizer),
-        )
+        Sample(Request(f"{request_id}.{i}", prompt, params, salt, hints), OutputText(i, params, tokenizer))
         for i in range(params.n)
     ]
 

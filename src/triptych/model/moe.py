@@ -13,7 +13,8 @@ from triptych.model.weights import MoeWeights
 def moe(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, numerics: NumericsRules) -> Tensor:
     """x [R, d], the normed layer input, and its token ids [R] (hash layers route by them) -> [R, d]."""
     if numerics.narrow and isinstance(weights.experts.w13, Mxfp4Matrix):
-        return _released(x, token_ids, weights, kernels, numerics)
+        beside = (weights.shared_w13, weights.shared_w2)
+        return kernels.moe_rows(x, token_ids, weights.router, weights.experts, beside)  # type: ignore[no-any-return]
     if numerics.narrow:
         x = x.float()
     ids, gates = kernels.route(x, token_ids, weights.router)
@@ -22,17 +23,3 @@ def moe(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, n
     routed = kernels.experts(x, ids, gates, weights.experts, rounding)
     shared = kernels.shared_expert(x, weights.shared_w13, weights.shared_w2, weights.experts.limit, rounding)
     return numerics.activation(routed + shared)
-
-
-_FEW = 288
-"""Rows up to which a launch that streams every expert it needs is the quicker way."""
-
-
-def _released(x: Tensor, token_ids: Tensor, weights: MoeWeights, kernels: KernelSet, numerics: NumericsRules) -> Tensor:
-    """`moe` in bf16 tensors with weights as released, whose products quantise their own inputs."""
-    shared = (weights.shared_w13, weights.shared_w2)
-    if len(x) <= _FEW:
-        return kernels.moe_rows(x, token_ids, weights.router, weights.experts, shared)  # type: ignore[no-any-return]
-    ids, gates = kernels.route(x, token_ids, weights.router)
-    routed = kernels.experts(x, ids, gates, weights.experts, numerics.expert_rounding)
-    return routed + kernels.shared_expert(x, *shared, weights.experts.limit)  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from triptych.errors import ConfigError, nearest
+from triptych.errors import ConfigError, nearest, reason_of
 
 Numeric = Literal["fp4", "fp8", "bf16", "fp32"]
 _WIDER: tuple[Numeric, ...] = ("fp4", "fp8", "bf16", "fp32")
@@ -113,7 +113,7 @@ def _read(path: Path, base: Catalogue) -> Catalogue:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"Hardware file {path} cannot be read: {error}.") from None
+        raise ConfigError(f"Hardware file {path} cannot be read: {reason_of(error)}.") from None
     for key in raw:
         if key not in ("device", "node"):
             raise ConfigError(f"{path}: unknown table {key!r}.", nearest(key, ("device", "node")))

@@ -57,11 +57,12 @@ def layout_for(
         tp = possible[-1]
     elif tp not in possible:
         close = min(possible, key=lambda n: (abs(n - tp), n))
-        reason = (
-            f"the {model.heads_limit} groups of {model.name}'s heads are no multiple of it"
-            if devices % tp == 0
-            else f"{devices} devices are no multiple of it"
-        )
+        if tp < 1:
+            reason = "a group has one device or more"
+        elif devices % tp:
+            reason = f"{devices} devices are no multiple of it"
+        else:
+            reason = f"the {model.heads_limit} groups of {model.name}'s heads are no multiple of it"
         raise ConfigError(f"--tp {tp} is impossible: {reason}.", f"The nearest that works is --tp {close}.")
     if ep is None or not model.experts:
         ep = devices if model.experts else 1

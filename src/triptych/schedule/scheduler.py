@@ -13,7 +13,8 @@ finds no room waits, `strained` tells the engine to apply first, and the plan af
 Progress. A request is refused at `add` unless the whole pool holds all tokens it may ever have. The oldest
 running request is never preempted, and preempting all others makes every page that it does not hold itself
 evictable; so it can always grow, and each step runs at least one of its rows. Nothing can wait for ever:
-admission is first come, first served, and a preempted request returns to the front.
+admission is first come, first served, a preempted request returns to the front, and who is held up for what another
+one computes is held up by one that runs.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from itertools import chain
 
 import numpy as np
 
+from triptych.cache.holding import NOTHING, Room
 from triptych.cache.manager import CacheManager
-from triptych.config import PAGE, EngineConfig
+from triptych.config import EngineConfig
 from triptych.errors import ContextTooLong, QueueFull, RequestError
 from triptych.schedule.sequence import Sequence
 from triptych.schedule.shares import fair_shares
@@ -64,8 +66,6 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
-        # live requests by tenant and prompt: who comes with the same one waits for it, as a fork does
-        self._firsts: dict[tuple[str, int, int], Sequence] = {}
         self._saves: list[SlotSave] = []
         self._flights: deque[_Flight] = deque()
         self._counters = Counters()
@@ -124,12 +124,7 @@ class Scheduler:
             raise QueueFull(f"{len(self._waiting)} requests are waiting already.", "Retry after a pause.")
         wanted = request.params.max_tokens
         limit = self.max_tokens if wanted is None else min(self.max_tokens, length + wanted)
-        # looked up now: a parent that has ended, or comes later, holds nobody up
-        prompt = (request.salt, length, hash(request.prompt_ids.tobytes()))
-        sequence = Sequence(request, limit, self._live.get(request.fork_of or "") or self._firsts.get(prompt))
-        if sequence.parent is None and length >= PAGE and self._cache.prefix_cache:
-            self._firsts[prompt] = sequence
-            sequence.stands_for = prompt
+        sequence = Sequence(request, limit)
         self._live[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -150,7 +145,6 @@ class Scheduler:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return None
-        self._bequeath(sequence)
         if sequence.running:
             self._running.remove(sequence)
             self._leave(sequence, forget=reason is FinishReason.ERROR)
@@ -159,21 +153,6 @@ class Scheduler:
             self._cache.withdraw(request_id)
         sequence.ended = True
         return sequence.usage()
-
-    def _bequeath(self, sequence: Sequence) -> None:
-        """A request ends. If its prompt has not run, those who waited for that wait for the first of them now."""
-        prompt = sequence.stands_for
-        if prompt is not None:
-            del self._firsts[prompt]
-        heirs = [] if sequence.shared else [other for other in self._waiting if other.parent is sequence]
-        if not heirs:
-            return
-        first, *others = heirs
-        first.parent, first.stands_for = None, prompt
-        for other in others:
-            other.wait_for(first)
-        if prompt is not None:
-            self._firsts[prompt] = first
 
     def abort(self, request_id: str) -> bool:
         """End a request whose caller went away. False if it is not known."""
@@ -268,7 +247,6 @@ class Scheduler:
         for sequence in reversed(running):
             self._leave(sequence)
             sequence.suspend()
-            sequence.shared = False
             self._waiting.appendleft(sequence)
         self._saves = []  # of requests that had ended: nobody will resume there
         self._counters.preemptions += len(running)
@@ -286,20 +264,21 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit waiting requests in order until one does not fit.
 
-        Forks of a prompt being prefilled stand aside, as do others with the same prompt, and requests whose pages
-        are being fetched.
+        Requests for whom a running one computes what they share stand aside, and so do those whose pages are being
+        fetched. The former go on soon: who passes them leaves them the slots and pages that they will need.
         """
         aside: list[Sequence] = []
-        while self._waiting:
-            sequence = self._waiting[0]
-            if sequence.parent is not None and sequence.parent.holds_up_forks:
+        keep = NOTHING
+        while self._waiting and (not keep.slots or keep.slots < len(self._cache.free_slots)):
+            sequence, request = self._waiting[0], self._waiting[0].request
+            hold = self._cache.held(request.request_id, sequence.tokens, request.salt)
+            if hold is not None:
+                keep = Room(keep.slots + 1, keep.frames + hold.frames)
+            if hold is not None or not self._cache.ready(request.request_id, sequence.tokens, request.salt):
                 aside.append(self._waiting.popleft())
                 continue
-            if not self._cache.ready(sequence.request_id, sequence.tokens, sequence.request.salt):
-                aside.append(self._waiting.popleft())
-                continue
-            request = sequence.request
-            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, sequence.limit, sequence.hints)
+            limit, hints = sequence.limit, request.hints
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, limit, hints, keep)
             if plan is None:
                 break
             self._waiting.popleft()

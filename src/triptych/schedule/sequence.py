@@ -7,12 +7,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from triptych.cache.resume import ResumePlan
-from triptych.words import CacheHints, Request, TokenIds, Usage
+from triptych.words import Request, TokenIds, Usage
 
 
 class Sequence:
@@ -22,14 +20,9 @@ class Sequence:
     count as tokens wherever a plan is made, and become known, or are dropped, when their step is applied.
     """
 
-    def __init__(self, request: Request, limit: int, parent: Sequence | None = None) -> None:
+    def __init__(self, request: Request, limit: int) -> None:
         self.request = request
         self.limit = limit
-        self.parent: Sequence | None = None
-        self.stands_for: tuple[str, int, int] | None = None
-        self._forked = False
-        if parent is not None:
-            self.wait_for(parent)
         self.prompt = len(request.prompt_ids)
         self.length = self.prompt
         self.processed = 0
@@ -39,7 +32,6 @@ class Sequence:
         self.failed = False
         self.starved = False
         self.ended = False
-        self.shared = False
         self.weights = 0  # the version of the weights that it runs on
         self._by_weights: dict[int, int] = {}
         self.ahead = 0
@@ -60,17 +52,6 @@ class Sequence:
         view = self._buffer[: self.length]
         view.flags.writeable = False
         return view
-
-    def wait_for(self, parent: Sequence) -> None:
-        """Let `parent`, which has the same prompt, run it."""
-        self.parent = parent
-        parent._forked = True
-
-    @property
-    def hints(self) -> CacheHints:
-        """What is known about reuse; if others are to fork from it, that they will leave at the end of its prompt."""
-        hints = self.request.hints
-        return replace(hints, marks=(*hints.marks, self.prompt)) if self._forked else hints
 
     @property
     def running(self) -> bool:
@@ -102,11 +83,6 @@ class Sequence:
         """True when it must not run any more, at its limit or failed: whoever owns the stop rules has to end it."""
         return self.failed or self.expected >= self.limit
 
-    @property
-    def holds_up_forks(self) -> bool:
-        """True until the prompt has run, so that its pages and its last boundary are cached."""
-        return not self.ended and not self.shared
-
     def admit(self, plan: ResumePlan) -> int:
         """Start running by `plan`. Returns how many tokens will run again that had run before a preemption."""
         self.plan = plan
@@ -135,7 +111,7 @@ class Sequence:
         self.length += 1
         self.ahead -= 1
         self._by_weights[self.weights] = self._by_weights.get(self.weights, 0) + 1
-        self.prefilled = self.shared = True
+        self.prefilled = True
 
     def suspend(self) -> None:
         """Preempted: tokens stay, what has run is only what the cache will remember."""

@@ -48,6 +48,7 @@ _HEADERS = {
 }
 _TOTALS = (
     *("preemptions", "rerun_tokens", "pages_evicted", "snapshots_evicted", "snapshots_refused", "pins_refused"),
+    *("requests_held", "held_tokens_saved"),
     *("saves_failed", "fetches_failed", "canary_checked", "canary_failed"),
 )
 

@@ -36,6 +36,8 @@ _CACHE_COUNTERS = {
     "snapshots_evicted": "Snapshots given up by the device.",
     "snapshots_refused": "Snapshots that the policy wanted while no memory could be had.",
     "pins_refused": "Pins refused because pins held enough already.",
+    "requests_held": "Requests that waited for what another one was computing of their prompt.",
+    "held_tokens_saved": "Prompt tokens that these did not have to run therefore.",
     "fetches_failed": "Fetches from a lower tier of which a part did not arrive whole.",
     "saves_failed": "Objects that a store did not take.",
     "canary_checked": "Resumed requests that were computed again and compared.",

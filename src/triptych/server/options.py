@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from triptych.text.spell import EFFORTS
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LOG_FORMATS = ("text", "json")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null")
 _POSITIVE = (
     *("max_body", "max_bodies", "max_header", "max_connections", "header_timeout", "body_timeout", "write_timeout"),
     *("keep_alive", "retry_after", "encode_threads"),
@@ -84,6 +86,11 @@ class ServerOptions:
             )
         if self.weights_root is not None and not Path(self.weights_root).expanduser().is_dir():
             raise ConfigError(f"There is no directory {self.weights_root!r} for weights.", "Make it first.")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origin {origin!r} is none.", "Write it as browsers do, like https://example.org, or *."
+                )
         if self.store_memory < 0:
             raise ConfigError(f"store_memory must not be negative, but is {self.store_memory}.")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -102,7 +102,8 @@ class Pages:
         if error.status_code == 404:
             fault = NotFound(f"There is nothing at {path!r}.", nearest(path, ENDPOINTS))
         elif error.status_code == 405:
-            fault = _WrongMethod(f"{path!r} does not take {request.method[:20]}.")
+            allowed = (error.headers or {}).get("Allow", "")
+            fault = _WrongMethod(f"{path!r} does not take {request.method[:20]}.", allowed and f"Use {allowed}.")
         response = refusal(fault, request.scope, self._state.options.retry_after)
         response.headers.update(error.headers or {})
         return response

@@ -37,10 +37,10 @@ class Setup:
 
 
 SETUPS = {
-    "chat": Setup(40, 0.05, "closed:10", "28MiB", "more people than may run at once"),
-    "coding-agent": Setup(36, 0.03, "closed:12", "28MiB", "twelve agents who share tools, and wait for each step"),
-    "research-agent": Setup(40, 0.04, "closed:8", "10MiB", "contexts that fill the memory when few are held"),
-    "rl-rollout": Setup(64, 0.005, "trace", "28MiB", "all samples of a training step at once"),
+    "chat": Setup(80, 0.03, "closed:20", "28MiB", "more people than may run at once"),
+    "coding-agent": Setup(72, 0.03, "closed:16", "28MiB", "sixteen agents who share tools, and wait for each step"),
+    "research-agent": Setup(60, 0.04, "closed:12", "10MiB", "contexts that fill the memory when few are held"),
+    "rl-rollout": Setup(128, 0.005, "trace", "28MiB", "all samples of a training step at once"),
 }
 """The four workloads for the bundled checkpoint on a processor. Without pauses: agents and people are always due."""
 
@@ -68,12 +68,15 @@ class Plan:
 FIT_SEED = 1000
 """Added to the seed for what the fit sees."""
 
+FIT_DRAWS = 4
+"""How many draws of the workload the fit sees: a single one is a matter of luck."""
+
 
 def compare(name: str, setup: Setup, plan: Plan, geometry: CacheGeometry) -> tuple[Fit, Compared]:
     """Fit settings to the workload `name`, then run all profiles on it. The first one is what the fit recommends."""
     objective = objective_for(name)
     memory = parse_size(setup.memory, "memory")
-    seen = [requests_of(name, setup, plan.seed + FIT_SEED + number) for number in range(2)]
+    seen = [requests_of(name, setup, plan.seed + FIT_SEED + number) for number in range(FIT_DRAWS)]
     closed = users(setup.arrivals)
     traffic = Traffic(seen, closed, SPEED, objective, plan.slo)
     found = fit(traffic, lambda config: plan.costs.world(config, geometry, memory), plan.profiles, {})

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.errors import ConfigError
+from triptych.pictures import inline
 from triptych.workload.compare import Compared
-from triptych.workload.load_page import figures_table, inline, plots, write_html
+from triptych.workload.load_page import figures_table, plots, write_html
 from triptych.workload.verdicts import gain, geometric
 
 _COLOURS = {"better": "#2a9d8f", "equal": "#888888", "worse": "#e76f51"}
@@ -31,18 +31,12 @@ _CAPTION = (
 
 
 def _overview(found: Sequence[Compared]) -> str:
-    try:
-        import matplotlib
+    def draw(grid: Any) -> None:
+        for one, (left, right) in zip(found, grid, strict=True):
+            _objective(left, one)
+            _gains(right, one)
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("The report's plots need matplotlib.", "pip install 'triptych[bench]'.") from None
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 2.9 * len(found)), layout="constrained", squeeze=False)
-    for one, (left, right) in zip(found, axes, strict=True):
-        _objective(left, one)
-        _gains(right, one)
-    return inline(figure)
+    return inline(len(found), 2, (11, 2.9 * len(found)), draw)
 
 
 def _objective(axes: Any, one: Compared) -> None:
@@ -103,7 +97,8 @@ def _verdicts(one: Compared) -> list[str]:
     rows += [f"<tr><td>{html.escape(name)}<td colspan=6>{html.escape(why)}" for name, why in one.failed.items()]
     slo = f" SLO: {one.slo.ttft:g} s to the first token, {one.slo.tpot:g} s for each further one."
     meaning = one.objective.meaning + (slo if "SLO" in one.objective.meaning else "")
-    return [f"<h2>{html.escape(one.workload)}</h2><p>{html.escape(meaning)}</p><table>{''.join(rows)}</table>"]
+    table = f"<div class=wide><table>{''.join(rows)}</table></div>"
+    return [f"<h2>{html.escape(one.workload)}</h2><p>{html.escape(meaning)}</p>{table}"]
 
 
 def _details(one: Compared) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from triptych.errors import ConfigError
+from triptych.pictures import inline, logarithmic
 from triptych.workload.load import Timing
 from triptych.workload.load_report import energy_line, rollout_line
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+:root{color-scheme:light}
+body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,.set td{text-align:left}h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
-figure{margin:1em 0}figcaption{color:#555;font-size:.9em}svg{max-width:100%;height:auto}
+figure{margin:1em 0}figcaption{color:#555;font-size:.9em}svg{width:100%;min-width:640px;height:auto}
+.wide,figure,pre{overflow-x:auto}.wide td{white-space:nowrap}
 """
 _ROWS = (
     ("time to first token, s", "ttft_s"),
@@ -31,22 +33,32 @@ _SOURCES = (("cached", "cached_tokens"), ("recomputed", "recomputed_tokens"), ("
 
 
 def write_page(
-    path: Path, runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]], about: Mapping[str, Any]
+    path: Path,
+    runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]],
+    about: Mapping[str, Any],
+    compared: Sequence[str] = (),
 ) -> None:
-    """Write `runs`, (figures, timings) by name, to `path`. `about`: settings and machine. ConfigError if it fails."""
-    body = [*(figures_table(name, found) for name, (found, _) in runs.items()), *plots(runs)]
+    """Write `runs`, (figures, timings) by name, to `path`. ConfigError if it fails.
+
+    `about`: settings and machine; `compared`: what the runs say of each other, as for a terminal.
+    """
+    body = [figures_table(name, found) for name, (found, _) in runs.items()]
+    if compared:
+        body += ["<h2>Against each other</h2>", *(f"<pre>{html.escape(text)}</pre>" for text in compared)]
+    body += plots(runs)
     write_html(path, f"Load: {about.get('workload', '')}", body, about)
 
 
 def write_html(path: Path, title: str, body: Sequence[str], about: Mapping[str, Any]) -> None:
     """A page of HTML pieces that needs nothing else, with `about` as its last table. ConfigError if it fails."""
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
         *body,
-        "<h2>How it was run</h2><table class=set>",
+        "<h2>How it was run</h2><div class=wide><table class=set>",
         *(f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}" for key, value in about.items()),
-        "</table></html>",
+        "</table></div></html>",
     ]
     try:
         path.write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -75,7 +87,8 @@ def figures_table(name: str, found: dict[str, Any]) -> str:
         sentences.append(f"{cost['usd_per_session']:.3g} USD a session at {cost['usd_per_hour']:g} USD an hour")
     if "energy" in found:
         sentences.append(energy_line(found["energy"]))
-    rows = [f"<tr><th>{html.escape(name)}" + "".join(f"<th>{head}" for head in heads) + "<th>95 % of p50<th>of p99"]
+    columns = [html.escape(name), *heads, "p50, 95 % interval", "p99, 95 % interval"]
+    rows = ["<tr>" + "".join(f"<th>{column}" for column in columns)]
     for label, key in _ROWS:
         one = found[key]
         if one is not None:
@@ -84,19 +97,17 @@ def figures_table(name: str, found: dict[str, Any]) -> str:
             cells += [f"{span[0]:.3g} to {span[1]:.3g}" if span else "" for span in spans]
             rows.append(f"<tr><td>{label}" + "".join(f"<td>{cell}" for cell in cells))
     listed = "".join(f"<li>{html.escape(sentence)}" for sentence in sentences)
-    return f"<h2>{html.escape(name)}</h2><ul>{listed}</ul><table>{''.join(rows)}</table>"
+    return f"<h2>{html.escape(name)}</h2><ul>{listed}</ul><div class=wide><table>{''.join(rows)}</table></div>"
 
 
 def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[str]:
     """Latencies and sources of tokens of all runs as inline SVG. ConfigError without matplotlib."""
-    try:
-        import matplotlib
+    picture = inline(2, 2, (11, 8), lambda grid: _draw(grid, runs))
+    return [f"<figure>{picture}<figcaption>Latencies count from the intended time.</figure>"]
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot, ticker
-    except ImportError:
-        raise ConfigError("The report's plots need matplotlib.", "pip install 'triptych[bench]'.") from None
-    figure, ((first, gaps), (over, tokens)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+
+def _draw(grid: Any, runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> None:
+    (first, gaps), (over, tokens) = grid
     for name, (found, timings) in runs.items():
         good = [one for one in timings if one.error is None and one.arrivals]
         _cumulative(first, [one.first for one in good], name)
@@ -111,28 +122,16 @@ def plots(runs: Mapping[str, tuple[dict[str, Any], Sequence[Timing]]]) -> list[s
         axes.set_xlabel(label)
         axes.set_ylabel("share of requests")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))  # also within one decade
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # or they run into each other
+        logarithmic(axes.xaxis)
     over.set_xlabel("intended time of the request, s")
     over.set_ylabel("seconds to the first token")
     tokens.set_xlabel("prompt tokens, by where they came from")
+    tokens.invert_yaxis()
+    tokens.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # bars leave no room inside
     for axes in (first, gaps, over, tokens):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
+        if axes is not tokens and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    return [f"<figure>{inline(figure)}<figcaption>Latencies count from the intended time.</figure>"]
-
-
-def inline(figure: Any) -> str:
-    """A matplotlib figure as SVG for a page; closes it."""
-    from matplotlib import pyplot
-
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    pyplot.close(figure)
-    picture = out.getvalue()
-    return picture[picture.index("<svg") :]
 
 
 def _cumulative(axes: Any, values: Sequence[float], name: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.workload.figures import panels
+from triptych.pictures import marked, panels
 
 
 def draw(path: Path, title: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
@@ -23,5 +23,6 @@ def draw(path: Path, title: str, points: Sequence[tuple[float, dict[str, Any]]])
             axes.set_xlabel("cache memory, GiB")
             axes.set_ylabel(label)
             axes.set_xscale("log", base=2)
+            marked(axes.xaxis, sorted({memory for memory, _ in points}), "{:g}".format)
             axes.grid(alpha=0.3)
         hits.legend(fontsize=8)

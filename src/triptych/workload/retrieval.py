@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.config import CSA_RATIO
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, reason_of
+from triptych.pictures import panels, tokens
 from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
@@ -150,7 +151,9 @@ class OverHttp:
             detail = error.read().decode(errors="replace")[:300]
             raise ConfigError(f"{self._url} answered {error.code}: {detail}") from None
         except (urllib.error.URLError, TimeoutError) as error:
-            raise ConfigError(f"{self._url} cannot be reached: {error}.", "Start it with triptych serve.") from None
+            raise ConfigError(
+                f"{self._url} cannot be reached: {reason_of(error)}.", "Start it with triptych serve."
+            ) from None
         usage = reply.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         text = reply["choices"][0]["message"]["content"] or ""
@@ -243,24 +246,15 @@ class Report:
         return "\n".join(lines)
 
     def heat_map(self, path: Path) -> None:
-        """Depth by length as a picture. Needs matplotlib; ConfigError says so."""
-        try:
-            import matplotlib
-        except ImportError:
-            raise ConfigError("The heat map needs matplotlib.", "pip install 'triptych[bench]'.") from None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
+        """Draw depth by length into `path`. ConfigError without matplotlib, or if it cannot be written."""
         lengths = self.lengths()
         grid = [[self.accuracy(length, depth=depth) for length in lengths] for depth in DEPTHS]
-        figure, axes = pyplot.subplots(figsize=(1.5 + len(lengths), 4.5), layout="constrained")
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
-        axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-        axes.set(xlabel="context length in tokens", ylabel="depth of the fact", title=f"{self.model}: exact match")
-        figure.colorbar(image)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+        with panels(path, f"{self.model}: exact match", 1, (2.5 + len(lengths), 4.5)) as [axes]:
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axes.set_xticks(range(len(lengths)), [tokens(n) for n in lengths])
+            axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+            axes.set(xlabel="context length in tokens", ylabel="depth of the fact")
+            axes.figure.colorbar(image, label="share of questions")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON data, with the accuracies spelled out."""

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.errors import ConfigError, nearest
-from triptych.workload.traces import BLOCK, MAX_TOKENS, MooncakeTrace, Trace, TraceRequest, synthetic_tokens
+from triptych.workload.mooncake import BLOCK, MooncakeTrace
+from triptych.workload.traces import MAX_TOKENS, Trace, TraceRequest, synthetic_tokens
 
 FORMAT = "triptych-sessions"
 KINDS = ("system", "tools", "user", "tool", "output")

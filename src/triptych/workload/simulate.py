@@ -165,7 +165,8 @@ class Simulation:
             live = self._live[token.request_id]
             live.got += 1
             live.timing.arrivals.append((self._now, 1))
-            if live.got == len(live.output):
+            # as in the engine: the context, or a cache that is smaller than it, ends an answer too
+            if live.got >= min(len(live.output), self.scheduler.max_new_tokens(token.request_id)):
                 usage = self.scheduler.finish(token.request_id, FinishReason.LENGTH)
                 assert usage is not None
                 live.timing.counts = Counts(

@@ -233,20 +233,17 @@ def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, spl
         ordered.combine[(triton.cdiv(dim, 128), heads, rows)](*sums, **meta, num_warps=1)
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
+    most = triton.next_power_of_2(splits)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *sums,
-        **meta,
-        WIDTH=width,
-        SPLITS=triton.next_power_of_2(splits),
-        TAKEN=min(64 if width <= 128 else 4, triton.next_power_of_2(splits)),
-        num_warps=2 if width > 128 else 4 if splits > 16 else 1,
+        *sums, **meta, WIDTH=width, SPLITS=most, TAKEN=min(most, 2048 // width), num_warps=1
     )
 
 
 def _usual(queries: Queries, window: RingRows, out: Tensor, most: int) -> Tiling:
     rows, heads, _ = out.shape
     t = tiling_for(rows, heads, most, multiprocessors(out.device), hopper=_on_hopper(queries, window))
-    if t.warps and t.heads * t.keys > _SMALL and shared_memory(out.device) < _SHARED:
+    wide = not isinstance(window.ring, PackedRows) and window.ring.dtype == torch.float32  # 128 KiB for 64 keys
+    if t.warps and t.heads * t.keys > _SMALL and (wide or shared_memory(out.device) < _SHARED):
         return t._replace(heads=16, keys=32, warps=4, stages=3)
     return t
 
@@ -297,6 +294,8 @@ def tiling_for(rows: int, heads: int, most: int, processors: int, *, hopper: boo
     tile = min(tile, _tile(heads))
     programs = rows * triton.cdiv(heads, tile)
     wanted = processors // programs if large else triton.cdiv(2 * processors, programs)
+    if hopper:  # beyond that the second launch takes longer for them than the first one gains
+        wanted = min(wanted, processors // 2)
     splits = max(1, min(wanted, triton.cdiv(most, keys)))
     return Tiling(tile, keys, triton.cdiv(triton.cdiv(most, splits), keys) * keys, warps, stages)
 
@@ -366,33 +365,33 @@ def _combine(
     SPLITS: tl.constexpr,
     TAKEN: tl.constexpr,
 ):
-    """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN at once, by their weights; then rotated back."""
+    """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN in flight, by their weights; then rotated back.
+
+    One warp, whose vectors are all of one layout: nothing goes through shared memory.
+    """
     r, h, start = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
     used = tl.cdiv(total, span)
+    line = r * splits * heads + h
     s = tl.arange(0, SPLITS)
-    line = (r * splits + s) * heads + h
-    peaks = tl.load(peak_ptr + line, mask=s < used, other=-1.0e30)
-    weights = tl.load(weight_ptr + line, mask=s < used, other=0.0)
+    peaks = tl.load(peak_ptr + line + s * heads, mask=s < used, other=-1.0e30)
+    weights = tl.load(weight_ptr + line + s * heads, mask=s < used, other=0.0)
     sink = tl.load(sink_ptr + h) * 1.4426950408889634
     highest = tl.maximum(tl.max(peaks, 0), sink)
     weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
-    at = d - (DIM - ROPE)
-    turns = (at >= 0) & (d < DIM) & RAW
-    mate = tl.where(turns, (DIM - ROPE) + (at ^ 1), d)
-    acc, turned = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    acc = tl.zeros([WIDTH], tl.float32)
     for first in range(0, used, TAKEN):
-        t = first + tl.arange(0, TAKEN)
-        row = (r * splits + t) * heads + h
-        factor = tl.exp2(tl.load(peak_ptr + row, mask=t < used, other=-1.0e30) - highest)[:, None]
-        there = (t < used)[:, None] & (d < DIM)[None, :]
-        x = tl.load(part_ptr + row[:, None] * DIM + d[None, :], mask=there, other=0.0)
-        acc += tl.sum(x * factor, 0)
-        if start + WIDTH > DIM - ROPE and RAW:
-            y = tl.load(part_ptr + row[:, None] * DIM + mate[None, :], mask=there & turns[None, :], other=0.0)
-            turned += tl.sum(y * factor, 0)
-    turn = r * (ROPE // 2) + at // 2
-    cos, sin = tl.load(cos_ptr + turn, mask=turns, other=1.0), tl.load(sin_ptr + turn, mask=turns, other=0.0)
-    acc = (acc * cos + tl.where(at % 2 == 0, turned, -turned) * sin) / weight
-    tl.store(out_ptr + (r * heads + h) * DIM + d, acc.to(out_ptr.dtype.element_ty), mask=d < DIM)
+        for n in tl.static_range(TAKEN):
+            row, there = line + (first + n) * heads, first + n < used
+            factor = tl.exp2(tl.load(peak_ptr + row, mask=there, other=-1.0e30) - highest)
+            x = tl.load(part_ptr + row * DIM + d, mask=there & (d < DIM), other=0.0)
+            acc += x * factor
+    if start + WIDTH > DIM - ROPE and RAW:
+        even, odd = tl.split(tl.reshape(acc, [WIDTH // 2, 2]))
+        pair = start // 2 + tl.arange(0, WIDTH // 2) - (DIM - ROPE) // 2
+        turns = (pair >= 0) & (pair < ROPE // 2)
+        cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=turns, other=0.0)
+        acc = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [WIDTH])
+    tl.store(out_ptr + (r * heads + h) * DIM + d, (acc / weight).to(out_ptr.dtype.element_ty), mask=d < DIM)

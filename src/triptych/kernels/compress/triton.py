@@ -129,23 +129,31 @@ def _pool_tiles(
     DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `_pool`, of long groups without overlap, which are always whole: TILE rows at a time."""
+    """As `_pool`, of long groups without overlap, which are always whole: TILE rows at a time.
+
+    Where the next ones lie is looked up while these are on their way.
+    """
     e = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DIM)
+    i = tl.arange(0, TILE)
+    src_ptr += e * GROUP
+    coming = tl.load(src_ptr + i)
+    coming_phase = tl.load(phase_ptr + tl.maximum(coming, 0))
     peak = tl.full([DIM], float("-inf"), tl.float32)
     weight = tl.zeros([DIM], tl.float32)
     total = tl.zeros([DIM], tl.float32)
     for first in range(0, GROUP, TILE):
-        s = tl.load(src_ptr + e * GROUP + first + tl.arange(0, TILE))
+        s, phase = coming, coming_phase
+        coming = tl.load(src_ptr + tl.minimum(first + TILE, GROUP - TILE) + i)
         now, inside = (s >= 0)[:, None], (d < dim)[None, :]
         here = front_ptr + tl.maximum(s, 0)[:, None] * front_stride + d[None, :]
         kept = ring_ptr + tl.maximum(-1 - s, 0)[:, None] * ring_stride + d[None, :]
-        phase = tl.load(phase_ptr + tl.maximum(s, 0))
         value = tl.load(here, mask=now & inside, other=0.0).to(tl.float32)
         value += tl.load(kept, mask=~now & inside, other=0.0)
         gate = tl.load(here + half, mask=now & inside, other=0.0).to(tl.float32)
         gate += tl.load(ape_ptr + phase[:, None] * half + d[None, :], mask=now & inside, other=0.0)
         gate += tl.load(kept + half, mask=~now & inside, other=0.0)
+        coming_phase = tl.load(phase_ptr + tl.maximum(coming, 0))
         highest = tl.maximum(peak, tl.max(gate, 0))
         shrink = tl.exp(peak - highest)
         p = tl.exp(gate - highest[None, :])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triptych.kernels.quant.e4m3 import scale_of
+
 
 @triton.jit
 def round_rows(x_ptr, values_ptr, scales_ptr, width, row_stride, group_stride, GROUPS: tl.constexpr):
@@ -14,11 +16,8 @@ def round_rows(x_ptr, values_ptr, scales_ptr, width, row_stride, group_stride, G
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     there = d < width
     x = tl.load(x_ptr + r * width + d, mask=there, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
     tl.store(values_ptr + r * width + d, (x * inverse[:, None]).to(tl.float8e4nv), mask=there)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
     tl.store(scales_ptr + r * row_stride + g * group_stride, scale, mask=g * 128 < width)
 
 
@@ -70,12 +69,12 @@ def product(
     if SPLIT == 1:
         _put(out_ptr, total, keep, NARROW)
     else:
-        tl.store(part_ptr + split * rows.to(tl.int64) * columns + place, total, mask=keep)
+        tl.store(part_ptr + split * rows * columns + place, total, mask=keep)
         tl.debug_barrier()
         if tl.atomic_add(count_ptr + at, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros([TALL, WIDE], tl.float32)
             for s in range(SPLIT):
-                more = part_ptr + s * rows.to(tl.int64) * columns + place
+                more = part_ptr + s * rows * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
             _put(out_ptr, total, keep, NARROW)
             tl.store(count_ptr + at, 0)
@@ -126,25 +125,31 @@ def grouped(
     if SPLIT == 1:
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
     else:
-        tl.store(part_ptr + split * rows.to(tl.int64) * columns + place, total, mask=keep)
+        tl.store(part_ptr + split * rows * columns + place, total, mask=keep)
         tl.debug_barrier()
         mine = count_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros([64, TALL], tl.float32)
             for s in range(SPLIT):
-                more = part_ptr + s * rows.to(tl.int64) * columns + place
+                more = part_ptr + s * rows * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
             tl.store(mine, 0)
 
 
 @triton.jit
-def dequantised(w_ptr, ws_ptr, out_ptr, size, depth, rows, tall, scale_rows, BLOCK: tl.constexpr):
-    """bf16 of e4m3 matrices of `rows` rows and `depth` columns in a row; `tall` rows and 128 columns share a scale."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    row = at // depth
-    matrix = row // rows
-    place = (matrix * scale_rows + row % rows // tall) * (depth // 128) + at % depth // 128
-    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(ws_ptr + place, mask=inside, other=0.0)
-    tl.store(out_ptr + at, w.to(tl.bfloat16), mask=inside)
+def dequantised(w_ptr, ws_ptr, out_ptr, depth, rows, tall, scale_rows, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """bf16 of e4m3 matrices of `rows` rows and `depth` columns in a row; `tall` rows and 128 columns share a scale.
+
+    A program has ROWS rows, of which all share their scales, and GROUPS groups of 128 columns.
+    """
+    first = tl.program_id(0) * ROWS
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    groups = depth // 128
+    place = (first // rows * scale_rows + first % rows // tall) * groups + g
+    scale = tl.load(ws_ptr + place, mask=g < groups, other=0.0)[None, :, None]
+    r = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    at = r * depth + (g[:, None] * 128 + tl.arange(0, 128)[None, :])[None, :, :]
+    there = (g < groups)[None, :, None]
+    w = tl.load(w_ptr + at, mask=there, other=0.0).to(tl.float32) * scale
+    tl.store(out_ptr + at, w.to(tl.bfloat16), mask=there)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3
+from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3, scale_of
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 FIXED_ROWS = 64
@@ -99,10 +99,7 @@ def _round(x_ptr, out_ptr, width, GROUPS: tl.constexpr):
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(x_ptr + r * width + d, mask=d < width, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(tl.abs(x), 1), 1e-4).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
     y = on_e4m3(x * inverse[:, None]) * scale[:, None]
     tl.store(out_ptr + r * width + d, y.to(tl.bfloat16), mask=d < width)
 

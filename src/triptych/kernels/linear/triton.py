@@ -1,7 +1,7 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
     up to 32 rows   one launch that streams the weights (few.py)
-    more            tiles of many.py, from 512 rows on the library's
+    more            the library's, or tiles of many.py where that cannot serve
 
 Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
 made them where that can round, or are rounded here first. Dense weights go to the library, released ones on other GPUs
@@ -22,7 +22,9 @@ from triptych.kernels.linear.many import dequantised, grouped, product, round_ro
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
-_MANY = 512  # rows from which on dequantising a matrix for the library's product pays
+_MANY = 96  # rows from which on dequantising a matrix for the library's product pays
+_LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
+_SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 _COUNTERS = 1 << 16
 
 
@@ -61,12 +63,16 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
-    """See ref.grouped_linear; the result is not rounded here."""
+    """See ref.grouped_linear; of more than a few rows the result is not rounded here."""
     if isinstance(weight, Tensor) or not _fits(weight):
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     rows = len(x)
+    if rounds and rows <= _FEW_WHOLE and rank % 128 == 0:
+        result = empty_rows(rows, groups * rank, x.device)
+        _whole(x.flatten(1), weight, result.values, result.scales)
+        return result
     out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
     if rows <= _FEW_WHOLE:
         return _whole(x.flatten(1), weight, out)
@@ -82,11 +88,13 @@ def _dense(weight: Fp8Matrix) -> Tensor:
     """Matrices [G, N, K] in bf16."""
     rank, depth = weight.shape[1:]
     dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
-    block = 4096
-    dequantised[(triton.cdiv(dense.numel(), block),)](
-        *(weight.values, weight.scales, dense, dense.numel(), depth, rank, min(rank, 128), weight.scales.shape[1]),
-        BLOCK=block,
-        num_warps=8,
+    tall = min(rank, 128)
+    some = 8 if tall % 8 == 0 else 1
+    dequantised[(dense.numel() // depth // some, triton.cdiv(depth, 1024))](
+        *(weight.values, weight.scales, dense, depth, rank, tall, weight.scales.shape[1]),
+        ROWS=some,
+        GROUPS=8,
+        num_warps=4,
     )
     return dense
 
@@ -95,7 +103,7 @@ def _for_library(x: Fp8Rows, weight: Fp8Matrix) -> bool:
     """Whether cuBLAS multiplies rows and blocks with such scales, which it does on Hopper, and faster than many.py."""
     rows, depth = x.shape
     aligned = rows % 4 == 0 and depth % 512 == 0 and weight.shape[0] % 128 == 0
-    return rows >= _MANY and aligned and x.scales.stride() == (1, rows) and _library_can(weight.values.device)
+    return rows >= _LIBRARY and aligned and x.scales.stride() == (1, rows) and _library_can(weight.values.device)
 
 
 @cache
@@ -134,8 +142,8 @@ def quantize(x: Tensor) -> Fp8Rows:
     return out
 
 
-def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
-    """x [rows, G * K], not rounded, by matrices [G, N, K]: one launch of whole.py."""
+def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None) -> Tensor:
+    """x [rows, G * K], not rounded, by matrices [G, N, K]: one launch of whole.py. With `scales` out is rounded."""
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
@@ -146,11 +154,14 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
     split = 1
     while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
         split *= 2
-    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=x.device)
+    rounds = scales is not None
+    part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
     whole.products[(chunks, tiles, split)](
-        *(x, weight.values.view(torch.int32), weight.scales, out, part, _counters(x.device), rows, x.stride(0)),
+        *(x, weight.values.view(torch.int32), weight.scales, out, out if scales is None else scales, part),
+        *(_counters(x.device), rows, x.stride(0)),
         K=depth,
         OUT=columns,
+        ROUND=rounds,
         GROUP=rank,
         SPLIT=split,
         TALL=min(128, rank),
@@ -187,7 +198,7 @@ def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -
     tall, wide, warps, stages = _tiles(rows, columns)
     blocks = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
     split = 1
-    if rows <= 256:
+    if rows <= _SPLIT:
         while blocks * split < multiprocessors(out.device) and depth // 128 % (2 * split) == 0 and depth // split > 512:
             split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)

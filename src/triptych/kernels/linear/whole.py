@@ -1,7 +1,8 @@
 """Grouped linear maps of few rows that are not rounded, in one launch: each weight read once, straight into registers.
 
 Programs hold 64 outputs and a part of the columns, as many as fill the GPU. The last of those that share outputs adds
-up the parts, in their order; counters are back at zero afterwards.
+up the parts, in their order, and rounds 128 outputs for the product that reads them; counters are back at zero
+afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.fragments import from_fp8, from_rows, mma_layout, row_layout, weight_layout
 
 
@@ -49,25 +51,14 @@ def _part(
 
 @gluon.jit(do_not_specialize=["rows"])
 def products(
-    x_ptr,
-    w_ptr,
-    ws_ptr,
-    out_ptr,
-    part_ptr,
-    count_ptr,
-    rows,
-    x_stride,
-    K: gl.constexpr,
-    OUT: gl.constexpr,
-    GROUP: gl.constexpr,
-    SPLIT: gl.constexpr,
-    TALL: gl.constexpr,
-    N: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+    x_ptr, w_ptr, ws_ptr, out_ptr, scale_ptr, part_ptr, count_ptr, rows, x_stride,
+    K: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, TALL: gl.constexpr,
+    ROUND: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
     """out [rows, OUT] of x [rows, ..] bf16 by an FP8 matrix, TALL rows of which share a scale.
 
-    Every GROUP outputs have their own K columns of x. part [SPLIT, rows, OUT] float32 is scratch.
+    Every GROUP outputs have their own K columns of x. ROUND: out are e4m3 values, and scale [rows, OUT / 128] their
+    scales. part [SPLIT, rows, OUT] float32 is scratch.
     """
     MMA: gl.constexpr = mma_layout(WARPS)
     X: gl.constexpr = row_layout(N, WARPS)
@@ -86,15 +77,41 @@ def products(
     j = r0 + gl.arange(0, N, gl.SliceLayout(0, MMA))
     keep = (j < rows)[None, :] & (n < OUT)[:, None]
     at = j[None, :] * OUT + n[:, None]
-    if SPLIT == 1:
+    HALVES: gl.constexpr = 2 if ROUND else 1  # tiles of 64 outputs that are finished together
+    if SPLIT * HALVES == 1:
         gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)
     else:
         gl.store(part_ptr + split * rows * OUT + at, acc, mask=keep)
         gl.thread_barrier()
-        mine = count_ptr + gl.program_id(0) * ((OUT + 63) // 64) + gl.program_id(1)
-        if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
-            total = gl.zeros([64, N], gl.float32, MMA)
-            for s in gl.static_range(0, SPLIT):
-                total += gl.load(part_ptr + s * rows * OUT + at, mask=keep, other=0.0, cache_modifier=".cg")
-            gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
+        mine = count_ptr + gl.program_id(0) * (OUT // 64) + gl.program_id(1) // HALVES
+        if gl.atomic_add(mine, 1, sem="acq_rel") == SPLIT * HALVES - 1:
+            at -= gl.program_id(1) % HALVES * 64
+            total = _total(part_ptr + at, rows * OUT, keep, SPLIT)
+            if ROUND:
+                other = _total(part_ptr + at + 64, rows * OUT, keep, SPLIT)
+                scale_at = scale_ptr + j * (OUT // 128) + n0 // 128
+                _store_rounded(total, other, out_ptr + at, scale_at, j < rows)
+            else:
+                gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
             gl.store(mine, 0)
+
+
+@gluon.jit
+def _store_rounded(low, high, out_ptr, scale_ptr, there):
+    """Outputs [64, N] and the 64 behind them, bf16 first as the activations that they are, then e4m3 and their scales.
+
+    There are only rows `there` [N]."""
+    low, high = low.to(gl.bfloat16).to(gl.float32), high.to(gl.bfloat16).to(gl.float32)
+    scale, inverse = scale_of(gl.maximum(gl.max(gl.abs(low), 0), gl.max(gl.abs(high), 0)))
+    gl.store(scale_ptr, scale, mask=there)
+    gl.store(out_ptr, (low * inverse[None, :]).to(gl.float8e4nv), mask=there[None, :])
+    gl.store(out_ptr + 64, (high * inverse[None, :]).to(gl.float8e4nv), mask=there[None, :])
+
+
+@gluon.jit
+def _total(part_ptr, stride, keep, SPLIT: gl.constexpr):
+    """The parts at part_ptr [64, N], `stride` apart, added up in their order."""
+    total = gl.load(part_ptr, mask=keep, other=0.0, cache_modifier=".cg")
+    for s in gl.static_range(1, SPLIT):
+        total += gl.load(part_ptr + s * stride, mask=keep, other=0.0, cache_modifier=".cg")
+    return total

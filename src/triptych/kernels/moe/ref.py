@@ -84,7 +84,7 @@ def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Ro
 
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
-    """A whole mixture of experts in native numerics, for few rows: x [R, d], token_ids [R] -> [R, d] in x's dtype.
+    """A whole mixture of experts in native numerics: x [R, d], token_ids [R] -> [R, d] in x's dtype.
 
     `shared` are w13 [2I, d] and w2 [d, I] of the shared expert. Source: reference sections 2.7 and 2.9.
     """

@@ -1,7 +1,9 @@
-"""The router of few rows in two launches: shares of the logits and rounded rows; then choice and the experts' lists.
+"""The router of few rows: shares of the logits and rounded rows, then choice and the experts' lists.
 
-Programs of the first hold some experts, rows and part of the columns, or round rows. Those of the second hold a row;
-the last of them writes the lists. Sums are in a fixed order. Counters are back at zero afterwards.
+A program has 64 experts, up to 64 rows and 128 columns, all read at once. A gate of float32 is three bf16 numbers, and
+the products of those with bf16 rows are exact. Other programs of the launch round rows. The last program of the launch
+chooses for a single row; of more each has a program in a second launch, the last of which writes the lists: one program
+would take longer for two rows than a launch. Sums are in a fixed order. Counters are back at zero afterwards.
 """
 
 from __future__ import annotations
@@ -13,204 +15,200 @@ from torch import Tensor
 
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.ref import Router
+from triptych.kernels.quant.e4m3 import scale_of
+from triptych.kernels.quant.matrices import Fp8Rows
+
+_SOME = 64  # experts of a program
+_DEPTH = 128  # and columns
 
 
 def route_few(
     x: Tensor, token_ids: Tensor, router: Router, n: int, tiles: int, counters: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Fp8Rows]:
     """Routes some rows x [rows, dim] bfloat16; `counters` int32 [1 + experts] are zero before and after.
 
     Returns weights [rows, k] float32; lists of the (row, choice) pairs by expert in tiles of up to `n`, see
-    choose_rows; and the rows on the e4m3 grid with their scales, see score_rows.
+    choose_rows; and the rows rounded to e4m3, as matrices.quantize_rows does.
     """
     rows, dim = x.shape
     experts, k = router.gate.shape[0], router.experts_per_token
-    split = 8 if rows <= 32 else 4
-    while dim % (split * 128):
-        split //= 2
+    split = dim // _DEPTH
     dev = x.device
     part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
-    ids, ranks = torch.empty(2, rows, k, dtype=torch.int32, device=dev)
-    starts = torch.empty(experts, dtype=torch.int32, device=dev)
     weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
     tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
-    order = torch.empty(rows * k, dtype=torch.int32, device=dev)
-    xq = torch.empty(rows, dim, dtype=torch.float16, device=dev)
-    xs = torch.empty(rows, dim // 128, dtype=torch.float32, device=dev)
+    order = torch.empty(experts if rows > 1 else 1, rows * k, dtype=torch.int32, device=dev)
+    values = torch.empty(rows, dim, dtype=torch.float8_e4m3fn, device=dev)
+    scales = torch.empty(dim // 128, rows, dtype=torch.float32, device=dev)
+    tall = max(16, min(64, triton.next_power_of_2(rows)))
+    parts = triton.cdiv(experts, _SOME) * split * triton.cdiv(rows, tall)
     hashed = router.tid2eid is not None
-    score_rows[(triton.cdiv(experts, 16) * split + triton.cdiv(dim, 512), triton.cdiv(rows, 16))](
-        *(x, router.gate, part, xq, xs, rows, dim, experts),
-        SPLIT=split,
-        SOME=16,
-        BLOCK=16,
-        num_warps=8,
-        num_stages=4,
-        maxnreg=128,  # two programs on a multiprocessor: otherwise they run in two waves
+    chosen = (
+        *(part, router.bias if router.bias is not None else part, router.tid2eid if hashed else token_ids, token_ids),
+        *(weights, tile, order, counters, rows, tiles, router.scaling),
     )
-    choose_rows[(rows,)](
-        *(part, router.bias if router.bias is not None else part, router.tid2eid if hashed else ids, token_ids),
-        *(ids, ranks, weights, tile, order, starts, counters, rows, experts, k, tiles, router.scaling),
+    shape = dict(
         HASHED=hashed,
+        COUNT=experts,
         EXPERTS=triton.next_power_of_2(experts),
-        K=triton.next_power_of_2(k),
+        TOPK=k,
         SPLIT=split,
         PAIRS=n,
-        num_warps=1,
     )
-    return weights, tile, order, xq, xs
+    score_rows[(parts + triton.cdiv(dim, 512) * triton.cdiv(rows, 16),)](
+        *(x, router.gate, values, scales, *chosen, parts, dim),
+        CHOOSE=rows == 1,
+        DEPTH=_DEPTH,
+        SOME=_SOME,
+        BLOCK=tall,
+        num_warps=4,
+        **shape,
+    )
+    if rows > 1:
+        choose_rows[(rows,)](*chosen, num_warps=1, **shape)
+    return weights, tile, order, Fp8Rows(values, scales.T)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles", "parts"])
 def score_rows(
-    x_ptr, gate_ptr, part_ptr, xq_ptr, xs_ptr, rows, dim, experts,
-    SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, gate_ptr, values_ptr, scales_ptr, part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr,
+    count_ptr, rows, tiles, scaling, parts, dim,
+    HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, CHOOSE: tl.constexpr, DEPTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, dim] -> part [SPLIT, rows, experts] float32, shares of the logits; xq f16 on the e4m3 grid, paired as in
-    fragments.py, and xs [rows, dim / 128]."""
-    block = tl.program_id(1)
-    r = block * BLOCK + tl.arange(0, BLOCK)
-    parts = tl.cdiv(experts, SOME) * SPLIT
-    piece = tl.program_id(0) % SPLIT
-    e = tl.program_id(0) // SPLIT * SOME + tl.arange(0, SOME)
-    if tl.program_id(0) >= parts:
-        _round_rows(x_ptr, xq_ptr, xs_ptr, block * BLOCK, rows, (tl.program_id(0) - parts) * 4, dim, BLOCK)
+    """x [rows, dim] -> part [SPLIT, rows, COUNT] float32, shares of the logits, by `parts` programs; values e4m3 [rows,
+    dim] and scales [dim / 128, rows] by the others. CHOOSE: also all that choose_rows does, for a single row."""
+    at = tl.program_id(0)
+    if at >= parts:
+        columns = tl.cdiv(dim, 512)
+        _round_rows(x_ptr, values_ptr, scales_ptr, (at - parts) // columns * 16, (at - parts) % columns * 4, rows, dim)
     else:
-        total = _logits(x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT, BLOCK, SOME)
-        place = part_ptr + (piece * rows + r[:, None]) * experts + e[None, :]
-        tl.store(place, total, mask=(r < rows)[:, None] & (e < experts)[None, :])
+        piece = at % SPLIT
+        e = at // SPLIT % tl.cdiv(COUNT, SOME) * SOME + tl.arange(0, SOME)
+        r = at // (SPLIT * tl.cdiv(COUNT, SOME)) * BLOCK + tl.arange(0, BLOCK)
+        total = _logits(x_ptr, gate_ptr, r, e, rows, COUNT, dim, piece * DEPTH + tl.arange(0, DEPTH))
+        place = part_ptr + (piece * rows + r[None, :]) * COUNT + e[:, None]
+        tl.store(place, total, mask=(r < rows)[None, :] & (e < COUNT)[:, None])
+        if CHOOSE:
+            tl.debug_barrier()
+            if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
+                _choose(
+                    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, 0, rows,
+                    scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, True,
+                )  # fmt: skip
+                tl.store(count_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def choose_rows(
-    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr, starts_ptr,
-    count_ptr, rows, experts, k, tiles, scaling,
-    HASHED: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, PAIRS: tl.constexpr
+    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, rows, tiles, scaling,
+    HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A row each: its experts' ids int32 and weights [rows, k]. The last program writes the lists that few.py reads:
-    tile [tiles, 3] int32 and order [rows * k]. ranks [rows, k] and starts [experts] are scratch; count [1 + experts].
+    """A row each: its experts' weights [rows, TOPK] and its pairs in the lists that few.py reads. Those are order
+    [COUNT, rows * TOPK] int32, the pairs of each expert, and tile [tiles, 3] int32 of pieces of them, which the last
+    program writes. count [1 + COUNT]. There is room for a row of NaN to choose the same expert again and again.
 
     One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
     first, and no result on that: its products are its own, and a row's are added in the order of its choices.
     """
-    r = tl.program_id(0)
-    slot = tl.arange(0, K)
-    ids = _choose(
-        part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr, r, rows, experts, k, scaling,
-        HASHED, EXPERTS, K, SPLIT,
+    _choose(
+        part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, tl.program_id(0), rows,
+        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
     )  # fmt: skip
-    if tl.num_programs(0) == 1:
-        tl.store(tile_ptr + slot * 3, ids, mask=slot < k)  # a single row's experts are all different
-        tl.store(tile_ptr + slot * 3 + 1, slot, mask=slot < k)
-        tl.store(tile_ptr + slot * 3 + 2, 1, mask=slot < k)
-        tl.store(order_ptr + slot, slot, mask=slot < k)
-    else:
-        rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=slot < k, sem="relaxed")
-        tl.store(ranks_ptr + r * k + slot, rank, mask=slot < k)
-        tl.debug_barrier()
-        if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            _list(
-                ids_ptr, ranks_ptr, tile_ptr, order_ptr, starts_ptr, count_ptr, rows * k, experts, tiles, EXPERTS, PAIRS
-            )
-            tl.store(count_ptr, 0)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        _cut(tile_ptr, count_ptr, rows * TOPK, tiles, COUNT, EXPERTS, PAIRS)
+        tl.store(count_ptr, 0)
 
 
 @triton.jit
-def _logits(
-    x_ptr, gate_ptr, r, e, rows, experts, dim, piece, SPLIT: tl.constexpr, BLOCK: tl.constexpr, SOME: tl.constexpr
-):
-    """Part `piece` of the logits of experts e for rows r."""
-    width = dim // SPLIT
-    d = tl.arange(0, 64)
-    total = tl.zeros([BLOCK, SOME], tl.float32)
-    for at in range(piece * width, piece * width + width, 64):
-        x = tl.load(x_ptr + r[:, None] * dim + at + d[None, :], mask=(r < rows)[:, None], other=0.0).to(tl.float32)
-        w = tl.load(gate_ptr + e[None, :] * dim + at + d[:, None], mask=(e < experts)[None, :], other=0.0)
-        total = tl.dot(x, w, total, input_precision="tf32x3")
-    return total
+def _logits(x_ptr, gate_ptr, r, e, rows, count, dim, d):
+    """Products [experts, rows] of columns d."""
+    w = tl.load(gate_ptr + e[:, None] * dim + d[None, :], mask=(e < count)[:, None], other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0)
+    x = tl.trans(x.to(tl.bfloat16))
+    high = _first_bits(w)
+    middle = _first_bits(w - high)
+    low = w - high - middle
+    total = tl.dot(middle.to(tl.bfloat16), x, tl.dot(low.to(tl.bfloat16), x))
+    return tl.dot(high.to(tl.bfloat16), x, total)
 
 
 @triton.jit
-def _round_rows(x_ptr, xq_ptr, xs_ptr, start, rows, group, dim, BLOCK: tl.constexpr):
-    """Groups [group, group + 4) of 128 columns of BLOCK rows, four rows at a time."""
-    g = group + tl.arange(0, 4)
-    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
-    for first in range(start, tl.minimum(start + BLOCK, rows), 4):
-        r = first + tl.arange(0, 4)
-        keep = (r < rows)[:, None, None] & (d < dim)[None, :, :]
-        x = tl.load(x_ptr + r[:, None, None] * dim + d[None, :, :], mask=keep, other=0.0).to(tl.float32)
-        bits = tl.maximum(tl.max(tl.abs(x), 2), 1e-4).to(tl.int32, bitcast=True)
-        exponent = ((bits + 0x1FFFFF) >> 23) - 8  # the smallest power of two that 448 times reaches the largest
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        values = (x * inverse[:, :, None]).to(tl.float8e4nv).to(tl.float16)
-        at = d // 8 * 8 + d % 4 * 2 + d // 4 % 2
-        tl.store(xq_ptr + r[:, None, None] * dim + at[None, :, :], values, mask=keep)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        keep_scale = (r < rows)[:, None] & (g * 128 < dim)[None, :]
-        tl.store(xs_ptr + r[:, None] * (dim // 128) + g[None, :], scale, mask=keep_scale)
+def _first_bits(x):
+    """x cut off to what bf16 holds."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
+    """Groups [group, group + 4) of 128 columns of 16 rows to e4m3 and power-of-two scales."""
+    r = row + tl.arange(0, 16)[:, None, None]
+    g = group + tl.arange(0, 4)[None, :, None]
+    at = r * dim + g * 128 + tl.arange(0, 128)[None, None, :]
+    keep = (r < rows) & (g * 128 < dim)
+    x = tl.load(x_ptr + at, mask=keep, other=0.0).to(tl.float32)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 2, keep_dims=True))
+    tl.store(values_ptr + at, (x * inverse).to(tl.float8e4nv), mask=keep)
+    tl.store(scales_ptr + g * rows + r, scale, mask=keep)
 
 
 @triton.jit
 def _choose(
-    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr, r, rows, experts, k, scaling,
-    HASHED: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows, scaling,
+    HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Ids [K] of row r's experts; stores them and their weights."""
+    """Experts and weights of row r, and its pairs among those of each; of a row that is ALONE, whose experts are all
+    different, both lists."""
+    K: tl.constexpr = triton.next_power_of_2(TOPK)
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
-    known = e < experts
     logits = tl.zeros([EXPERTS], tl.float32)
     for piece in tl.static_range(SPLIT):
-        at = part_ptr + (piece * rows + r) * experts + e
-        logits += tl.load(at, mask=known, other=0.0)
+        at = part_ptr + (piece * rows + r) * COUNT + e
+        logits += tl.load(at, mask=e < COUNT, other=0.0, cache_modifier=".cg")
     score = affinity(logits)
+    keep = slot < TOPK
     ids = tl.zeros([K], tl.int32)
-    chosen = tl.zeros([K], tl.float32)
-    left = score
     if HASHED:
-        table_ptr += tl.load(token_ptr + r) * k
+        ids = tl.load(table_ptr + tl.load(token_ptr + r) * TOPK + slot, mask=keep, other=0).to(tl.int32)
     else:
-        left = score + tl.load(bias_ptr + e, mask=known, other=0.0)
-    left = tl.where(known, left, float("-inf"))
-    for i in range(k):
-        if HASHED:  # noqa: SIM108  (a branch that the compiler resolves)
-            best = tl.load(table_ptr + i).to(tl.int32)
-        else:
-            best = tl.minimum(tl.argmax(left, 0), experts - 1)  # where all are NaN any index may come back
-        ids = tl.where(slot == i, best, ids)
-        chosen = tl.where(slot == i, tl.sum(tl.where(e == best, score, 0.0), 0), chosen)
-        left = tl.where(e == best, float("-inf"), left)
+        left = score + tl.load(bias_ptr + e, mask=e < COUNT, other=0.0)
+        left = tl.where(e < COUNT, left, float("-inf"))
+        for i in tl.static_range(TOPK):
+            best = tl.minimum(tl.argmax(left, 0), COUNT - 1)  # where all are NaN any index may come back
+            ids = tl.where(slot == i, best, ids)
+            left = tl.where(e == best, float("-inf"), left)
+    chosen = tl.where(keep, tl.gather(score, ids, 0), 0.0)
     weights = chosen * (scaling / (tl.sum(chosen, 0) + 1e-20))
-    tl.store(ids_ptr + r * k + slot, ids, mask=slot < k)
-    tl.store(weights_ptr + r * k + slot, weights, mask=slot < k)
-    return ids
+    tl.store(weights_ptr + r * TOPK + slot, weights, mask=keep)
+    if ALONE:
+        tl.store(tile_ptr + slot * 3, ids, mask=keep)
+        tl.store(tile_ptr + slot * 3 + 1, slot, mask=keep)
+        tl.store(tile_ptr + slot * 3 + 2, 1, mask=keep)
+        tl.store(order_ptr + slot, slot, mask=keep)
+    else:
+        rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
+        tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
 
 
 @triton.jit
-def _list(
-    ids_ptr, ranks_ptr, tile_ptr, order_ptr, starts_ptr, count_ptr, pairs, experts, tiles,
-    EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Pairs in the order of their experts, and tiles of up to PAIRS pairs of one expert; counts back to zero."""
+def _cut(tile_ptr, count_ptr, room, tiles, COUNT: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr):
+    """Tiles of up to PAIRS pairs of one expert, which has `room` for its pairs; -1 where there is none.
+    Counts go back to zero."""
     e = tl.arange(0, EXPERTS)
-    known = e < experts
-    counts = tl.load(count_ptr + 1 + e, mask=known, other=0, cache_modifier=".cg")
-    tl.store(count_ptr + 1 + e, 0, mask=known)
-    starts = tl.cumsum(counts, 0) - counts
-    tl.store(starts_ptr + e, starts, mask=known)
+    counts = tl.load(count_ptr + 1 + e, mask=e < COUNT, other=0, cache_modifier=".cg")
+    tl.store(count_ptr + 1 + e, 0, mask=e < COUNT)
     pieces = (counts + PAIRS - 1) // PAIRS
     at = tl.cumsum(pieces, 0) - pieces
     for part in range(tl.max(pieces, 0)):
         entry = tile_ptr + (at + part) * 3
         some = part < pieces
         tl.store(entry, e, mask=some)
-        tl.store(entry + 1, starts + part * PAIRS, mask=some)
+        tl.store(entry + 1, e * room + part * PAIRS, mask=some)
         tl.store(entry + 2, tl.minimum(counts - part * PAIRS, PAIRS), mask=some)
     used = tl.sum(pieces, 0)
     for first in range(0, tiles, EXPERTS):
         tl.store(tile_ptr + (first + e) * 3, -1, mask=(first + e >= used) & (first + e < tiles))
-    tl.debug_barrier()  # starts are read by other threads
-    for first in range(0, pairs, EXPERTS):
-        p = first + e
-        ids = tl.load(ids_ptr + p, mask=p < pairs, other=0, cache_modifier=".cg")
-        rank = tl.load(ranks_ptr + p, mask=p < pairs, other=0, cache_modifier=".cg")
-        tl.store(order_ptr + tl.load(starts_ptr + ids, mask=p < pairs, other=0) + rank, p, mask=p < pairs)

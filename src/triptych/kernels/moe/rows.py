@@ -13,13 +13,17 @@ from torch import Tensor
 from triptych.kernels.moe import few
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.router import route_few
-from triptych.kernels.moe.tiled import blocks_of, descriptors
+from triptych.kernels.moe.shared import gates_and_ups, parts_of, plain
+from triptych.kernels.moe.tiled import TILE_BYTES, blocks_of, descriptors
 from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 
 _PAIRS = 8
 """Pairs of one expert that a program multiplies by; those beyond them are another program's."""
 
-_COUNTERS = 1 << 15
+_SHARED_ROWS = 64
+"""Rows that a program of the shared expert multiplies by, at most."""
+
+_COUNTERS = 1 << 16
 """Counters of each launch: it needs one a tile and 128 hidden columns, or one a row and 64 output columns."""
 
 
@@ -34,6 +38,9 @@ class Tiling(NamedTuple):
 UP = DOWN = Tiling(1, 4, 2)
 """More stages, or more rows a program, leave room for fewer programs on a multiprocessor, and were slower."""
 
+UP_ONE = Tiling(1, 2, 2)
+"""Of a single row, for whose programs there is room all at once, with so little shared memory for each."""
+
 
 def moe_rows_on_gpu(
     x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
@@ -46,45 +53,57 @@ def moe_rows_on_gpu(
     assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
     rows, dim = x.shape
-    inner, k = w2.shape[2], router.experts_per_token
+    inner, k, count = w2.shape[2], router.experts_per_token, w2.shape[0]
     pairs, dev = rows * k, x.device
-    tiles = min(pairs, pairs // _PAIRS + min(pairs, w2.shape[0]))
-    extra = triton.cdiv(rows, _PAIRS)
-    most = extra + min(tiles, _expected(rows, k, w2.shape[0]))
+    tiles = min(pairs, pairs // _PAIRS + min(pairs, count))
+    tall = max(8, min(_SHARED_ROWS, triton.next_power_of_2(rows)))
+    extra = triton.cdiv(rows, tall)
+    most = min(tiles, _expected(rows, k, count))
     counters = _counters(dev)
     x = x.contiguous()
-    weights, tile, order, xq, xs = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
-    hidden = torch.empty(pairs + rows, inner, dtype=torch.float32, device=dev)
-    hq = torch.empty(pairs, inner, dtype=torch.uint8, device=dev)
-    sq = torch.empty(rows, inner, dtype=torch.float16, device=dev)
-    hs = torch.empty(pairs + rows, inner // 128, dtype=torch.float32, device=dev)
-    shape = dict(DIM=dim, INNER=inner, TOPK=k)
-    tiling = UP
-    blocks = blocks_of(dim, tiling.blocks)
-    few.up[(most * inner // (32 * tiling.tiles),)](
-        *(xq, xs, tile, order, weights, *descriptors(w13, tiling.tiles, blocks), w13.tops),
-        *(_words(shared13.values), shared13.scales, hidden, hq, sq, hs, counters[1]),
-        *(rows, pairs, tiles, moe.limit, extra),
-        KS=blocks,
-        STAGES=min(tiling.stages, dim // 128 // blocks),
-        TILES=tiling.tiles,
-        num_warps=4 * tiling.tiles,
+    weights, tile, order, rounded = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
+    sums = torch.empty(parts_of(dim), 2, rows, inner, dtype=torch.float32, device=dev)
+    hidden = torch.empty(pairs, inner, dtype=torch.float32, device=dev)
+    hq = torch.empty(pairs + rows, inner, dtype=torch.float8_e4m3fn, device=dev)
+    hs = torch.empty(inner // 128, pairs + rows, dtype=torch.float32, device=dev)
+    shape = dict(DIM=dim, INNER=inner, TOPK=k, SHARED_ROWS=tall)
+    tiling, shape_up = _stages(UP if rows > 1 else UP_ONE, dim, tall)
+    few.up[(extra * parts_of(dim) * inner // 32 + most * inner // (32 * tiling.tiles),)](
+        *(_bytes(rounded.values), rounded.scales, tile, order, weights),
+        *(*descriptors(w13, tiling.tiles, tiling.blocks), w13.tops),
+        *(plain(rounded.values, tall), gates_and_ups(shared13.values), shared13.scales, sums, hidden, _bytes(hq), hs),
+        *(counters[1], rows, pairs, tiles, moe.limit, extra),
         **shape,
+        **shape_up,
     )
-    each = torch.empty(pairs + rows, dim, dtype=torch.float32, device=dev)
+    each = torch.empty(pairs + parts_of(inner) * rows, dim, dtype=torch.float32, device=dev)
     out = torch.empty_like(x)
-    tiling = DOWN
-    blocks = blocks_of(inner, tiling.blocks)
-    few.down[(most * dim // (64 * tiling.tiles),)](
-        *(hq, sq, hs, tile, order, *descriptors(w2, tiling.tiles, blocks), w2.tops),
-        *(_words(shared2.values), shared2.scales, each, out, counters[2], rows, pairs, tiles, extra),
-        KS=blocks,
-        STAGES=min(tiling.stages, inner // 128 // blocks),
-        TILES=tiling.tiles,
-        num_warps=4 * tiling.tiles,
+    tiling, shape_down = _stages(DOWN, inner, tall)
+    few.down[(extra * parts_of(inner) * dim // 64 + most * dim // (64 * tiling.tiles),)](
+        *(_bytes(hq), hs, tile, order, *descriptors(w2, tiling.tiles, tiling.blocks), w2.tops),
+        *(plain(hq[pairs:], tall), plain(shared2.values, 64), shared2.scales),
+        *(each, out, counters[2], rows, pairs, tiles, extra),
         **shape,
+        **shape_down,
     )
     return out
+
+
+def _stages(most: Tiling, columns: int, tall: int) -> tuple[Tiling, dict[str, int]]:
+    """A launch's tiling of matrices with so many columns. The shared expert's stages, of 64 rows of weights and `tall`
+    of x, take no more shared memory than those of the others and their eight rows, if that is enough for two."""
+    blocks = blocks_of(columns, most.blocks)
+    tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks))
+    memory = columns * _PAIRS + tiling.stages * blocks * most.tiles * TILE_BYTES
+    parts = parts_of(columns)
+    shared = min(max(2, memory // ((64 + tall) * 128)), columns // 128 // parts)
+    meta = dict(TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
+    return tiling, dict(num_warps=4 * most.tiles, maxnreg=_registers(memory), **meta)
+
+
+def _registers(memory: int) -> int:
+    """Of each of a program's four warps' threads, so that not they decide how many a multiprocessor has of it."""
+    return 128 if memory * 4 < 220_000 else 168
 
 
 def _expected(rows: int, k: int, experts: int) -> int:
@@ -101,5 +120,5 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(3, _COUNTERS, dtype=torch.int32, device=device)
 
 
-def _words(values: Tensor) -> Tensor:
-    return values.view(torch.int32)
+def _bytes(values: Tensor) -> Tensor:
+    return values.view(torch.uint8)

@@ -68,15 +68,9 @@ def factor_layout(tiles, blocks):
 
 
 @gluon.constexpr_function
-def halves_layout(tiles):
-    """[blocks, 8, 128] f16 of rows on their way into shared memory."""
-    return gl.BlockedLayout([1, 1, 8], [1, 2, 16], [tiles, 4, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def slots_layout(tiles):
-    """[8 * blocks, 128] e4m3 of rows on their way into shared memory."""
-    return gl.BlockedLayout([1, 16], [4, 8], [4 * tiles, 1], [1, 0])
+def rows_layout(tiles):
+    """[blocks, 8, 128] e4m3 of rows on their way into shared memory."""
+    return gl.BlockedLayout([1, 1, 16], [1, 4, 8], [2 * tiles, 2, 1], [2, 1, 0])
 
 
 @gluon.jit
@@ -163,14 +157,15 @@ def begin(values, scales, ws, es, bar, row, KS: gl.constexpr, TILES: gl.constexp
 
 @gluon.jit
 def multiply(
-    values, scales, ws, es, bar, it, row, xs, factor_ptr, top,
+    values, scales, ws, es, bar, it, row, xs, factor_ptr, stride, top,
     K: gl.constexpr, KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """sum over K of row tiles [row, row + TILES) times x -> float32 [64 TILES, 8]; its first chunks are on their way.
 
     `it` chunks of KS blocks came before.
-    xs [K / 128, 8, 128] e4m3 in shared memory, in slots; factor_ptr [8, KS] point to the scales of x's first blocks, in
-    factor_layout; top [64 TILES] are the rows' largest codes. No more STAGES than chunks."""
+    xs [K / 128, 8, 128] e4m3 in shared memory, in slots; factor_ptr [8, KS] point to the scales of x's first blocks,
+    which are `stride` apart, in factor_layout; top [64 TILES] are the rows' largest codes. No more STAGES than chunks.
+    """
     CHUNKS: gl.constexpr = K // 128 // KS
     A: gl.constexpr = gl.SliceLayout(0, MMA)
     acc = gl.zeros([64 * TILES, 8], gl.float32, MMA)
@@ -194,7 +189,7 @@ def multiply(
         if chunk + STAGES < CHUNKS:
             _fetch(values, scales, ws, es, bar, row, chunk + STAGES, s, KS, TILES)
         last = gl.convert_layout(nth(factors, KS - 1, KS), A, assert_trivial=True)
-        factor_ptr += KS
+        factor_ptr += KS * stride
         factors = gl.load(factor_ptr, mask=chunk + 1 < CHUNKS, other=0.0)
         part = warpgroup_mma_wait(0, deps=[before])
         acc += part * last[None, :]
@@ -203,38 +198,26 @@ def multiply(
 
 
 @gluon.jit
-def room_for_rows(K: gl.constexpr, SOME: gl.constexpr):
-    """Shared memory for eight rows of e4m3, to be filled SOME blocks of 128 columns at a time."""
-    return gl.allocate_shared_memory(gl.float8e4nv, [K // 128 // SOME, SOME * 8, 128], gl.NVMMASharedLayout(128, 8))
+def rows_in_slots(x_ptr, row, wanted, K: gl.constexpr, TILES: gl.constexpr):
+    """x[row] of x [.., K] e4m3 in shared memory [K / 128, 8, 128], the columns of each block in slots.
 
-
-@gluon.jit
-def rows_of_halves(xs, x_ptr, row, wanted, K: gl.constexpr, SOME: gl.constexpr, TILES: gl.constexpr):
-    """x[row], f16 on the e4m3 grid in the order of fragments.paired, into xs, in slots.
-
-    row and wanted [8] in the layout SliceLayout(0, SliceLayout(2, halves_layout(TILES)))."""
-    B: gl.constexpr = halves_layout(TILES)
+    row and wanted [8] in the layout SliceLayout(0, SliceLayout(2, rows_layout(TILES)))."""
+    B: gl.constexpr = rows_layout(TILES)
+    SOME: gl.constexpr = _together(K // 128)
+    room = gl.allocate_shared_memory(gl.float8e4nv, [K // 128 // SOME, SOME * 8, 128], gl.NVMMASharedLayout(128, 8))
     b = gl.arange(0, SOME, gl.SliceLayout(1, gl.SliceLayout(2, B)))
     d = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, B)))
     inside = gl.expand_dims(b[:, None] * 128, 2) + gl.expand_dims(d[None, :], 1)
     xp = x_ptr + gl.expand_dims((row * K)[None, :], 2) + inside
     mask = gl.expand_dims(wanted[None, :], 2) & (inside >= 0)
-    for at in range(0, K // 128 // SOME):
-        x = gl.load(xp + at * (SOME * 128), mask=mask, other=0.0).to(gl.float8e4nv)
-        x = gl.reshape(x, [SOME, 8, 4, 4, 4, 2])  # block, row, c, i, place, h
-        xs.index(at).store(gl.reshape(gl.permute(x, (0, 1, 3, 5, 2, 4)), [SOME * 8, 128]))
+    for at in gl.static_range(K // 128 // SOME):
+        x = gl.load(xp + at * (SOME * 128), mask=mask, other=0).to(gl.float8e4nv, bitcast=True)
+        x = gl.permute(gl.reshape(x, [SOME, 8, 4, 4, 2, 4]), (0, 1, 3, 4, 2, 5))  # c, i, h -> i, h, c
+        room.index(at).store(gl.reshape(x, [SOME * 8, 128]))
+    return room._reinterpret(gl.float8e4nv, [K // 128, 8, 128], gl.NVMMASharedLayout(128, 8))
 
 
-@gluon.jit
-def rows_of_slots(xs, x_ptr, row, wanted, K: gl.constexpr, SOME: gl.constexpr, TILES: gl.constexpr):
-    """As rows_of_halves, of rows in e4m3 and in slots already.
-
-    row and wanted [8 SOME] repeat the eight rows, in the layout SliceLayout(1, slots_layout(TILES))."""
-    D: gl.constexpr = slots_layout(TILES)
-    i = gl.arange(0, SOME * 8, gl.SliceLayout(1, D))
-    d = gl.arange(0, 128, gl.SliceLayout(0, D))
-    xp = x_ptr + (row * K + i // 8 * 128)[:, None] + d[None, :]
-    mask = wanted[:, None] & (d >= 0)[None, :]
-    for at in range(0, K // 128 // SOME):
-        x = gl.load(xp + at * (SOME * 128), mask=mask, other=0)
-        xs.index(at).store(x.to(gl.float8e4nv, bitcast=True))
+@gluon.constexpr_function
+def _together(blocks):
+    """How many of a row's blocks are loaded at once: a power of two that divides them, 32 at most."""
+    return min(32, blocks & -blocks)

@@ -10,6 +10,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triptych.kernels.quant.matrices import Mxfp4Matrix
 from triptych.kernels.quant.tiles import TILE_ROWS
 
+TILE_BYTES = 64 * (64 + 4)
+"""A tile of 64 rows and 128 columns with its scales."""
+
 
 def blocks_of(columns: int, most: int) -> int:
     """Blocks of 128 columns a stage: 4, 2 or 1, a divisor of all of them."""

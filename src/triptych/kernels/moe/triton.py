@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import is_hopper
 from triptych.kernels.linear.triton import linear
 from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
@@ -23,7 +24,14 @@ from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of
 from triptych.kernels.moe.ref import Experts, Rounding, Router
 from triptych.kernels.moe.rows import moe_rows_on_gpu
 from triptych.kernels.moe.sorted import experts_on_gpu
-from triptych.kernels.quant.matrices import Matrix, Mxfp4Matrix
+from triptych.kernels.quant.e4m3 import scale_of
+from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, Matrix, Mxfp4Matrix
+from triptych.kernels.quant.ref import fake_quant_fp8
+
+_ROUNDED = 128  # rows from which on hidden values are rounded where they are made
+
+FEW = 512
+"""Rows up to which launches that stream every expert they need are the quicker way."""
 
 
 def route(x: Tensor, token_ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -71,7 +79,7 @@ def experts(
             return ref.experts(x, ids, weights, moe, rounding)
         if moe.w13.tops is None:
             return portable.experts(x, ids, weights, moe)
-        if not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256:
+        if _whole(moe):
             return experts_on_gpu(x, ids, weights, moe)
         # the reference waits for the GPU; released models have no such size
         return ref.experts(rounding(x.float()), ids, weights, moe, rounding).to(x.dtype)
@@ -99,18 +107,31 @@ def experts(
 
 
 def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
-    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router."""
+    """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router for few rows."""
     if not x.is_cuda or not isinstance(moe.w13, Mxfp4Matrix):
         return ref.moe_rows(x, token_ids, router, moe, shared)
-    if moe.w13.tops is not None:
+    tiled = moe.w13.tops is not None
+    if tiled and len(x) <= FEW:
         return moe_rows_on_gpu(x, token_ids, router, moe, shared)
     ids, weights = route(x, token_ids, router)
-    return portable.experts(x, ids, weights, moe) + shared_expert(x, *shared, moe.limit)
+    beside = shared_expert(x, *shared, moe.limit)
+    if tiled and _whole(moe):
+        return experts_on_gpu(x, ids, weights, moe, beside)
+    return experts(x, ids, weights, moe, fake_quant_fp8) + beside
+
+
+def _whole(moe: Experts) -> bool:
+    """Whether sorted.py can multiply them: in whole steps of 256 columns."""
+    return not moe.w2.shape[1] % 256 and not moe.w2.shape[2] % 256
 
 
 def shared_expert(x: Tensor, w13: Matrix, w2: Matrix, limit: float, rounding: Rounding | None = None) -> Tensor:
-    """See ref.shared_expert."""
-    hidden = swiglu(linear(x, w13), w2.shape[1], limit, x.dtype)
+    """See ref.shared_expert. Of many rows the product rounds hidden values itself, and so what makes them may do it."""
+    inner = w2.shape[1]
+    wide = len(x) >= _ROUNDED and inner % 128 == 0
+    if wide and rounding is None and isinstance(w2, Fp8Matrix) and is_hopper(x.device):
+        return linear(_swiglu_rows(linear(x, w13), inner, limit), w2)
+    hidden = swiglu(linear(x, w13), inner, limit, x.dtype)
     return linear(hidden if rounding is None else rounding(hidden), w2)
 
 
@@ -119,6 +140,15 @@ def swiglu(gate_up: Tensor, inner: int, limit: float, dtype: torch.dtype) -> Ten
     hidden = torch.empty(len(gate_up), inner, dtype=dtype, device=gate_up.device)
     _swiglu[(len(gate_up), triton.cdiv(inner, 1024))](gate_up, hidden, inner, limit, BLOCK=1024)
     return hidden
+
+
+def _swiglu_rows(gate_up: Tensor, inner: int, limit: float) -> Fp8Rows:
+    """`swiglu` rounded to e4m3, scales column by column as products of many rows read them; inner in whole groups."""
+    rows = len(gate_up)
+    values = torch.empty(rows, inner, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    scales = torch.empty(inner // 128, rows, device=gate_up.device)
+    _swiglu_groups[(rows, triton.cdiv(inner, 1024))](gate_up, values, scales, inner, limit, GROUPS=8, num_warps=4)
+    return Fp8Rows(values, scales.T)
 
 
 @triton.jit
@@ -243,11 +273,29 @@ def _down(
 
 
 @triton.jit
+def _hidden(gate_up_ptr, n, inner, limit):
+    """Hidden values n of a row."""
+    gate = tl.load(gate_up_ptr + n, mask=n < inner, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + inner + n, mask=n < inner, other=0.0).to(tl.float32)
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def _swiglu(gate_up_ptr, out_ptr, inner, limit, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + r * 2 * inner + n, mask=n < inner).to(tl.float32)
-    up = tl.load(gate_up_ptr + r * 2 * inner + inner + n, mask=n < inner).to(tl.float32)
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    tl.store(out_ptr + r * inner + n, gate * tl.sigmoid(gate) * up, mask=n < inner)
+    tl.store(out_ptr + r * inner + n, _hidden(gate_up_ptr + r * 2 * inner, n, inner, limit), mask=n < inner)
+
+
+@triton.jit
+def _swiglu_groups(gate_up_ptr, values_ptr, scales_ptr, inner, limit, GROUPS: tl.constexpr):
+    """GROUPS groups of 128 hidden values of a row, rounded; scales [inner / 128, rows]."""
+    r = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    n = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = _hidden(gate_up_ptr + r * 2 * inner, n, inner, limit)
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
+    tl.store(values_ptr + r * inner + n, (x * inverse[:, None]).to(tl.float8e4nv), mask=n < inner)
+    tl.store(scales_ptr + g * tl.num_programs(0) + r, scale, mask=g * 128 < inner)

@@ -1,10 +1,23 @@
-"""Triton: e4m3 bytes without a type of eight bits, which GPUs before capability 8.9 do not have."""
+"""Triton: the scales of e4m3, and its bytes without a type of eight bits, which GPUs before capability 8.9 lack."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
+
+
+@triton.jit
+def scale_of(largest):
+    """The power of two by which native numerics scale a group of this largest magnitude, and its inverse: float32.
+
+    It is the smallest s with max(largest, 1e-4) <= 448 s: ref.scale_codes, of groups without NaN or Inf. Gluon kernels
+    call it too. Source: reference section 2.9.
+    """
+    bits = tl.maximum(largest, 1e-4).to(tl.int32, bitcast=True)
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is above that of 448
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

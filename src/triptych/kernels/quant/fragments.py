@@ -32,28 +32,6 @@ mov.b32 {$2, $3}, b;
 )
 """Four e4m3 ($4) to f16."""
 
-ASM_FP8_PAIRED: Any = gl.constexpr(
-    """
-{
-.reg .b16 l, h;
-.reg .b32 a, b;
-prmt.b32 a, $8, $9, 0x5140;
-mov.b32 {l, h}, a;
-cvt.rn.f16x2.e4m3x2 a, l;
-cvt.rn.f16x2.e4m3x2 b, h;
-mov.b32 {$0, $1}, a;
-mov.b32 {$2, $3}, b;
-prmt.b32 a, $8, $9, 0x7362;
-mov.b32 {l, h}, a;
-cvt.rn.f16x2.e4m3x2 a, l;
-cvt.rn.f16x2.e4m3x2 b, h;
-mov.b32 {$4, $5}, a;
-mov.b32 {$6, $7}, b;
-}
-"""
-)
-"""Twice four e4m3 ($8, $9) to f16: bytes 0 of both, 1 of both, 2 of both, 3 of both."""
-
 
 @gluon.constexpr_function
 def mma_layout(warps):
@@ -70,16 +48,6 @@ def weight_layout(words, warps, tiles=1):
     rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
     more = [[16 * warps << i, 0, 0] for i in range(tiles.bit_length() - 1)]
     return gl.DistributedLinearLayout([*deep, [8, 0, 0], *more], lanes, rows, [], [16 * warps * tiles, 4, words])
-
-
-@gluon.constexpr_function
-def wide_layout(warps, tiles=1):
-    """bf16 weights [16 * warps * tiles, 4, 32]: a thread has two rows of each tile, and 32 of each."""
-    deep = [[0, 0, 1 << i] for i in range(5)]
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    more = [[16 * warps << i, 0, 0] for i in range(tiles.bit_length() - 1)]
-    return gl.DistributedLinearLayout([*deep, [8, 0, 0], *more], lanes, rows, [], [16 * warps * tiles, 4, 32])
 
 
 @gluon.constexpr_function
@@ -102,47 +70,7 @@ def from_fp8(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def from_bf16(w, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """w [ROWS, 4, 32] bf16 -> the left operand, bf16 [ROWS, 128]."""
-    slots = gl.reshape(gl.permute(gl.reshape(w, [ROWS, 4, 8, 2, 2]), (0, 2, 3, 1, 4)), [ROWS, 128])
-    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-
-
-@gluon.jit
 def from_rows(x, N: gl.constexpr, MMA: gl.constexpr):
-    """Activations x [N, 4, 32], f16 or bf16 -> the right operand [128, N]."""
+    """Activations x [N, 4, 32], f16 -> the right operand [128, N]."""
     slots = gl.reshape(gl.permute(gl.reshape(x, [N, 4, 8, 2, 2]), (2, 3, 1, 4, 0)), [128, N])
     return gl.convert_layout(slots, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
-
-
-@gluon.jit
-def from_fp8_paired(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """packed [ROWS, 4, 8] int32 -> the left operand f16 [ROWS, 128], for rows in the order of `paired`."""
-    even, odd = gl.split(gl.reshape(packed, [ROWS, 4, 4, 2]))
-    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-        ASM_FP8_PAIRED,
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-        [even, odd],
-        dtype=(gl.float16,) * 8,
-        is_pure=True,
-        pack=1,
-    )
-    low = gl.join(gl.join(a, b), gl.join(c, d))
-    high = gl.join(gl.join(e, f), gl.join(g, h))
-    slots = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 5, 4, 1, 3)), [ROWS, 128])
-    return gl.convert_layout(slots, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-
-
-@gluon.jit
-def paired(column):
-    """Where a column lies in rows that from_fp8_paired is multiplied by: of eight, in the order 0 4 1 5 2 6 3 7."""
-    return column // 8 * 8 + column % 4 * 2 + column // 4 % 2
-
-
-@gluon.jit
-def scale_of(largest):
-    """The power of two by which native numerics scale a group of this largest magnitude, and its inverse."""
-    bits = gl.maximum(largest, 1e-4).to(gl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is above that of 448
-    scale = (exponent << 23).to(gl.float32, bitcast=True)
-    return scale, ((254 - exponent) << 23).to(gl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""The k highest of each row's ordered scores, by one program a row.
+"""The k highest of each row's ordered scores, by one program a row, on any GPU; narrow.py does it on Hopper.
 
     scores   s s s s s s s s s s s s s s s s ...     n of them, as integers that sort like the floats
     groups   [  top  ] [  top  ] [  top  ] ...       of 4, 16 or 64, so that a few thousand of them cover the row
@@ -12,12 +12,14 @@ and the same ids.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.gpu import is_hopper, multiprocessors
 
 GROUP = 16
 """Scores that share one of the `tops`."""
@@ -25,6 +27,10 @@ GROUP = 16
 
 def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     """Ids [B, k] int32, ascending, -1 behind, of the k highest of the first visible[r] ordered scores of each row."""
+    if is_hopper(scores.device):
+        narrow = importlib.import_module("triptych.kernels.select_rows.narrow")
+        if narrow.fits(scores.shape[1], k):
+            return narrow.highest(scores, tops, visible, k)  # type: ignore[no-any-return]
     rows, total = scores.shape
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     wide = triton.next_power_of_2(k)

@@ -1,248 +1,204 @@
 """Scores of packed index keys for Hopper, in Gluon: keys stream through shared memory to the FP8 tensor cores.
 
     shared memory   queries 64 x 128 e4m3 | keys, STAGES tiles of 128 as they lie in pages | their scales
-                    | MXFP4 only: a tile of 128 x 128 e4m3
+    one warp        asks for pages of the next tiles, a bulk copy each
+    four warps      multiply a tile by the queries (MXFP4 keys as the left operand, expanded in registers), weigh, write
 
-One warpgroup takes a row's stretch of keys, a tile at a time, while copies of the next tiles are under way. Keys that
-lie beyond what the row sees read as its last one.
+A program takes a row's stretch of keys. Pages beyond what the row sees read as its last one.
 """
 
 from __future__ import annotations
 
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triptych.kernels.index.ref import PagedEntries
+from triptych.kernels.quant.formats import PackedRows
+from triptych.kernels.select_rows.weigh import (
+    expanded,
+    factors_of,
+    in_order,
+    line_layout,
+    summed,
+    weighed,
+    weight_of,
+    weights_of,
+)
+
+_STAGES = {"fp8": 4, "mxfp4": 6}
 
 
-@gluon.jit
-def copy_tile(
-    target,
-    scales_target,
-    page,
-    g,
-    values_at,
-    values_page,
-    values_row,
-    page1,
-    g1,
-    scales_at,
-    scales_page,
-    scales_row,
-    PER_PAGE: gl.constexpr,
-    BYTES: gl.constexpr,
-    layout: gl.constexpr,
-):
-    """Begin to copy values [128, BYTES] of keys g in pages `page`, and a word of scales of each."""
-    place = values_at + page * values_page + (g % PER_PAGE).to(gl.int64) * values_row
-    place = gl.multiple_of(place, 16)
-    d = gl.arange(0, BYTES, layout=gl.SliceLayout(0, layout))
-    async_copy.async_copy_global_to_shared(target, place[:, None] + d[None, :])
-    word = scales_at + page1 * scales_page + (g1 % PER_PAGE).to(gl.int64) * scales_row
-    word = gl.multiple_of(word, 4).to(gl.pointer_type(gl.int32), bitcast=True)
-    async_copy.async_copy_global_to_shared(scales_target, word)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def pages_of(table_ptr, g, PER_PAGE: gl.constexpr):
-    """Pages of keys g."""
-    return gl.load(table_ptr + g // PER_PAGE).to(gl.int64)
-
-
-@gluon.jit
-def unpacked_to(target, source, words, layout: gl.constexpr):
-    """Write a tile of MXFP4 keys to `target` as e4m3, each over the largest scale of its key times 2^6.
-
-    words [128] are a key's four e8m0 codes. A byte permutation looks magnitudes up, four a time, in the 8 bytes of
-    0 .. 6 times 2^6 whose exponents are lowered by the distance of the group's scale to the largest one.
-    """
-    x = source._reinterpret(gl.int32, [128, 16], gl.SwizzledSharedLayout(4, 1, 4, [1, 0])).load(layout)
-    c0 = words & 255
-    c1 = (words >> 8) & 255
-    c2 = (words >> 16) & 255
-    c3 = (words >> 24) & 255
-    most = gl.maximum(gl.maximum(c0, c1), gl.maximum(c2, c3))
-    group = (gl.arange(0, 16, layout=gl.SliceLayout(0, layout)) // 4)[None, :] * 8
-    below = most[:, None] - ((words[:, None] >> group) & 255)
-    near = below <= 11  # what lies further below the largest is less than its last bit
-    step = below * 0x08080808
-    low = gl.where(near, 0x6C686000 - (step & -256), 0)
-    high = gl.where(near, 0x7C787470 - step, 0)
-    first, second = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 s, t, u, z;
-        mov.b32 z, 0x00008000;
-        and.b32 s, $2, 0x77777777;
-        shr.u32 t, $2, 3;
-        and.b32 t, t, 0x11111111;
-        prmt.b32 $0, $3, $4, s;
-        prmt.b32 u, z, z, t;
-        or.b32 $0, $0, u;
-        shr.u32 s, s, 16;
-        shr.u32 t, t, 16;
-        prmt.b32 $1, $3, $4, s;
-        prmt.b32 u, z, z, t;
-        or.b32 $1, $1, u;
-        }""",
-        "=&r,=&r,r,r,r",
-        [x, low, high],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
+def score(
+    prepared: tuple[Tensor, Tensor], weights: Tensor, keys: PagedEntries, out: tuple[Tensor, Tensor], stretch: int
+) -> None:
+    """Ordered scores and their tops, `out`, of queries [R, heads, 128] e4m3 and their powers of two [R, heads]."""
+    q, power = prepared
+    rows, total = out[0].shape
+    pool = keys.pool
+    assert isinstance(pool, PackedRows)
+    pages, per_page, width = pool.values.shape
+    copied = TensorDescriptor.from_tensor(pool.values, [1, per_page, width], gl.NVMMASharedLayout(width, 8, rank=3))
+    words = TensorDescriptor(
+        *(pool.scales, [pages, 4 * per_page], [pool.scales.stride(0), 1], [1, 4 * per_page]),
+        gl.NVMMASharedLayout(0, 8),
     )
-    target.store(gl.reshape(gl.join(first, second), [128, 32]))
-    return most
+    scores[(triton.cdiv(total, stretch), rows)](
+        *(q, power, weights, weights.stride(0), copied, words),
+        *(keys.page_table, keys.page_table.stride(0), keys.seq, keys.visible, *out, total, q.shape[1], stretch),
+        KIND=1 if pool.format.kind == "fp8" else 2,
+        PER_PAGE=per_page,
+        STAGES=_STAGES[pool.format.kind],
+        num_warps=4,
+        maxnreg=80,
+    )
 
 
-@gluon.jit(do_not_specialize=["table_row", "count"])  # which differ from step to step
-def scores(  # noqa: C901  (branches that the compiler resolves)
-    q_ptr,
-    power_ptr,
-    weight_ptr,
-    weight_row,
-    pool_ptr,
-    pool_page,
-    pool_row,
-    scales_ptr,
-    scales_page,
-    scales_row,
-    table_ptr,
-    table_row,
-    seq_ptr,
-    visible_ptr,
-    out_ptr,
-    tops_ptr,
-    total,
-    heads,
-    stretch,
-    count,
-    KIND: gl.constexpr,
-    PER_PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """Ordered scores of ROWS of the `count` rows, see triton.py; q [R, heads, 128] e4m3 lacks 2^power [R, heads].
+@gluon.jit
+def _fetch(
+    keys, scales, table, first, last, tiles, keys_s, scales_s, full, empty,
+    PAGES: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Pages of `tiles` tiles, from the table's entry `first` on, on their way into shared memory, by one warp."""
+    SOME: gl.constexpr = 32 // PAGES  # tiles whose pages a load of the table finds
+    i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    coming = gl.load(table + gl.minimum(first + i, last)).to(gl.int32)
+    for some in range(0, tiles, SOME):
+        pages = coming
+        coming = gl.load(table + gl.minimum(first + (some + SOME) * PAGES + i, last)).to(gl.int32)
+        for t in range(some, gl.minimum(some + SOME, tiles)):
+            slot = t % STAGES
+            mbarrier.wait(empty.index(slot), ((t // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), BYTES)
+            for n in gl.static_range(PAGES):
+                page = gl.sum(gl.where(i == (t - some) * PAGES + n, pages, 0), 0)
+                tma.async_copy_global_to_shared(keys, [page, 0, 0], full.index(slot), keys_s.index(slot).slice(n, 1, 0))
+                tma.async_copy_global_to_shared(
+                    scales, [page, 0], full.index(slot), scales_s.index(slot).slice(n, 1, 0)
+                )
 
-    Rows of one sequence share each tile of keys; those of several take turns.
-    """
-    r = gl.program_id(1).to(gl.int64) * ROWS
-    begin = gl.program_id(0) * stretch
-    seq = gl.load(seq_ptr + r)
-    longest = gl.load(visible_ptr + r).to(gl.int32)
-    turns = 1
-    for n in gl.static_range(1, ROWS):
-        other = gl.minimum(r + n, count - 1)
-        longest = gl.maximum(longest, gl.load(visible_ptr + other).to(gl.int32))
-        if gl.load(seq_ptr + other) != seq:
-            turns = ROWS
-    if begin >= longest:
-        return
-    BYTES: gl.constexpr = 128 if KIND == 1 else 64
-    copied: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [4, 1], [1, 0])
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+
+@gluon.jit
+def _weigh(
+    q_ptr, power_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, visible, tiles, q_s, weights_s, keys_s, scales_s,
+    full, empty, KIND: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Scores of `tiles` tiles of 128 keys of a row, by four warps."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
+    L: gl.constexpr = line_layout(4)
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 4, [1, 0])
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    unpacked: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
-    by_key: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q_s = gl.allocate_shared_memory(gl.uint8, [ROWS, 64, 128], eight)
-    weights_s = gl.allocate_shared_memory(gl.float32, [ROWS, 64], flat)
-    scales_s = gl.allocate_shared_memory(gl.int32, [STAGES, 128], flat)
-    if KIND == 1:
-        keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, 128], eight)
-    else:
-        keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 128, 64], plain)
-        wide_s = gl.allocate_shared_memory(gl.uint8, [128, 128], eight)
-
     by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, by_query))
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, by_query))
-    hw = gl.arange(0, 64, layout=line)
-    for n in gl.static_range(ROWS):
-        row = gl.minimum(r + n, count - 1)
-        q = gl.load(q_ptr + (row * heads + h)[:, None] * 128 + d[None, :], mask=(h < heads)[:, None], other=0)
-        q_s.index(n).store(q)
-        power = gl.load(power_ptr + row * heads + hw, mask=hw < heads, other=0)
-        weight = gl.load(weight_ptr + row * weight_row + hw, mask=hw < heads, other=0.0)
-        weights_s.index(n).store(weight * ((127 + power) << 23).to(gl.float32, bitcast=True))
+    q_s.store(gl.load(q_ptr + h[:, None] * 128 + d[None, :], mask=(h < heads)[:, None], other=0))
+    h = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    weights_s.store(weight_of(power_ptr, weight_ptr, h, heads))
     fence_async_shared()
-    rows = gl.arange(0, 128, layout=gl.SliceLayout(1, copied))
-    rows1 = gl.arange(0, 128, layout=line)
-    none = gl.zeros([128, 64], gl.float32, layout=s_layout)
-    i = gl.arange(0, 128, layout=by_key)
-    for turn in range(turns):
-        visible = longest
-        if turns > 1:
-            visible = gl.load(visible_ptr + gl.minimum(r + turn, count - 1)).to(gl.int32)
-        last = gl.maximum(visible - 1, 0)
-        line_ptr = table_ptr + gl.load(seq_ptr + gl.minimum(r + turn, count - 1)).to(gl.int64) * table_row
-        tiles = gl.maximum(gl.minimum(begin + stretch, visible) - begin + 127, 0) // 128
-        for stage in gl.static_range(STAGES - 1):
-            g = gl.minimum(begin + stage * 128 + rows, last)
-            g1 = gl.minimum(begin + stage * 128 + rows1, last)
-            copy_tile(
-                *(keys_s.index(stage), scales_s.index(stage), pages_of(line_ptr, g, PER_PAGE), g, pool_ptr, pool_page),
-                *(pool_row, pages_of(line_ptr, g1, PER_PAGE), g1, scales_ptr, scales_page, scales_row),
-                *(PER_PAGE, BYTES, copied),
-            )
-        g = gl.minimum(begin + (STAGES - 1) * 128 + rows, last)
-        g1 = gl.minimum(begin + (STAGES - 1) * 128 + rows1, last)
-        page = pages_of(line_ptr, g, PER_PAGE)
-        page1 = pages_of(line_ptr, g1, PER_PAGE)
-        for t in range(tiles):
-            at = begin + t * 128
-            async_copy.wait_group(STAGES - 2)
-            gl.thread_barrier()
-            if KIND == 1:
-                fence_async_shared()
-                keys = keys_s.index(t % STAGES)._reinterpret(gl.float8e4nv, [128, 128], eight)
-                factor = scales_s.index(t % STAGES).load(by_key).to(gl.float32, bitcast=True)
-            else:
-                words = scales_s.index(t % STAGES).load(gl.SliceLayout(1, unpacked))
-                target = wide_s._reinterpret(
-                    gl.int32, [128, 32], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-                )
-                most = unpacked_to(target, keys_s.index(t % STAGES), words, unpacked)
-                fence_async_shared()
-                keys = wide_s._reinterpret(gl.float8e4nv, [128, 128], eight)
-                factor = gl.convert_layout((gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True), by_key)
-            if t + STAGES - 1 < tiles:
-                slot = (t + STAGES - 1) % STAGES
-                copy_tile(
-                    *(keys_s.index(slot), scales_s.index(slot), page, g, pool_ptr, pool_page, pool_row, page1, g1),
-                    *(scales_ptr, scales_page, scales_row, PER_PAGE, BYTES, copied),
-                )
-            else:
-                async_copy.commit_group()
-            g = gl.minimum(at + STAGES * 128 + rows, last)
-            g1 = gl.minimum(at + STAGES * 128 + rows1, last)
-            page = pages_of(line_ptr, g, PER_PAGE)
-            page1 = pages_of(line_ptr, g1, PER_PAGE)
-            for n in gl.static_range(ROWS):
-                queries = q_s.index(n)._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
-                token = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
-                scale = weights_s.index(n).load(gl.SliceLayout(0, s_layout))[None, :]
-                s = warpgroup_mma_wait(0, deps=(token,))
-                s = gl.sum(gl.maximum(s, 0.0) * scale, 1) * factor
-                mine = (r + n < count) & ((turns == 1) | (turn == n))
-                sees = gl.load(visible_ptr + gl.minimum(r + n, count - 1)).to(gl.int32)
-                _keep(out_ptr, tops_ptr, s, at, i, (r + n) * total, mine, sees)
-        async_copy.wait_group(0)
-        gl.thread_barrier()
+    gl.thread_barrier()
+    q = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
+    w = weights_of(weights_s, 4)
+    key = gl.arange(0, 128, layout=L)
+    x = gl.zeros([64, 64], gl.float32, layout=MMA)
+    y = gl.zeros([64, 64], gl.float32, layout=MMA)
+    for t in range(tiles):
+        slot = t % STAGES
+        at = begin + t * 128
+        mbarrier.wait(full.index(slot), (t // STAGES) & 1)
+        factor = factors_of(scales_s.index(slot), L, 128, KIND)
+        # two products of 64 keys: while one is under way the other's keys are expanded, or it is weighed
+        x = warpgroup_mma(_keys(keys_s, scales_s, slot, 0, KIND, MMA), q, x, use_acc=False, is_async=True)
+        y = warpgroup_mma(_keys(keys_s, scales_s, slot, 1, KIND, MMA), q, y, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        first = weighed(x, w, 4)
+        y = warpgroup_mma_wait(0, deps=(y,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        second = weighed(y, w, 4)
+        sums = first[0], second[0], first[1], second[1]
+        seen = at + key < visible
+        order = gl.where(seen, in_order(summed(sums, 4, 1), factor), -2147483648)
+        gl.store(out_ptr + at + key, order, mask=seen)
+        _keep_tops(tops_ptr, order, at)
 
 
 @gluon.jit
-def _keep(out_ptr, tops_ptr, s, at, i, start, mine, visible):
-    """Write scores s [128] of keys from `at` on as ordered integers, and the highest of each 16, if `mine`."""
-    per16: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    bits = gl.where(s == 0.0, 0.0, s).to(gl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    order = gl.where(at + i < visible, order, -2147483648)
-    order = gl.convert_layout(order, per16)
-    keys = gl.arange(0, 128, layout=per16)
-    gl.store(out_ptr + start + at + keys, order, mask=(at + keys >= 0) & mine)
+def _keys(keys_s, scales_s, slot, half: gl.constexpr, KIND: gl.constexpr, MMA: gl.constexpr):
+    """Half of a tile of keys as a left operand."""
+    if KIND == 1:
+        eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+        return keys_s.index(slot)._reinterpret(gl.float8e4nv, [2, 64, 128], eight).index(half)
+    else:
+        four: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
+        codes = scales_s.index(slot)._reinterpret(gl.uint8, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        return expanded(
+            keys_s.index(slot)._reinterpret(gl.uint8, [2, 64, 64], four).index(half), codes.index(half), 4, MMA
+        )
+
+
+@gluon.jit
+def _keep_tops(tops_ptr, order, at):
+    """The highest of each 16 of ordered scores [128]."""
     top = gl.max(gl.reshape(order, [8, 16]), 1)
-    eighth = gl.arange(0, 8, layout=top.type.layout)
-    gl.store(tops_ptr + (start + at) // 16 + eighth, top, mask=(eighth >= 0) & mine)
+    group = gl.arange(0, 8, layout=top.type.layout)
+    gl.store(tops_ptr + (at // 16 + group), top, mask=top > -2147483648)
+
+
+@gluon.jit(do_not_specialize=["table_row"])  # which differs from step to step
+def scores(
+    q_ptr, power_ptr, weight_ptr, weight_row, keys, scales, table_ptr, table_row, seq_ptr, visible_ptr, out_ptr,
+    tops_ptr, total, heads, stretch,
+    KIND: gl.constexpr, PER_PAGE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Ordered scores of a row, see triton.py; q [R, heads, 128] e4m3 lacks 2^power [R, heads].
+
+    `keys` and `scales` describe pages, to copy one.
+    """
+    PAGES: gl.constexpr = 128 // PER_PAGE
+    WIDTH: gl.constexpr = 128 if KIND == 1 else 64
+    r = gl.program_id(1).to(gl.int64)
+    begin = gl.program_id(0) * stretch
+    visible = gl.load(visible_ptr + r).to(gl.int32)
+    table = table_ptr + gl.load(seq_ptr + r).to(gl.int64) * table_row  # on its way beside the other
+    if begin >= visible:
+        return
+    tiles = gl.cdiv(gl.minimum(begin + stretch, visible) - begin, 128)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_s = gl.allocate_shared_memory(gl.uint8, [64, 128], gl.NVMMASharedLayout(128, 8))
+    weights_s = gl.allocate_shared_memory(gl.float32, [64], flat)
+    pages: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, rank=3)
+    keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, PAGES, PER_PAGE, WIDTH], pages)
+    scales_s = gl.allocate_shared_memory(gl.uint8, [STAGES, PAGES, PER_PAGE * 4], gl.NVMMASharedLayout(0, 8))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(STAGES):
+        mbarrier.init(full.index(n), count=1)
+        mbarrier.init(empty.index(n), count=1)
+    fence_async_shared()
+    q_ptr += r * heads * 128
+    power_ptr += r * heads
+    weight_ptr += r * weight_row
+    out_ptr += r * total
+    tops_ptr += r * (total // 16)
+    first, last = begin // PER_PAGE, (visible - 1) // PER_PAGE
+    gl.warp_specialize(
+        [
+            (_weigh, (
+                q_ptr, power_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, visible, tiles, q_s, weights_s, keys_s,
+                scales_s, full, empty, KIND, STAGES,
+            )),
+            (_fetch, (
+                keys, scales, table, first, last, tiles, keys_s, scales_s, full, empty,
+                PAGES, 128 * (WIDTH + 4), STAGES,
+            )),
+        ],
+        [1],
+        [32],
+    )  # fmt: skip

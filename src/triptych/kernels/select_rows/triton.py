@@ -2,16 +2,18 @@
 
     queries  rotated, by Hadamard too, and rounded                  (with the scores where hopper.py cannot serve)
     scores   programs of a row's stretch of keys multiply and weigh; each score is written as an integer of the same
-             order, and with it the highest of each 16 of them
-    highest  highest.py: the k highest of a row
+             order, and with it the highest of each 16 of them; chunk.py does it for many rows that share their keys
+    highest  highest.py or narrow.py: the k highest of a row
 
 FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
-room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0.
+room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0, or on Hopper as
+if its scale were 2^11 below the largest.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +31,7 @@ from triptych.kernels.select_rows.ref import IndexQueries
 _TILE = 128  # keys of one product
 _ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
+_GATHERED = 1 << 27  # and of keys side by side at most: more than three sequences of a million tokens
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
@@ -36,10 +39,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def select_rows(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
     """See ref.select_rows. `keys.most` must bound what any row sees.
 
-    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte.
+    Of many rows some at a time, so that their scores take at most a quarter of a gigabyte; always whole tiles of them,
+    since kernels are compiled anew for rows that begin at odd addresses.
     """
     assert keys.most is not None
-    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE))))
+    return _some_at_a_time(queries, keys, topk, max(_ALONE, _SCORES // (4 * max(keys.most, _TILE)) // _TILE * _TILE))
 
 
 def select_rows_deterministic(queries: IndexQueries, keys: PagedEntries, topk: int) -> Tensor:
@@ -47,10 +51,14 @@ def select_rows_deterministic(queries: IndexQueries, keys: PagedEntries, topk: i
     return _some_at_a_time(queries, keys, topk, _ALONE)
 
 
-def _some_at_a_time(queries: IndexQueries, keys: PagedEntries, topk: int, step: int) -> Tensor:
+def _some_at_a_time(
+    queries: IndexQueries, keys: PagedEntries, topk: int, step: int, *, rounded: bool = False
+) -> Tensor:
+    """Ids of `step` rows after the other; `rounded` as in ordered_scores."""
     rows = len(queries.heads)
+    ready = _gathered(queries, keys) if step > _ALONE and (queries.rounds or rounded) else None
     if rows <= step:
-        scores, tops = ordered_scores(queries, keys)
+        scores, tops = ordered_scores(queries, keys, rounded=rounded, ready=ready)
         return highest(scores, tops, keys.visible, topk)
     out = torch.empty(rows, topk, dtype=torch.int32, device=queries.heads.device)
     for first in range(0, rows, step):
@@ -58,13 +66,18 @@ def _some_at_a_time(queries: IndexQueries, keys: PagedEntries, topk: int, step: 
         some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
         angles = (queries.angles[0][part], queries.angles[1][part])
         mine = queries._replace(heads=queries.heads[part], angles=angles, weights=queries.weights[part])
-        scores, tops = ordered_scores(mine, some)
+        scores, tops = ordered_scores(mine, some, rounded=rounded, ready=ready)
         out[part] = highest(scores, tops, some.visible, topk)
     return out
 
 
 def ordered_scores(
-    queries: IndexQueries, keys: PagedEntries, stretch: int | None = None, *, rounded: bool = False
+    queries: IndexQueries,
+    keys: PagedEntries,
+    stretch: int | None = None,
+    *,
+    rounded: bool = False,
+    ready: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, T] as int32 that sort like the floats, and the highest of each 16; T = most, in whole tiles.
 
@@ -74,18 +87,17 @@ def ordered_scores(
     assert keys.most is not None
     rows, heads, dim = len(queries.heads), queries.count, queries.dim
     device = queries.heads.device
-    total = triton.cdiv(max(keys.most, 1), _TILE) * _TILE
+    total = _whole_tiles(keys.most)
     scores = torch.empty(rows, total, dtype=torch.int32, device=device)
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
-        programs = max(1, 3 * multiprocessors(device) // rows)
-        longest = 2048 if rows <= _ALONE else 8192
-        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        stretch = _stretch(rows, total, 3 * multiprocessors(device))
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
     if _on_hopper(queries, pool) and (queries.rounds or rounded):
-        _hopper_scores(raw, queries, keys, scores, tops, stretch)
+        ready = ready or _gathered(queries, keys)
+        _hopper_scores(raw, queries, keys, ready, (scores, tops), stretch)
         return scores, tops
     kind = pool.format.kind if isinstance(pool, PackedRows) else "dense"
     if isinstance(pool, PackedRows):
@@ -117,54 +129,83 @@ def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int, *, 
     """
     most = keys.most if keys.most is not None else int(keys.visible.max())
     rows, heads, dim = q.shape
-    out = torch.empty(rows, min(topk, most), dtype=torch.int64, device=q.device)
-    none = torch.empty(1, 0, device=q.device)
+    none = torch.empty(rows, 0, device=q.device)
+    queries = IndexQueries(q.reshape(rows, heads * dim), heads, dim, (none, none), weights, False)
     step = _ALONE if fixed else max(1, _SCORES // (4 * max(most, _TILE)))
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        some = keys._replace(seq=keys.seq[part], visible=keys.visible[part], most=most)
-        raw = q[part].reshape(-1, heads * dim)
-        queries = IndexQueries(raw, heads, dim, (none, none), weights[part], False)
-        scores, tops = ordered_scores(queries, some, rounded=True)
-        out[part] = highest(scores, tops, some.visible, out.shape[1])
-    return out
+    return _some_at_a_time(queries, keys._replace(most=most), min(topk, most), step, rounded=True).long()
 
 
 def _on_hopper(queries: IndexQueries, pool: Rows) -> bool:
-    """Whether hopper.py can serve: packed keys of the released models' size."""
-    fits = isinstance(pool, PackedRows) and queries.dim == 128 and queries.count <= 64
-    return fits and not INTERPRETED and is_hopper(queries.heads.device)
+    """Whether hopper.py can serve: packed keys of the released models' size, in pages that bulk copies can reach."""
+    if INTERPRETED or not isinstance(pool, PackedRows) or not is_hopper(queries.heads.device):
+        return False
+    places = (part.data_ptr() | part.stride(0) for part in (pool.values, pool.scales))
+    return (
+        queries.dim == 128
+        and queries.count <= 64
+        and pool.shape[1] in (16, 32, 64, 128)
+        and not any(p % 16 for p in places)
+    )
+
+
+def _gathered(queries: IndexQueries, keys: PagedEntries) -> Any:
+    """Keys side by side where so many rows read them that it pays, as chunk.Gathered; else None."""
+    assert keys.most is not None
+    total = _whole_tiles(keys.most)
+    few = len(queries.heads) <= _ALONE or total * len(keys.page_table) * 132 > _GATHERED
+    if few or not _on_hopper(queries, keys.pool):
+        return None
+    return importlib.import_module("triptych.kernels.select_rows.chunk").gathered(keys)
+
+
+def _stretch(rows: int, total: int, programs: int) -> int:
+    """Keys of a program where `programs` run at once: as many as keep all of them busy, once if that is not too long.
+
+    Shorter ones even out rows of unequal lengths; many rows share them, so that their queries are worth loading.
+    """
+    if rows > _ALONE:
+        return min(8192, _whole_tiles(triton.cdiv(total, max(1, programs // rows))))
+    once = _whole_tiles(triton.cdiv(total, max(1, programs // rows)))
+    return once if once <= 6144 else 2048
+
+
+def _whole_tiles(most: int) -> int:
+    return int(triton.cdiv(max(most, 1), _TILE)) * _TILE
 
 
 def _hopper_scores(
-    raw: Tensor, queries: IndexQueries, keys: PagedEntries, scores: Tensor, tops: Tensor, stretch: int
+    raw: Tensor, queries: IndexQueries, keys: PagedEntries, ready: Any, out: tuple[Tensor, Tensor], stretch: int
 ) -> None:
-    """ordered_scores in two launches: the queries of all rows as e4m3, then hopper.py."""
+    """ordered_scores in two launches: queries as e4m3, then hopper.py or, where keys lie side by side, chunk.py."""
     rows, heads, dim = len(raw), queries.count, queries.dim
     cos, sin = queries.angles
     q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
     power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
-    pool, total = keys.pool, scores.shape[1]
-    assert isinstance(pool, PackedRows)
-    reads = (
-        *(q, power, queries.weights, queries.weights.stride(0), pool.values, *pool.values.stride()[:2]),
-        *(pool.scales, *pool.scales.stride()[:2], keys.page_table, keys.page_table.stride(0), keys.seq),
-        *(keys.visible, scores, tops, total, heads, stretch, rows),
-    )
-    how = {"KIND": 1 if pool.format.kind == "fp8" else 2, "PER_PAGE": pool.shape[1]}
-    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "num_warps": 4}
-    if rows > _ALONE:  # rows of a chunk read the same keys
+    assert isinstance(keys.pool, PackedRows)
+    kind = 1 if keys.pool.format.kind == "fp8" else 2
+    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "KIND": kind}
+    if ready is not None:
         chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
         chunk.prepare[(triton.cdiv(rows, 8),)](
-            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size
+            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size, num_warps=4
         )
-        chunk.scores[(triton.cdiv(total, stretch), triton.cdiv(rows, chunk.ROWS))](
-            *reads, STAGES=3, num_warps=8, maxnreg=128, **how
-        )
+        chunk.score((q, power), queries.weights, keys, ready, out, stretch)
         return
-    _prepare[(rows, triton.cdiv(heads, 16))](raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size)
-    launch = importlib.import_module("triptych.kernels.select_rows.hopper").scores
-    launch[(triton.cdiv(total, stretch), rows)](*reads, STAGES=4, ROWS=1, num_warps=4, **how)
+    # sixteen warps: short code for each, which a GPU whose caches hold other kernels must fetch first
+    _prepare[(rows, triton.cdiv(heads, 16))](
+        raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size, num_warps=16
+    )
+    hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
+    hopper.score((q, power), queries.weights, keys, out, stretch)
+
+
+@triton.jit
+def place_of(d, KIND: tl.constexpr):
+    """Where a query's dims lie: for MXFP4 keys in the order in which weigh.expanded expands those."""
+    if KIND == 1:
+        return d
+    else:
+        return d // 8 % 4 * 32 + d // 4 % 2 * 16 + d // 32 * 4 + d % 4
 
 
 @triton.jit
@@ -186,11 +227,18 @@ def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
     y = g * inverse[:, :, None]
     size = tl.abs(y)
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-    y = _round_even(y / step) * step
+    fine = tl.where(size < 2.0, 2.0, tl.where(size < 4.0, 1.0, 0.5))
+    y = _round_even(y * fine) * step
     most = tl.max(power, 1)
     shift = tl.maximum(power - most[:, None] + 6, -100)
     y = y * ((127 + shift) << 23).to(tl.float32, bitcast=True)[:, :, None]
     return tl.reshape(y, [HEADS, DIM]), most
+
+
+@triton.jit
+def signs_of(i):
+    """1 of the even i, -1 of the odd ones, in bfloat16, by their bits."""
+    return (((i & 1) << 15) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -224,7 +272,7 @@ def _queries(
         i = i ^ (i >> 2)
         i = i ^ (i >> 1)
         kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
-        signs = (1 - 2 * (i & 1)).to(kind)
+        signs = signs_of(i).to(kind)
         x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
         x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
         x, power = rounded_e2m1(x, HEADS, DIM)
@@ -245,6 +293,7 @@ def _prepare(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Queries of a row as e4m3 that lack a power of two a head."""
     r = tl.program_id(0).to(tl.int64)
@@ -256,7 +305,7 @@ def _prepare(
         power = tl.maximum((bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), -100)
         x = x * ((127 - power) << 23).to(tl.float32, bitcast=True)[:, None]
     d = tl.arange(0, DIM)
-    out = out_ptr + (r * heads + h)[:, None] * DIM + d[None, :]
+    out = out_ptr + (r * heads + h)[:, None] * DIM + place_of(d, KIND)[None, :]
     tl.store(out, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=(h < heads)[:, None])
     tl.store(power_ptr + r * heads + h, power, mask=h < heads)
 

@@ -20,6 +20,7 @@ const PLANS = {
 const TOTALS = {
   preemptions: "preemptions", rerun_tokens: "tokens run again after a preemption", pages_evicted: "pages evicted",
   snapshots_evicted: "snapshots evicted", snapshots_refused: "snapshots refused", pins_refused: "pins refused",
+  requests_held: "waits for another's pages", held_tokens_saved: "tokens saved by that",
   saves_failed: "saves failed", fetches_failed: "fetches failed", canary_checked: "canary checks", canary_failed: "canary failures",
 };
 const BUCKETS = 30;
@@ -241,7 +242,7 @@ function requests(data) {
     const moved = known && now > known.time ? { pace: (one.processed - known.processed) / (now - known.time), time: now, processed: one.processed } : null;
     const next = moved || known || { pace: 0, time: now, processed: one.processed };
     state.rates.set(one.request_id, next);
-    const waits = one.state === "waiting" || one.state === "fetching";
+    const waits = ["waiting", "fetching", "held"].includes(one.state);
     const done = Math.min(one.processed, one.prompt_tokens), found = Math.min(one.cached_tokens, done);
     let text = `${whole(done)} of ${whole(one.prompt_tokens)} rows`;
     if (one.state === "prefill" && next.pace > 0) text += ` · ${rate(next.pace)}/s · ${span((one.prompt_tokens - done) / next.pace)} left`;

@@ -1,0 +1,233 @@
+"""What the kernels for Hopper share: MXFP4 keys expanded, products weighed and summed over heads.
+
+A thread of a product [16 keys a warp, 64 heads a row] has 16 of the heads of two keys; with two rows, or two products,
+it has four sums, of which its neighbours in a quad have the other quarters. They swap halves, so that each thread ends
+with one score instead of all four with the same ones. relu is a product that saturates: it keeps the unit for
+comparisons free, which serves half as many a cycle as the one for products. The order of a sum is the same everywhere,
+so a score depends on its row and key alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+_RELU: Any = gl.constexpr("mul.sat.f32 $0, $1, 0f33000000;")
+"""relu of a product times 2^-25, and so below 1: e4m3 sums over 128 dims are less than 2^25."""
+_UNSATURATED: Any = gl.constexpr(33554432.0)
+
+_QUAD: Any = gl.constexpr(
+    """
+{
+.reg .pred p;
+.reg .b32 a, b, c, d;
+and.b32 a, $5, 1;
+setp.ne.b32 p, a, 0;
+selp.b32 a, $2, $1, p;
+selp.b32 b, $1, $2, p;
+selp.b32 c, $4, $3, p;
+selp.b32 d, $3, $4, p;
+shfl.sync.bfly.b32 b, b, 1, 31, -1;
+shfl.sync.bfly.b32 d, d, 1, 31, -1;
+add.rn.f32 a, a, b;
+add.rn.f32 c, c, d;
+and.b32 b, $5, 2;
+setp.ne.b32 p, b, 0;
+selp.b32 b, c, a, p;
+selp.b32 d, a, c, p;
+shfl.sync.bfly.b32 d, d, 2, 31, -1;
+add.rn.f32 $0, b, d;
+}
+"""
+)
+"""Sums of a quad: $1 and $2 of the first of two keys, $3 and $4 of the second; a thread's number in it is $5."""
+
+_EXPAND: Any = gl.constexpr(
+    """
+{
+.reg .b32 s, t, u, v;
+and.b32 s, $2, 0x77777777;
+prmt.b32 t, $7, $3, s;
+shr.u32 s, s, 16;
+prmt.b32 u, $7, $3, s;
+shl.b32 s, $2, 4;
+prmt.b32 v, s, $2, 0xd9c8;
+prmt.b32 s, s, $2, 0xfbea;
+lop3.b32 $0, v, 0x80808080, t, 0xea;
+lop3.b32 $1, s, 0x80808080, u, 0xea;
+}
+"""
+)
+"""Eight e2m1 ($2) to twice four e4m3: a table of bytes has the magnitudes, 0 to 3 in $7 and 4 to 7 in $3."""
+
+
+@gluon.constexpr_function
+def bits(n):
+    """Powers of two below n."""
+    return [1 << i for i in range(n.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def pair_layout(warps):
+    """[16 warps, 2] scores, one a thread: of keys of a product and two rows."""
+    lanes = [[0, 1], [8, 0], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([], lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 2])
+
+
+@gluon.constexpr_function
+def line_layout(warps):
+    """[32 warps] scores, one a thread: of keys of two products of one row."""
+    lanes = [[16 * warps], [8], [1], [2], [4]]
+    return gl.DistributedLinearLayout([], lanes, [[16 * b] for b in bits(warps)], [], [32 * warps])
+
+
+@gluon.constexpr_function
+def _weight_layout(warps):
+    """[4, 4 of a quad, 4] weights of a row, as weight_of has them: a thread has its quarter."""
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    deep = [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0]]
+    return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0] for _ in bits(warps)], [], [4, 4, 4])
+
+
+@gluon.constexpr_function
+def _packed_layout(warps):
+    """[16 warps, 64] bytes of MXFP4 keys: a thread has 16, a group, of each of its two keys."""
+    deep = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
+    lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(deep, lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 64])
+
+
+@gluon.constexpr_function
+def _code_layout(warps):
+    """[16 warps, 4] codes of groups' scales, each where the group is."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 4])
+
+
+@gluon.jit
+def weight_of(power_ptr, weight_ptr, i, heads):
+    """Weights of a row's heads, times what queries and products lack, in the order in which weights_of reads them.
+
+    What a thread of a product needs comes 16 bytes a time."""
+    head = i // 16 * 16 + i % 4 // 2 * 8 + i // 4 % 4 * 2 + i % 2
+    power = gl.load(power_ptr + head, mask=head < heads, other=0)
+    weight = gl.load(weight_ptr + head, mask=head < heads, other=0.0)
+    return weight * ((127 + power) << 23).to(gl.float32, bitcast=True) * _UNSATURATED
+
+
+@gluon.jit
+def weights_of(weights, WARPS: gl.constexpr):
+    """Weights in shared memory [64] -> [4 of a quad, 16]: those of a thread's heads, in the order of its products."""
+    w = weights._reinterpret(gl.float32, [4, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    return gl.reshape(gl.permute(w.load(_weight_layout(WARPS)), (1, 0, 2)), [4, 16])
+
+
+@gluon.jit
+def _sum(total, s, w, COUNT: gl.constexpr):
+    """total + relu(s) w, one head after the other: COUNT of them along the last axis."""
+    if COUNT == 1:
+        L: gl.constexpr = total.type.layout
+        s = gl.convert_layout(gl.reshape(s, s.shape[:-1]), L, assert_trivial=True)
+        w = gl.convert_layout(gl.reshape(w, w.shape[:-1]), L, assert_trivial=True)
+        s = gl.inline_asm_elementwise(_RELU, "=f,f", [s], gl.float32, is_pure=True, pack=1)
+        return gl.fma(s, w, total)
+    else:
+        shape: gl.constexpr = s.shape[:-1] + [2, COUNT // 2]  # noqa: RUF005  (no stars here)
+        a, b = gl.split(gl.permute(gl.reshape(s, shape), (0, 1, 2, 4, 3)))
+        u, v = gl.split(gl.permute(gl.reshape(w, shape), (0, 1, 2, 4, 3)))
+        return _sum(_sum(total, a, u, COUNT // 2), b, v, COUNT // 2)
+
+
+@gluon.jit
+def _part(s, w):
+    """Sums [warp, key, quad] of s [.., 16 heads] weighed by w [quad, 16]."""
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, s.type.layout))
+    w = gl.expand_dims(gl.expand_dims(gl.convert_layout(w, L, assert_trivial=True), 0), 0)
+    w, _ = gl.broadcast(w, s)
+    zero = gl.zeros(s.shape[:-1], gl.float32, layout=gl.SliceLayout(3, s.type.layout))
+    return _sum(zero, s, w, 16)
+
+
+@gluon.jit
+def weighed_rows(s, w0, w1, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 2 rows of 64] weighed: a thread's four sums, of two keys and the rows.
+
+    w0 and w1 [4, 16] are weights_of the rows."""
+    x = gl.permute(gl.reshape(s, [WARPS, 2, 8, 2, 8, 4, 2]), (0, 2, 5, 4, 6, 1, 3))
+    # warp, key of 8, thread of the quad, its heads, half of keys, row
+    even, odd = gl.split(gl.reshape(x, [WARPS, 8, 4, 16, 2, 2]))
+    a, c = gl.split(even)
+    b, d = gl.split(odd)
+    return _part(a, w0), _part(b, w1), _part(c, w0), _part(d, w1)
+
+
+@gluon.jit
+def weighed(s, w, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 64] of a row weighed: a thread's two sums, of two keys; w [4, 16] are its weights_of."""
+    x = gl.permute(gl.reshape(s, [WARPS, 2, 8, 8, 4, 2]), (0, 2, 4, 3, 5, 1))
+    a, c = gl.split(gl.reshape(x, [WARPS, 8, 4, 16, 2]))
+    return _part(a, w), _part(c, w)
+
+
+@gluon.jit
+def summed(sums, WARPS: gl.constexpr, ROWS: gl.constexpr):
+    """What a quad weighed: a sum a thread, [16 WARPS, 2 rows] in pair_layout or, of two products, [32 WARPS] in
+    line_layout. Sums are of the first key and either row or product, then of the second."""
+    a, b, c, d = sums
+    L: gl.constexpr = a.type.layout
+    turn = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, L)))
+    turn, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(turn, 0), 0), a)
+    x = gl.inline_asm_elementwise(_QUAD, "=f,f,f,f,f,r", [a, b, c, d, turn], gl.float32, is_pure=False, pack=1)
+    x = gl.permute(gl.reshape(x, [WARPS, 8, 2, 2]), (0, 2, 1, 3))  # warp, half of keys, key of 8, row or product
+    if ROWS == 2:
+        return gl.convert_layout(gl.reshape(x, [16 * WARPS, 2]), pair_layout(WARPS), assert_trivial=True)
+    else:
+        x = gl.reshape(gl.permute(x, (3, 0, 1, 2)), [32 * WARPS])
+        return gl.convert_layout(x, line_layout(WARPS), assert_trivial=True)
+
+
+@gluon.jit
+def in_order(s, factor):
+    """Scores as integers that sort like the floats; -0 is 0."""
+    bits = gl.fma(s, factor, 0.0).to(gl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@gluon.jit
+def factors_of(scales, layout: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr):
+    """Factors [KEYS] of keys from their scales in shared memory."""
+    word = scales._reinterpret(gl.int32, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(layout)
+    if KIND == 1:
+        return word.to(gl.float32, bitcast=True)
+    else:
+        most = gl.maximum(gl.maximum(word & 255, (word >> 8) & 255), gl.maximum((word >> 16) & 255, (word >> 24) & 255))
+        return (gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def expanded(keys, scales, WARPS: gl.constexpr, MMA: gl.constexpr):
+    """MXFP4 keys in shared memory [16 WARPS, 64] and codes of their scales [16 WARPS, 4] -> the left operand, e4m3.
+
+    Each is over the largest scale of its key times 2^6: exponents are lowered by the distance of a group's scale, by 11
+    at most. A thread has a group of 32 dims, so dims lie in the order of triton.place_of.
+    """
+    KEYS: gl.constexpr = 16 * WARPS
+    code = scales.load(_code_layout(WARPS)).to(gl.int32)
+    shift = gl.maximum(11 - (gl.max(code, 1)[:, None] - code), 0)
+    packed = gl.reshape(keys.load(_packed_layout(WARPS)), [KEYS, 4, 4, 4])  # key, group, word, place
+    L: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, packed.type.layout))
+    shift = gl.convert_layout(shift, L, assert_trivial=True)
+    _, high = gl.broadcast(packed, gl.expand_dims(gl.expand_dims(shift * 0x08080808 + 0x24201C18, 2), 3))
+    _, low = gl.broadcast(packed, gl.expand_dims(gl.expand_dims(shift * 0x08080800 + 0x14100800, 2), 3))
+    a, b = gl.inline_asm_elementwise(
+        _EXPAND,
+        "=r,=r,r,r,r,r,r,r,r,r,r",
+        [packed, high, low],
+        dtype=(gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+    slots = gl.permute(gl.join(a, b), (0, 2, 4, 1, 3))  # key, word, half of it, group, place
+    return gl.convert_layout(gl.reshape(slots, [KEYS, 128]), gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
