@@ -38,7 +38,7 @@ lint: $(VENV)/.dev  ## ruff: rules and formatting
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## docs/curves.md from committed rows; measurements: names of benchmarks in ARGS
+bench: $(VENV)/.dev  ## docs/curves.md and docs/gpu.md from committed rows; ARGS: names of benchmarks
 	$(BIN)/python -m benchmarks $(or $(ARGS),curves)
 
 test-gpu: $(VENV)/.dev  ## tests that need an NVIDIA GPU; SANITIZE=1: every kernel under compute-sanitizer

@@ -1,4 +1,4 @@
-"""python -m benchmarks curves: docs/curves.md and its pictures, drawn from the rows in results/.
+"""python -m benchmarks curves: docs/curves.md with its pictures and docs/gpu.md, from the rows in results/.
 
 What `make bench` does. Nothing is measured, so it takes seconds and gives the same bytes for the same rows everywhere.
 `--measure` first runs what this machine can measure of it, on a processor, and appends rows.
@@ -11,7 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks.curves import footprint, hits, prefixes, profiles, throughput
+from benchmarks.curves import footprint, hits, kernels, prefixes, profiles, throughput
 from benchmarks.curves.page import Curve
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -24,7 +24,7 @@ MEASURED = (
     ("prefix_policy", "--spot"),
 )
 """What a processor alone can measure. The others: `cpu_vs_transformers` (Transformers), `peers` (a trace and the peers'
-wheels), `gpu.decode` and `gpu.prefill` (an H200)."""
+wheels), `gpu.decode`, `gpu.prefill` and `gpu.table` (an H200)."""
 
 HEAD = """# Four curves, and which windows to keep
 
@@ -37,7 +37,7 @@ machine, commit and command.
 
 
 def main(argv: list[str]) -> int:
-    """Measure if asked to, then write page and pictures."""
+    """Measure if asked to, then write pages and pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks curves", description=__doc__)
     parser.add_argument("--measure", action="store_true", help="run the benchmarks that need no GPU first")
     given = parser.parse_args(argv)
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
         if curve.picture is not None:
             (DOCS / "curves" / f"{curve.name}.svg").write_text(curve.picture.svg, encoding="utf-8")
     (DOCS / "curves.md").write_text(page(drawn), encoding="utf-8")
-    print(f"wrote {DOCS / 'curves.md'} and {sum(one.picture is not None for one in drawn)} pictures")
+    (DOCS / "gpu.md").write_text(kernels.page(), encoding="utf-8")
+    print(f"wrote {DOCS / 'curves.md'}, {DOCS / 'gpu.md'} and {sum(one.picture is not None for one in drawn)} pictures")
     return 0
 
 

@@ -61,8 +61,7 @@ def origins(rows: Iterable[Mapping[str, Any]]) -> list[Origin]:
 
 def machine_of(row: Mapping[str, Any]) -> str:
     """The card, or the processor and how many cores of it."""
-    table = row.get("table")
-    card = table[0].get("card") if table else row.get("card")
+    card = row.get("card") or next((line["card"] for line in row.get("table", ()) if "card" in line), None)
     if card:
         return f"one {card}"
     return f"{row['machine']['cpu']}, {row['machine']['cores']} cores"

@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernels import timed
+from benchmarks.gpu.timing import BF16, FP8, READ, Figures, against, timed
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, SHAPES, WINDOW, ModelShape
 from triptych.kernels.attend.ref import Attention
 from triptych.kernels.attend_rows.ref import Queries, RingRows
@@ -33,7 +31,6 @@ from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.triton import ordered_scores, select_rows
 
-READ, BF16, FP8 = 4.42e12, 757e12, 1475e12  # bytes/s and FLOP/s of one H200, measured (docs/log.md)
 CONTEXTS = {"8K": 1 << 13, "32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 RING = 260
@@ -42,47 +39,46 @@ DEVICE = torch.device("cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table; append its lines to the file --out."""
+    """Print a table; `python -m benchmarks.gpu.table` keeps one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="file for the lines, as JSON")
     parser.add_argument("--models", default="flash,pro")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--only", default="csa,hca,swa,fp8,mxfp4")
     given = parser.parse_args(argv)
     batches = [int(n) for n in given.batches.split(",")]
-    card = torch.cuda.get_device_name()
     for line in cases(given.models.split(","), batches, given.only.split(",")):
         print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
-        if given.out:
-            with given.out.open("a") as file:
-                file.write(json.dumps({"card": card, **line}) + "\n")
     return 0
 
 
-def cases(models: list[str], batches: list[int], only: list[str]) -> Iterator[dict[str, Any]]:
+def cases(models: list[str], batches: list[int], only: list[str]) -> Iterator[Figures]:
     """One line for each model, kind of layer, context and batch."""
     for model in models:
         shape = SHAPES[model]
         for kind in ("csa", "hca", "swa"):
             for context in CONTEXTS if kind == "hca" else ("1M",):
                 for batch in batches if kind in only else ():
-                    yield {"model": model, "context": context, **attention(shape, kind, CONTEXTS[context], batch)}
+                    line = {"model": model, "op": f"attend {kind}", "context": context, "batch": batch}
+                    yield line | attention(shape, kind, CONTEXTS[context], batch)
         for kind in ("fp8", "mxfp4"):
             for context, tokens in CONTEXTS.items():
                 for batch in batches if kind in only else ():
-                    yield {"model": model, "context": context, **selection(shape, kind, tokens, batch)}
+                    line = {"model": model, "op": f"select {kind}", "context": context, "batch": batch}
+                    yield line | selection(shape, kind, tokens, batch)
 
 
-def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str, Any]:
+def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     """One attention layer of `batch` rows, each `tokens` into its sequence."""
     heads, dim = shape.num_heads, shape.head_dim
     seen = {"csa": tokens // CSA_RATIO, "hca": tokens // HCA_RATIO, "swa": 0}[kind]
     read = min(seen, shape.index_topk) if kind == "csa" else seen
     size = batch * ((WINDOW + read) * 584 + 2 * heads * dim * 2)
-    sets = [_attention_inputs(shape, kind, tokens, seen, batch) for _ in range(_copies(size))]
+    # each copy of a CSA layer's inputs chooses other entries, so that they can share a pool, which is large
+    shared = _entries(shape, kind, seen, batch) if kind == "csa" else None
+    sets = [_attention_inputs(shape, kind, tokens, batch, shared) for _ in range(_copies(size))]
     us = timed([lambda one=one: attend_rows(*one) for one in sets])
     floor = max(size / READ, batch * heads * (WINDOW + read) * 4 * dim / BF16) * 1e6
-    line = {"op": f"attend {kind}", "batch": batch, "us": round(us, 2), **_floor(floor, us)}
+    line: Figures = {**against(floor, us)}
     theirs = _vendor(shape, read, batch)
     if theirs is None:
         return line
@@ -90,7 +86,14 @@ def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str
     return line | {"by_flash_mla_us": round(whole, 2), "flash_mla_us": round(theirs, 2)}
 
 
-def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batch: int) -> tuple[Any, ...]:
+def _entries(shape: ModelShape, kind: str, seen: int, batch: int) -> PagedEntries:
+    per_page = PAGE // (CSA_RATIO if kind == "csa" else HCA_RATIO)
+    return _pages(batch, seen, per_page, RowFormat("entry", shape.head_dim, shape.rope_dim))
+
+
+def _attention_inputs(
+    shape: ModelShape, kind: str, tokens: int, batch: int, shared: PagedEntries | None
+) -> tuple[Any, ...]:
     form = RowFormat("entry", shape.head_dim, shape.rope_dim)
     turns = torch.randn(batch, shape.rope_dim // 2, device=DEVICE)
     heads = torch.randn(batch, shape.num_heads * shape.head_dim, device=DEVICE).to(torch.bfloat16)
@@ -101,17 +104,17 @@ def _attention_inputs(shape: ModelShape, kind: str, tokens: int, seen: int, batc
     core = Attention(torch.randn(shape.num_heads, device=DEVICE), shape.head_dim**-0.5)
     if kind == "swa":
         return queries, window, None, None, core
-    per_page = PAGE // (CSA_RATIO if kind == "csa" else HCA_RATIO)
-    entries = _pages(batch, seen, per_page, form)
+    if shared is None:
+        return queries, window, _entries(shape, kind, tokens // HCA_RATIO, batch), None, core
     ids = None
-    if kind == "csa" and seen > shape.index_topk:
-        step = seen // shape.index_topk  # one of each stretch of entries: as scattered as a random choice
+    step = tokens // CSA_RATIO // shape.index_topk
+    if step > 1:  # one of each stretch of entries: as scattered as a random choice
         ids = torch.arange(shape.index_topk, device=DEVICE) * step
         ids = (ids + torch.randint(0, step, (batch, shape.index_topk), device=DEVICE)).to(torch.int32)
-    return queries, window, entries, ids, core
+    return queries, window, shared, ids, core
 
 
-def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str, Any]:
+def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     """Index scores and top-k of one CSA layer."""
     form = RowFormat("fp8" if kind == "fp8" else "mxfp4", shape.index_head_dim)
     seen, heads, dim = tokens // CSA_RATIO, shape.index_heads, shape.index_head_dim
@@ -126,12 +129,7 @@ def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> dict[str
     us = timed([lambda one=one: select_rows(*one, shape.index_topk) for one in sets])
     scores = timed([lambda one=one: ordered_scores(*one) for one in sets])
     floor = max(size / READ, batch * seen * heads * dim * 2 / FP8) * 1e6
-    parts = {"scores_us": round(scores, 2), "topk_us": round(us - scores, 2)}
-    return {"op": f"select {kind}", "batch": batch, "us": round(us, 2), **parts, **_floor(floor, us)}
-
-
-def _floor(floor: float, us: float) -> dict[str, float]:
-    return {"floor_us": round(floor, 2), "of_floor": round(floor / us, 3)}
+    return {**against(floor, us), "scores_us": round(scores, 2), "topk_us": round(us - scores, 2)}
 
 
 def _copies(size: int) -> int:

@@ -1,22 +1,23 @@
 """The kernels between the products of a decode step, on V4-Flash's shapes: checked against references, then timed.
 
-    python -m benchmarks.gpu.front [--check] [--batch N ...] [--out FILE]
+    python -m benchmarks.gpu.front [--check] [--batch N ...]
 
 Inputs rotate, so that what a layer reads once a step (its maps) comes from memory and not from the L2 cache. The floor
-is bytes over the copy bandwidth of the run; an empty kernel in a graph takes 1.2 us on an H200.
+is bytes over the copy bandwidth of the run; an empty kernel in a graph takes 1.2 us on an H200. `python -m
+benchmarks.gpu.table` keeps the times of decode rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.timing import Figures, against, ceilings, timed
 from triptych.config import CSA_LAYER, HCA_LAYER, PAGE, SHAPES, ModelShape
 from triptych.kernels.compress.ref import Compressor
 from triptych.kernels.front import ref as front_ref
@@ -66,33 +67,35 @@ def residual(rows: int, shape: ModelShape, device: str) -> Residual:
     return Residual(streams, torch.rand(rows, 4, device=device) * 2, comb)
 
 
-def mhc_cases(shape: ModelShape, batch: int, device: str) -> Iterator[Case]:
-    """A site between two blocks, the first one and the last one."""
+def mhc_cases(shape: ModelShape, batch: int, device: str, rounds: bool = False) -> Iterator[Case]:
+    """A site between two blocks, the first one and the last one; `rounds`: as before a product of rounded rows."""
     d = shape.hidden_size
+
+    def weights() -> MhcSite:
+        return site(shape, device)._replace(rounds=rounds)
 
     def between() -> tuple[Any, ...]:
         y = randn(batch, d, dtype=torch.bfloat16, device=device)
-        return y, residual(batch, shape, device), site(shape, device), randn(d, device=device)
-
-    table = randn(4096, d, dtype=torch.bfloat16, device=device)
+        return y, residual(batch, shape, device), weights(), randn(d, device=device)
 
     def first() -> tuple[Any, ...]:
+        table = randn(4096, d, dtype=torch.bfloat16, device=device)
         ids = torch.randint(0, len(table), (batch,), device=device)
-        return ids, table, site(shape, device), randn(d, device=device)
+        return ids, table, weights(), randn(d, device=device)
 
     def last() -> tuple[Any, ...]:
-        weights = (randn(4, 4 * d, device=device) / d**0.5 / 2, randn(4, device=device), randn(1, device=device))
+        maps = (randn(4, 4 * d, device=device) / d**0.5 / 2, randn(4, device=device), randn(1, device=device))
         y = randn(batch, d, dtype=torch.bfloat16, device=device)
-        return y, residual(batch, shape, device), MhcHead(*weights, 1e-6, 1e-6), randn(d, device=device)
+        return y, residual(batch, shape, device), MhcHead(*maps, 1e-6, 1e-6), randn(d, device=device)
 
-    maps, row = 24 * 4 * d * 4, d * 2
-    yield Case("mhc_rows", batch, between, mhc.mhc_rows, mhc_ref.mhc_rows, maps + batch * row * (1 + 4 + 4 + 1))
-    yield Case("mhc_first", batch, first, mhc.mhc_first, mhc_ref.mhc_first, maps + batch * row * (1 + 4 + 1))
-    yield Case("mhc_last", batch, last, mhc.mhc_last, mhc_ref.mhc_last, maps // 6 + batch * row * (1 + 4 + 1))
+    read, row = 24 * 4 * d * 4, d * 2
+    yield Case("mhc_rows", batch, between, mhc.mhc_rows, mhc_ref.mhc_rows, read + batch * row * (1 + 4 + 4 + 1))
+    yield Case("mhc_first", batch, first, mhc.mhc_first, mhc_ref.mhc_first, read + batch * row * (1 + 4 + 1))
+    yield Case("mhc_last", batch, last, mhc.mhc_last, mhc_ref.mhc_last, read // 6 + batch * row * (1 + 4 + 1))
 
 
-def front_case(shape: ModelShape, ratio: int, batch: int, device: str, done: bool) -> Case:
-    """The front end of one layer; `done`: every row completes a group, or none does."""
+def front_case(shape: ModelShape, ratio: int, batch: int, device: str, *, done: bool, rounds: bool) -> Case:
+    """The front end of one layer; `done`: every row completes a group, or none does; `rounds`: also the query."""
     c, di, at = shape.head_dim, shape.index_head_dim, shape.q_lora_rank + shape.head_dim
     csa = ratio == CSA_LAYER
     wide = {CSA_LAYER: 4 * c, HCA_LAYER: 2 * c}.get(ratio, 0)
@@ -113,7 +116,7 @@ def front_case(shape: ModelShape, ratio: int, batch: int, device: str, done: boo
         weights = FrontWeights(
             *(randn(shape.q_lora_rank, device=device), randn(c, device=device)),
             *(compressor(c) if ratio else None, compressor(di) if csa else None, at, keys_at, heads if csa else (0, 0)),
-            *(0.01, shape.norm_eps, True),
+            *(0.01, shape.norm_eps, True, rounds),
         )
         caches = FrontCaches(
             *(pool(RING, entry, batch), RING, RING),
@@ -139,12 +142,12 @@ def front_case(shape: ModelShape, ratio: int, batch: int, device: str, done: boo
     return Case(name, batch, make, front.front_rows, front_ref.front_rows, size)
 
 
-def cases(shape: ModelShape, batch: int, device: str = "cuda") -> Iterator[Case]:
-    """Everything that is measured at one batch size."""
-    yield from mhc_cases(shape, batch, device)
+def cases(shape: ModelShape, batch: int, device: str = "cuda", *, rounds: bool = False) -> Iterator[Case]:
+    """Everything that is measured at one batch size; `rounds`: as where the products are of FP8."""
+    yield from mhc_cases(shape, batch, device, rounds)
     for ratio in (0, CSA_LAYER, HCA_LAYER):
         for done in (False, True) if ratio else (False,):
-            yield front_case(shape, ratio, batch, device, done)
+            yield front_case(shape, ratio, batch, device, done=done, rounds=rounds)
 
 
 def chunk_cases(shape: ModelShape, rows: int, device: str = "cuda") -> Iterator[Case]:
@@ -238,29 +241,26 @@ def compile_offline() -> None:
             case.fast(*case.make())
 
 
-def main() -> int:
-    """Check, or check and time."""
-    from benchmarks.gpu.kernels import ceilings, timed
+def figures(case: Case, bandwidth: float, sets: int = SETS) -> Figures:
+    """Microseconds of a case, and its bytes over `bandwidth`."""
+    made = [case.make() for _ in range(sets)]
+    us = timed([partial(case.fast, *given) for given in made])
+    return {**against(case.size / bandwidth * 1e6, us)}
 
+
+def main() -> int:
+    """Check, or time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    flash = SHAPES["flash"]
     if options.check:
-        return 0 if all([check(SHAPES["flash"], (1, 3, 64)), check(SHAPES["pro"], (2, 17))]) else 1
+        return 0 if all([check(flash, (1, 3, 64)), check(SHAPES["pro"], (2, 17))]) else 1
     bandwidth, _ = ceilings()
-    lines = []
-    measured = [(case, SETS) for batch in options.batch for case in cases(SHAPES["flash"], batch)]
-    for case, count in [*measured, *((case, 2) for case in chunk_cases(SHAPES["flash"], 8192))]:
-        sets = [case.make() for _ in range(count)]
-        us = timed([lambda given=given, case=case: case.fast(*given) for given in sets])
-        floor = case.size / bandwidth * 1e6
-        line = {"op": case.op, "batch": case.batch, "us": round(us, 2), "floor_us": round(floor, 2)}
-        print(json.dumps(line), flush=True)
-        lines.append(line)
-    if options.out:
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    measured = [(case, SETS) for batch in options.batch for case in cases(flash, batch, rounds=True)]
+    for case, sets in [*measured, *((case, 2) for case in chunk_cases(flash, 8192))]:
+        print(case.op, case.batch, figures(case, bandwidth, sets), flush=True)
     return 0
 
 

@@ -9,7 +9,6 @@ arithmetic over the bfloat16 rate, both measured in the same run.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import rows
+from benchmarks.gpu.timing import ceilings, timed
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, SHAPES, WINDOW
 from triptych.kernels.attend import ref as attend_ref
 from triptych.kernels.attend import triton as attend
@@ -29,7 +29,6 @@ from triptych.kernels.index.ref import PagedEntries
 FLASH = SHAPES["flash"]
 BATCHES = (1, 8, 64)
 CONTEXTS = {"8K": 8192, "128K": 131072, "1M": 1048576}
-CALLS, REPLAYS = 20, 7
 ROTATED = 160 << 20  # bytes that one graph reads at least, so that the L2 cache cannot hold them
 CHECKED = 8  # rows whose reference is computed: its gathered keys are large
 Inputs = tuple[Any, ...]
@@ -145,50 +144,6 @@ def _indexer(context: str, tokens: int, batch: int, ceiling: tuple[float, float]
         **{"scores_us": round(only_scores, 2), "topk_us": round(only_topk, 2)},
         **{"floor_us": round(floor, 2), "of_floor": round(floor / us, 3), "error": f"{error:.1e}", "ids_right": right},
     }
-
-
-def timed(calls: list[Callable[[], Any]]) -> float:
-    """Microseconds of one call: median over replays of a graph that runs `calls` in turn."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            calls[i % len(calls)]()
-    graph.replay()
-    found = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(found)
-
-
-def ceilings() -> tuple[float, float]:
-    """Copy bandwidth in bytes/s, read plus written, and bfloat16 FLOP/s of a large product."""
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source))
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = _seconds(lambda: a @ a)
-    return 2 * source.nbytes / copy, 2 * 8192**3 / product
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    call()
-    found = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(found)
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -1,33 +1,76 @@
 """FP8 linears on one GPU: correctness against the references, then time with floors.
 
-`python -m benchmarks.gpu.linears check|time|sweep` prints a table and writes result rows to $OUT/linears.jsonl.
+`python -m benchmarks.gpu.linears check|time|sweep` prints a table; `python -m benchmarks.gpu.table` keeps the times of
+decode rows.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from functools import partial
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.experts import READ, fp8, replayed
+from benchmarks.gpu.experts import fp8
+from benchmarks.gpu.timing import BF16, FP8, READ, Figures, against, timed
+from triptych.config import SHAPES, ModelShape
 from triptych.kernels.linear import ref
 from triptych.kernels.linear.many import product
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, FrontMatrix, quantize_rows
 
-FP8 = 1.475e15  # operations a second, measured on an H200
-# outputs and inputs: query of a CSA layer, output, shared experts; and the front's latent and rest
-SHAPES = {"query": (40960, 1024), "o_b": (4096, 8192), "w13": (4096, 4096), "w2": (4096, 2048)}
+
+class Product(NamedTuple):
+    """One linear of a layer: FP8 outputs [n] of inputs [groups, k], and columns of bf16 weights beside them."""
+
+    n: int
+    k: int
+    groups: int = 1
+    rest: int = 0
+
+    def figures(self, rows: int) -> Figures:
+        """Inputs come rounded, as in a step; weights rotate through more than the L2. Floor: weights, or products."""
+        size, work = self.n * self.k + 2 * self.rest * self.k, 2 * rows * (self.n + self.rest) * self.k
+        many = 2 if rows > 1000 else min(20, max(3, (200 << 20) // size))
+        us = timed([self._call(rows) for _ in range(many)], launches=many if rows > 1000 else 20)
+        floor = max(size / READ, 2 * rows * self.k * (self.n / FP8 + self.rest / BF16)) * 1e6
+        return {**against(floor, us), "tflops": round(work / us / 1e6)}
+
+    def _call(self, rows: int) -> partial[Any]:
+        if self.groups > 1:
+            x = torch.randn(rows, self.groups, self.k, device="cuda").bfloat16()
+            return partial(grouped_linear, x, fp8(self.groups, self.n // self.groups, self.k), rounds=True)
+        x = torch.randn(rows, self.k, device="cuda").bfloat16()
+        if self.rest:
+            rest = torch.randn(self.rest, self.k, device="cuda").bfloat16()
+            return partial(front_linear, BothRows(x, quantize(x)), FrontMatrix(fp8(self.n, self.k), rest))
+        return partial(linear, quantize(x), fp8(self.n, self.k))
+
+
+def products(shape: ModelShape) -> dict[str, Product]:
+    """What a decode step multiplies in a layer outside of its mixture of experts, by name."""
+    d, heads, latent = shape.hidden_size, shape.num_heads * shape.head_dim, shape.q_lora_rank + shape.head_dim
+    index, low = shape.index_heads * shape.index_head_dim, shape.o_groups * shape.o_lora_rank
+    # a compressor has two projections, in CSA layers twice as wide; index heads have a weight each
+    csa = 4 * shape.head_dim + 4 * shape.index_head_dim + shape.index_heads
+    return {
+        "front CSA": Product(latent, d, rest=csa),
+        "front HCA": Product(latent, d, rest=2 * shape.head_dim),
+        "query CSA": Product(heads + index, shape.q_lora_rank),
+        "query HCA": Product(heads, shape.q_lora_rank),
+        "o_a": Product(low, heads // shape.o_groups, groups=shape.o_groups),
+        "o_b": Product(d, low),
+    }
+
+
 SWEEP = (
     *((64, 128, 4, 3, 16), (64, 128, 4, 4, 16), (64, 128, 4, 3, 32), (64, 128, 4, 3, 8)),
     *((128, 64, 4, 3, 8), (128, 64, 4, 3, 16), (64, 64, 4, 4, 16)),
 )
 """Rows, columns, warps, stages, and bands of tiles that share rows."""
-FRONT = (1536, 2624, 4096)
+SHARED = {"w13": Product(4096, 4096), "w2": Product(4096, 2048)}
+"""Shared experts of V4-Flash, where they run by themselves: for many rows."""
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -35,7 +78,7 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def check() -> bool:
-    """Norm-relative errors; quantisation to the bit."""
+    """Norm-relative errors on V4-Flash's shapes; quantisation to the bit."""
     good = True
 
     def say(what: str, error: float, limit: float) -> None:
@@ -50,8 +93,9 @@ def check() -> bool:
     say("quantize, bits", 0.0 if same and torch.equal(fast.scales, slow.scales) else 1.0, 0.5)
     front = FrontMatrix(fp8(1536, 4096), torch.randn(2624, 4096, device="cuda").bfloat16() / 64)
     grouped = fp8(8, 1024, 4096)
+    plain = {name: one for name, one in products(SHAPES["flash"]).items() if one.groups == 1 and not one.rest}
     for rows in (1, 3, 8, 16, 17, 32, 33, 64, 128, 257, 1000):
-        for name, (n, k) in SHAPES.items():
+        for name, (n, k, *_) in {**plain, **SHARED}.items():
             w, x = fp8(n, k), torch.randn(rows, k, device="cuda").bfloat16()
             torch.full((1 << 24,), float("nan"), device="cuda")
             got = linear(x, w)
@@ -64,22 +108,16 @@ def check() -> bool:
 
 
 def time() -> None:
-    """Microseconds, inputs quantised inside, weights rotating through more than the L2."""
-    print(torch.cuda.get_device_name(), "\nwhat     rows       us    floor  share  TFLOP/s", flush=True)
-    with Path(os.environ.get("OUT", "."), "linears.jsonl").open("a", encoding="utf-8") as file:
-        for rows in (1, 8, 16, 64, 8192, 32, 128, 2048):
-            for name in (*SHAPES, "front", "grouped"):
-                n, k = {**SHAPES, "front": (FRONT[0] + FRONT[1], FRONT[2]), "grouped": (8192, 4096)}[name]
-                many = 2 if rows > 1000 else max(3, (200 << 20) // (n * k))
-                calls = [_call(name, n, k, rows) for _ in range(many)]
-                took = replayed(calls, 5)
-                size = n * k + (FRONT[1] * k if name == "front" else 0)
-                work = 2 * rows * n * k
-                floor = max(size / READ, work / FP8) * 1e6
-                row = {"what": name, "rows": rows, "us": round(took, 1), "floor_us": round(floor, 1)}
-                row |= {"share": round(floor / took, 3), "tflops": round(work / took / 1e6)}
-                print("{what:8} {rows:4} {us:8.1f} {floor_us:8.1f} {share:6.0%} {tflops}".format(**row), flush=True)
-                file.write(json.dumps({"benchmark": "gpu.linears", **row}) + "\n")
+    """Microseconds of V4-Flash's products."""
+    print(torch.cuda.get_device_name(), "\nwhat      rows       us    floor  share  TFLOP/s", flush=True)
+    for rows in (1, 8, 16, 64, 8192, 32, 128, 2048):
+        for name, one in {**products(SHAPES["flash"]), **SHARED}.items():
+            found = one.figures(rows)
+            print(
+                name.ljust(9),
+                "{:4} {us:8.1f} {floor_us:8.1f} {of_floor:6.0%} {tflops}".format(rows, **found),
+                flush=True,
+            )
 
 
 def sweep() -> None:
@@ -92,29 +130,19 @@ def sweep() -> None:
         blocks = -(-rows // tall) * -(-n // wide)
         call = partial(
             product[(blocks, 1)],
-            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride()),
+            *(x.values, x.scales, w.values, w.scales, out, none, count, rows, n, k, *x.scales.stride(), n),
             SPLIT=1,
             TALL=tall,
             WIDE=wide,
             SHARE=share,
+            NARROW=False,
             num_warps=warps,
             num_stages=stages,
         )
-        took = replayed([call], 5)
+        took = timed([call], launches=1)
         print(
             tall, wide, warps, stages, share, f"{took:.0f} us {2 * rows * n * k / took / 1e6:.0f} TFLOP/s", flush=True
         )
-
-
-def _call(name: str, n: int, k: int, rows: int) -> partial[torch.Tensor]:
-    if name == "grouped":
-        return partial(grouped_linear, torch.randn(rows, 8, k, device="cuda").bfloat16(), fp8(8, n // 8, k))
-    x = torch.randn(rows, k, device="cuda").bfloat16()
-    if name == "front":
-        rest = torch.randn(FRONT[1], k, device="cuda").bfloat16()
-        return partial(front_linear, x, FrontMatrix(fp8(FRONT[0], k), rest))
-    weight: Fp8Matrix = fp8(n, k)
-    return partial(linear, x, weight)
 
 
 if __name__ == "__main__":

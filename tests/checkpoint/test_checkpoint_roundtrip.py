@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +272,25 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, SMALL, interrupted(), max_shard_bytes=50_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does: in the middle of a shard."""
+    code = f"""
+import resource, signal
+from triptych.checkpoint.writer import synthesize
+from triptych.config import ModelShape
+from triptych.errors import ConfigError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    synthesize({str(tmp_path)!r}, ModelShape.from_dict({SMALL.to_dict()!r}), max_shard_bytes=80_000)
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "cannot be written" in done.stdout and "File too large" in done.stdout, done.stderr
+    assert "None of it is kept." in done.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_an_older_checkpoint_is_never_overwritten(tmp_path: Path) -> None:

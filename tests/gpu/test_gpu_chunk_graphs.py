@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
-from test_gpu_decode import LENGTHS, PAGES, SHAPE, chunk
+from test_gpu_decode import SHAPE
 from torch import Tensor
 
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
@@ -14,28 +15,34 @@ from triptych.engine.batching import build_batch
 from triptych.engine.device import on_device
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner
-from triptych.model.weights import WeightStore
+from triptych.model.weights import WeightStore, in_tiles
+from triptych.words import Chunk
+
+PAGES, START = 8, 250
 
 
-def tokens(sequence: int, start: int, end: int) -> np.ndarray:
-    return np.random.default_rng(sequence).integers(0, 1024, 400)[start:end]
+def chunk(sequence: int, start: int, end: int) -> Chunk:
+    tokens = np.random.default_rng(sequence).integers(0, 1024, PAGES * 128)[start:end].astype(np.int32)
+    pages = np.arange(PAGES, dtype=np.int32)[: -(-end // 128)] * 2 + sequence
+    return Chunk(f"r{sequence}", sequence, start, end, tokens, pages, start, samples=True)
 
 
+@pytest.mark.parametrize("ends", [(291, 340), (900, 640)], ids=("few rows", "many rows"))
 @torch.inference_mode()
-def test_a_chunk_by_a_graph_is_the_chunk() -> None:
+def test_a_chunk_by_a_graph_is_the_chunk(ends: tuple[int, int]) -> None:
     store = WeightStore(SHAPE, "released", mtp=False, device="cuda")
     for name, tensor in random_tensors(SHAPE, seed=1):
         store.place(name, tensor)
-    config = EngineConfig(numerics="native", device="cuda", max_running=len(LENGTHS), max_context=PAGES * 128)
+    config = EngineConfig(numerics="native", device="cuda", max_running=2, max_context=PAGES * 128)
     geometry = CacheGeometry.of(SHAPE, "fp8", "fp8")
-    pools = Pools(SHAPE, geometry, CacheCapacity(len(LENGTHS) * PAGES, len(LENGTHS)), torch.device("cuda"), spare=1)
-    runner = DeviceRunner(store.weights, config, pools, capture=True)
+    pools = Pools(SHAPE, geometry, CacheCapacity(2 * PAGES, 2), torch.device("cuda"), spare=1)
+    runner = DeviceRunner(in_tiles(store.weights), config, pools, capture=True)
     memory = [value for value in vars(pools).values() if isinstance(value, Tensor)]
     for value in memory:
         value.zero_()
-    runner.chunks([chunk(s, 0, tokens(s, 0, 250)) for s in (0, 1)])
+    runner.chunks([chunk(s, 0, START) for s in (0, 1)])
     before = [value.clone() for value in memory]
-    new = [chunk(0, 250, tokens(0, 250, 291)), chunk(1, 250, tokens(1, 250, 340))]
+    new = [chunk(s, START, end) for s, end in enumerate(ends)]
     plain = runner.model.forward(on_device(build_batch(new, pools), pools.device), pools.layers).clone()
     got, caches = [], []
     for _ in range(4):

@@ -65,7 +65,7 @@ def test_attention_of_raw_queries(
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_selection_of_a_chunk(kind: str, g: torch.Generator) -> None:
+def test_selection_of_a_chunk(kind: str, g: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of two sequences in one chunk share tiles of keys, but not where one ends."""
     count, topk = 333, 512
     queries, keys = cases.index_case(kind, [2500, 1800], 64, 128, "cuda")
@@ -78,14 +78,17 @@ def test_selection_of_a_chunk(kind: str, g: torch.Generator) -> None:
     visible = torch.minimum(visible, torch.tensor([2500, 1800], device="cuda")[seq])
     visible[7], visible[200], visible[148] = 300, 0, 2500
     keys = keys._replace(seq=seq, visible=visible)
-    ordered, _ = select.ordered_scores(queries, keys)
+    ordered, tops = select.ordered_scores(queries, keys)
     far, scores = cases.index_errors(queries, keys, ordered)
     assert far < 2e-2
+    assert cases.tops_are_right(ordered, tops, visible)
     assert torch.equal(select.select_rows(queries, keys, topk), cases.best(scores, visible, topk))
     one = slice(100, 101)
     alone = queries._replace(heads=raw[one], angles=(turns.cos()[one], turns.sin()[one]), weights=weights[one])
     mine, _ = select.ordered_scores(alone, keys._replace(seq=seq[one], visible=visible[one]))
     assert torch.equal(mine[0, :2100], ordered[100, :2100])
+    monkeypatch.setattr(select, "_GATHERED", 0)  # as of more keys than may lie side by side
+    assert torch.equal(select.select_rows(queries, keys, topk), cases.best(scores, visible, topk))
 
 
 @pytest.mark.parametrize("rows", [512, 777])

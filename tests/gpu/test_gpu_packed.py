@@ -69,9 +69,10 @@ def test_prefill_attention(kind: str, count: int) -> None:
 @pytest.mark.parametrize("visible", [[2048, 600, 512, 3, 0], [17000, 9000, 2049, 700]])
 def test_selection_of_decode_rows(kind: str, visible: list[int]) -> None:
     queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
-    ordered, _ = select.ordered_scores(queries, keys)
+    ordered, tops = select.ordered_scores(queries, keys)
     far, own = cases.index_errors(queries, keys, ordered)
     assert far < 1e-3
+    assert cases.tops_are_right(ordered, tops, keys.visible)
     for topk in (512, 1024):
         poison()
         assert torch.equal(select.select_rows(queries, keys, topk), cases.best(own, keys.visible, topk))
@@ -89,7 +90,7 @@ def test_selection_of_prefill_rows(kind: str) -> None:
     assert same >= 0.999 * want.numel(), "scores that differ by rounding may change places at the end"
 
 
-@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "tiny"])
+@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "equal", "tiny"])
 @pytest.mark.parametrize("total", [2048, 4096, 8192, 262144])
 @pytest.mark.parametrize("k", [512, 1024])
 def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
@@ -103,6 +104,8 @@ def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int
         values = torch.arange(total, device="cuda").float().repeat(4, 1)
     elif name == "clustered":
         values[:, :1200] += 100
+    elif name == "equal":
+        values = values * 0 + torch.arange(4, device="cuda").unsqueeze(1) - 2
     elif name == "tiny":
         values = -values.abs() * 1e-30
     values = values.masked_fill(torch.arange(total, device="cuda") >= visible.unsqueeze(1), float("-inf"))

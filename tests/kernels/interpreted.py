@@ -17,6 +17,7 @@ from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
+from triptych.kernels.moe.sorted import place_and_round
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 from triptych.kernels.quant.matrices import BothRows, Fp8Rows, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
@@ -47,7 +48,7 @@ def main() -> None:
     index.SCORES = 256  # a few rows at a time
     result = verify("select_entries", "triton", 17, 17)
     print(json.dumps({"what": "select_entries in parts", "ok": result.ok, "error": result.error}))
-    router()
+    _routing()
     scores = torch.randint(0, 4, (5, 5000), generator=torch.Generator().manual_seed(0)).float()
     visible = torch.tensor([5000, 4999, 2049, 30, 0])
     scores.masked_fill_(torch.arange(5000) >= visible.unsqueeze(1), float("-inf"))
@@ -58,33 +59,39 @@ def main() -> None:
     print(json.dumps({"what": "ties", "ok": bool((got == want).all()), "error": 0.0}))
 
 
-def router() -> None:
-    """One line for each kind of routing and number of rows."""
+def _routing() -> None:
+    """A line for each way of handing rows to experts."""
     for hashed in (False, True):
         for rows in (1, 2, 17, 40, 70):
             print(json.dumps({"what": f"router of {rows} rows, {hashed}", "ok": routed(rows, hashed), "error": 0.0}))
+    for rows in (3, 90):
+        print(json.dumps({"what": f"places of {rows} rows", "ok": placed(rows), "error": 0.0}))
 
 
 def routed(rows: int, hashed: bool) -> bool:
-    """True if rows get the reference's experts and weights, and lists that have every pair once, by expert."""
+    """True if rows get the reference's experts and weights, and lists that have every pair once, by expert; what a row
+    of NaN gets matters to no other."""
     draw = torch.Generator().manual_seed(rows)
     count, k, dim, most = 20, 3, 256, 4
     table = torch.stack([torch.randperm(count, generator=draw)[:k] for _ in range(9)]) if hashed else None
     bias = None if hashed else torch.randn(count, generator=draw)
     router = Router(torch.randn(count, dim, generator=draw) / 16, bias, table, k, 1.5)
     x = torch.randn(rows, dim, generator=draw).to(torch.bfloat16)
+    whole = torch.arange(rows) != (rows // 2 if rows > 20 else -1)
+    x[~whole] = float("nan")
     tokens = torch.randint(0, 9, (rows,), generator=draw)
     counters = torch.zeros(1 + count, dtype=torch.int32)
     weights, tile, order, rounded = route_few(
         x, token_ids=tokens, router=router, n=most, tiles=rows * k, counters=counters
     )
     ids, want = route(x, tokens, router)
-    ok = torch.allclose(weights, want, rtol=1e-5) and not counters.any()
+    ok = torch.allclose(weights[whole], want[whole], rtol=1e-5) and not counters.any()
     used = [tuple(t) for t in tile.tolist() if t[0] >= 0]
-    listed = [(expert, pair) for expert, first, size in used for pair in order[first : first + size].tolist()]
-    ok = ok and sorted(listed, key=lambda both: both[1]) == [(e, i) for i, e in enumerate(ids.flatten().tolist())]
+    listed = [(expert, pair) for expert, first, size in used for pair in order.flatten()[first : first + size].tolist()]
+    experts = torch.tensor([expert for expert, _ in sorted(listed, key=lambda both: both[1])]).view(rows, k)
+    ok = ok and sorted(pair for _, pair in listed) == list(range(rows * k)) and torch.equal(experts[whole], ids[whole])
     ok = ok and all(size <= most for _, _, size in used)
-    return ok and torch.equal(rounded.dequantize(), fake_quant_fp8(x.float()))
+    return ok and torch.equal(rounded.dequantize()[whole], fake_quant_fp8(x.float())[whole])
 
 
 def rounded_site(rows: int) -> bool:
@@ -113,6 +120,30 @@ def _same(one: Fp8Rows, other: Fp8Rows) -> bool:
     """Equal to the bit."""
     values = torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
     return values and torch.equal(one.scales, other.scales)
+
+
+def placed(rows: int) -> bool:
+    """True if every pair has a place of its own, in one piece of its expert, with its row rounded and its weight."""
+    draw = torch.Generator().manual_seed(rows)
+    count, k, dim = 5, 2, 256
+    ids = torch.stack([torch.randperm(count, generator=draw)[:k] for _ in range(rows)])
+    ids[:, 0] = ids[:, 0].clamp(max=1)  # so that an expert has more than a piece's pairs, and some may have none
+    x, weights = torch.randn(rows, dim, generator=draw), torch.rand(rows, k, generator=draw)
+    place, gates, (values, scales), pieces = place_and_round(x, ids, weights, count)
+    listed = [
+        (e, at)
+        for some in pieces
+        for e, first, size in some.table[: int(some.total)].tolist()
+        for at in range(first, first + size)
+    ]
+    experts = ids.flatten()[place.flatten().argsort()].tolist()
+    ok = sorted(listed, key=lambda both: both[1]) == list(zip(experts, range(rows * k), strict=True))
+    slot = torch.arange(128)
+    slot = slot // 8 % 4 * 32 + slot // 4 % 2 * 16 + slot // 32 * 4 + slot % 4
+    rounded = values.float().view(rows * k, -1, 128)[..., slot] * scales.T[: rows * k].unsqueeze(2)
+    at = place.long()
+    ok = ok and torch.equal(gates[at], weights)
+    return ok and torch.equal(rounded.flatten(1)[at], fake_quant_fp8(x).unsqueeze(1).expand(-1, k, -1))
 
 
 def native_front(kind: Literal["fp8", "mxfp4"], rows: int) -> bool:

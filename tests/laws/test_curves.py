@@ -1,4 +1,4 @@
-"""docs/curves.md and its pictures are what the committed rows give."""
+"""docs/curves.md, its pictures and docs/gpu.md are what the committed rows give."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +59,7 @@ def test_every_picture_has_labels_units_origin_and_something_in_it(drawn: list[A
 
 
 def test_pictures_name_no_machine_paths() -> None:
-    for path in [DOCS / "curves.md", *(DOCS / "curves").iterdir()]:
+    for path in [DOCS / "curves.md", DOCS / "gpu.md", *(DOCS / "curves").iterdir()]:
         assert not re.search(r"/(home|root|tmp|work)/", path.read_text(encoding="utf-8")), path.name
 
 
@@ -118,3 +118,62 @@ def profile_row(gain: float, time: str) -> dict[str, Any]:
         **{"machine": {"cpu": "a processor", "cores": 2}, "workload": "chat", "trial": trial, "objective": objective},
         **{"profiles": profiles, "recommended": "chat", "measured_best": "chat", "gains": gains},
     }
+
+
+# ---- docs/gpu.md
+
+
+def test_the_page_of_kernels_is_what_the_rows_give(curves: ModuleType) -> None:
+    assert (DOCS / "gpu.md").read_text(encoding="utf-8") == curves.kernels.page(), f"docs/gpu.md is old: {STALE}"
+
+
+def test_without_rows_the_page_of_kernels_says_what_to_run(
+    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
+    assert (
+        "no rows of `gpu_table` yet" in curves.kernels.page()
+        and "python -m benchmarks.gpu.table" in curves.kernels.page()
+    )
+
+
+def test_rows_of_one_commit_are_one_table(curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
+    flash = {"model": "flash", "context": "any"}
+    write(tmp_path / "gpu_table.jsonl", [
+        table_row("2026-01-01", "old", [{**flash, "op": "linear o_b", "batch": 1, "us": 99.0, "floor_us": 7.6}]),
+        table_row("2026-01-02", "new", [
+            {**flash, "op": "attend csa", "batch": 1, "us": 15.0, "floor_us": 0.1, "by_flash_mla_us": 16.0},
+            {**flash, "op": "attend csa", "batch": 64, "us": 50.0, "floor_us": 7.5, "by_flash_mla_us": 44.0},
+        ], missing=["flash experts x 1", "flash attend csa x 128", "pro experts x 1"]),
+        table_row("2026-01-03", "new", [
+            {**flash, "op": "experts", "batch": 1, "us": 39.5, "floor_us": 24.8},
+            {**flash, "op": "attend csa", "batch": 1, "us": 7.5, "floor_us": 0.1, "by_flash_mla_us": 16.0},
+        ]),
+    ])  # fmt: skip
+    marlin = {**flash, "op": "experts", "batch": 1, "us": 59.4, "by": "Marlin"}
+    write(tmp_path / "gpu_peers.jsonl", [{"time": "2026-01-01", "table": [marlin]}])
+    page = curves.kernels.page()
+    assert "| CSA, window and chosen entries, any context | ours | **7.5** | – | – | 50.0 | – |" in page, (
+        "the newest, bold if first"
+    )
+    assert "|  | floor | 1.2 (16%) | – | – | 7.5 (15%) | – |" in page, "nothing takes less than a launch"
+    assert "|  | with FlashMLA | 16.0 | – | – | 44.0 | – |" in page
+    assert "|  | goal | ≤ 8 |  |  | ≤ 22 |  |" in page
+    assert "| router, routed and shared experts | ours | **39.5** |" in page and "|  | Marlin † | 59.4 |" in page
+    assert "2 of the 3 cases" in page and "2 of 3 goals" in page
+    assert "Not measured: 2 cases, flash attend csa x 128, pro experts x 1." in " ".join(page.split())
+    assert "99.0" not in page and "## V4-Pro\n\nNot measured at this commit" in page
+    assert page.count("- one NVIDIA H200; commit new;") == 1
+
+
+def table_row(time: str, commit: str, table: list[dict[str, Any]], missing: Sequence[str] = ()) -> dict[str, Any]:
+    """A row of `gpu_table` as that benchmark writes them."""
+    return {
+        **{"benchmark": "gpu_table", "time": time, "command": "python -m benchmarks.gpu.table", "commit": commit},
+        **{"card": "NVIDIA H200", "table": table, "missing": list(missing), "failed": {}},
+    }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -209,3 +209,21 @@ def test_a_long_prompt_is_fetched_in_pieces_and_its_snapshot_with_the_last() -> 
     assert len(sizes) >= 2 and max(sizes) <= 5 and set(sizes[:-1]) == {4}
     plan = cache.admit("c", text(1280), "", 1408)
     assert plan is not None and plan.write_from == 1280 and plan.kind == "snapshot"
+
+
+def test_a_snapshot_that_two_want_comes_up_once() -> None:
+    """All pages are on the device, the window only on the disk."""
+    cache = manager(stores=(FakeStore("disk"),))
+    start(cache, "a", text(1280))
+    end(cache, "a")
+    settle(cache)
+    for snapshot in list(cache.memory.snapshots.values()):
+        cache.memory.drop_snapshot(snapshot)
+    cache.rates.token = 1.0
+    assert not cache.ready("c", text(1280), "") and not cache.ready("d", text(1280), "")
+    [jobs] = settle(cache)
+    assert [[part.key.kind for part in fetch.parts] for fetch in jobs.fetches] == [["snapshot"]]
+    for name in "cd":
+        assert cache.ready(name, text(1280), "")
+        plan = cache.admit(name, text(1280), "", 1408)
+        assert plan is not None and plan.kind == "snapshot"

@@ -66,6 +66,16 @@ def test_every_request_is_answered_at_its_length_and_time_adds_up() -> None:
     assert max(one.end for one in found.timings) > least
 
 
+def test_agents_run_no_more_at_once_than_one_after_the_other() -> None:
+    """What they share is new to all of them; whoever comes while one runs it waits for that one."""
+    asked = requests("coding-agent", 40, 0.03, 12)
+    ran = []
+    for running in (1, 4, 12):
+        found = Simulation(world(256 << 20), EngineConfig(max_running=running, step_tokens=1024), 12, 1e6).run(asked)
+        ran.append(sum(one.counts.prompt - one.counts.cached for one in found.timings))
+    assert ran[0] == ran[1] == ran[2]
+
+
 def test_a_smaller_budget_waits_longer_for_first_tokens_and_shorter_between_them() -> None:
     small = run(EngineConfig(max_running=8, step_tokens=64))
     large = run(EngineConfig(max_running=8, step_tokens=1024))

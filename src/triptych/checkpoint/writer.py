@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from triptych.checkpoint.sizes import Weights, stored_bytes
 from triptych.checkpoint.synthetic import random_tensors
 from triptych.checkpoint.table import TensorSpec, tensor_table
 from triptych.config import ModelShape
-from triptych.errors import CheckpointError, ConfigError, nearest
+from triptych.errors import CheckpointError, ConfigError, nearest, reason_of
 from triptych.kernels.quant import ref as quant
 
 Dialect = Literal["official", "transformers"]
@@ -79,14 +81,24 @@ def write_checkpoint(
             for name, tensor in _stored(_checked(tensors, table, dialect), shape, weights, dialect):
                 shards.add(name, tensor)
                 advance(tensor.nbytes)
-        shards.finish()
+        with _writing(target):
+            shards.finish()
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, target / "tokenizer.json")
+            config = checkpoint_config(shape, weights=weights, dialect=dialect)
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except BaseException:
         shards.discard()
         raise
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, target / "tokenizer.json")
-    config = checkpoint_config(shape, weights=weights, dialect=dialect)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """A full disk, or one that fails, as a ConfigError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{target} cannot be written: {reason_of(error)}.", "None of it is kept.") from None
 
 
 def _make_directory(target: Path) -> None:
@@ -218,7 +230,8 @@ class _Shards:
     def _flush(self) -> None:
         path = self._directory / f"part-{len(self._written)}.safetensors"
         self._written.append((path, list(self._tensors)))
-        save_file(self._tensors, path, metadata={"format": "pt"})
+        with _writing(path):
+            save_file(self._tensors, path, metadata={"format": "pt"})
         self._total += self._bytes
         self._tensors, self._bytes = {}, 0
 
@@ -236,10 +249,10 @@ class _Shards:
             path.rename(self._directory / file)
 
     def discard(self) -> None:
-        """Remove every file written so far."""
-        for path in [*self._directory.glob("model-*-of-*.safetensors"), *(path for path, _ in self._written)]:
+        """Remove every file written so far; a tokenizer may have been there before."""
+        named = [*self._directory.glob("model-*-of-*.safetensors"), *(path for path, _ in self._written)]
+        for path in [*named, self._directory / INDEX_FILE, self._directory / "config.json"]:
             path.unlink(missing_ok=True)
-        (self._directory / INDEX_FILE).unlink(missing_ok=True)
 
 
 def _is_part(tensor: Tensor) -> bool:

@@ -4,8 +4,8 @@ A graph needs fixed shapes, which a chunk has not: it is padded by repeating its
 list of groups and pages. What is repeated is computed and written again, the same bits to the same places. Chunks of
 one signature share a graph, recorded when the signature comes for the second time.
 
-    rows          up to a multiple of 32 beside the few that are run again behind a boundary; the last ones
-                  once more each, since copies of one row would all go to the same few experts
+    rows          up to a multiple of 32, or of 128 if they are many, beside the few that are run again behind a
+                  boundary; the last ones once more each, since copies of one row would all go to a few experts
     pages         as for decode steps; entries that a row may see are bounded by them
     other lists   as many as so many rows can need
 """
@@ -29,11 +29,12 @@ from triptych.model.batch import Batch, EntryPlan
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 512
+MOST_ROWS = 2048
 """Rows of a step up to which the host is slower than the GPU."""
 MOST_GRAPHS = 24
 """Graphs at most; the one that was not used for longest goes."""
-_ROWS = 32
+_ROWS, _MANY_ROWS = 32, 128
+_MANY = 512
 
 Key = tuple[object, ...]
 
@@ -43,7 +44,7 @@ def padded(batch: Batch, pages: int) -> Batch | None:
 
     Results and caches are those of `batch`.
     """
-    rows = LOOKBACK + max(0, -(-(batch.rows - LOOKBACK) // _ROWS)) * _ROWS
+    rows = _bucket(batch.rows)
     window, again = batch.window, _repeated(batch.seq.numpy(), rows)
     sequences = len(batch.page_table)
     if batch.narrow or not len(batch.csa.first) or not len(window.past_src):
@@ -72,6 +73,12 @@ def padded(batch: Batch, pages: int) -> Batch | None:
         csa=_padded(batch.csa, again, sequences, pages, (CSA_RATIO, CSA_RING)),
         hca=_padded(batch.hca, again, sequences, pages, (HCA_RATIO, HCA_RING)),
     )
+
+
+def _bucket(rows: int) -> int:
+    """How many rows are run for so many."""
+    some = _ROWS if rows <= _MANY else _MANY_ROWS
+    return LOOKBACK + max(0, -(-(rows - LOOKBACK) // some)) * some
 
 
 def _repeated(seq: Ints, rows: int) -> Ints:
@@ -151,7 +158,10 @@ class ChunkGraphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._forward(sized(batch, there))
         except RuntimeError as error:  # no memory left, or an operation that has to wait for the GPU
-            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(error).split("\n", 1)[0])
+            first = error  # leaving a broken recording raises once more, and says less
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            logger.warning("Small prefill chunks run without CUDA graphs: %s", str(first).split("\n", 1)[0])
             self._works = False
             return
         self._graphs[key] = graph, there, logits

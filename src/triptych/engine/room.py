@@ -76,7 +76,7 @@ def _measure(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometr
     steps.record((steps.rows[0], steps.pages[0]))
     smallest = max(0, before - _free(device))
     before = _free(device)
-    small = min(MOST_ROWS, rows, most)
+    small = min(MOST_ROWS, rows, max(1, most - 1))  # without a past it would be no graph
     record_chunk(runner, small, most - small)
     chunks = max(0, before - _free(device)) + MOST_GRAPHS * _CHUNK_GRAPH
     return transients, static - held + largest + smallest * (len(steps.rows) * len(steps.pages) - 1) + chunks

@@ -9,17 +9,10 @@ import triton
 import triton.language as tl
 
 from triptych.kernels.quant.e4m3 import e4m3_bytes, e4m3_values
+from triptych.kernels.quant.triton_rows import e8m0_of
 
 DENSE, ENTRY, FP8, MXFP4 = 0, 1, 2, 3
 """How rows lie in a cache, as kernels are told: numbers, or one of the kinds of kernels/quant/formats.py."""
-
-
-@triton.jit
-def scale_code(amax, top_exponent: tl.constexpr, top_mantissa: tl.constexpr):
-    """e8m0 code of the smallest 2^p with 0 < amax <= top * 2^p. As top, 448 is (8, 0x600000) and 6 is (2, 0x400000)."""
-    bits = amax.to(tl.int32, bitcast=True)
-    code = (bits >> 23) - top_exponent + ((bits & 0x7FFFFF) > top_mantissa).to(tl.int32)
-    return tl.where(amax < float("inf"), code, 255)
 
 
 @triton.jit
@@ -31,7 +24,7 @@ def power_of_two(code):
 @triton.jit
 def to_fp8(x, FLOOR: tl.constexpr):
     """x [groups, size] -> e4m3 bytes and the code of each group's scale."""
-    code = scale_code(tl.maximum(tl.max(tl.abs(x), 1), FLOOR), 8, 0x600000)
+    code = e8m0_of(tl.maximum(tl.max(tl.abs(x), 1), FLOOR), 0x600000, 8)
     inverse = power_of_two(254 - code)
     inverse = tl.where(code == 255, float("nan"), inverse)
     return e4m3_bytes(x * inverse[:, None]), code
@@ -40,7 +33,7 @@ def to_fp8(x, FLOOR: tl.constexpr):
 @triton.jit
 def round_fp4(x):
     """x [groups, size] on the grid of e2m1 before its scale, and the code of each group's scale."""
-    code = scale_code(tl.maximum(tl.max(tl.abs(x), 1), 7.052966104933725e-38), 2, 0x400000)  # 6 * 2^-126
+    code = e8m0_of(tl.maximum(tl.max(tl.abs(x), 1), 7.052966104933725e-38), 0x400000, 2)  # 6 * 2^-126
     x = x * tl.where(code == 255, float("nan"), power_of_two(254 - code))[:, None]
     size = tl.abs(x)
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triptych.kernels.quant.fragments import scale_of
+from triptych.kernels.quant.e4m3 import scale_of
 
 
 @gluon.constexpr_function

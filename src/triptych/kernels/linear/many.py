@@ -69,12 +69,12 @@ def product(
     if SPLIT == 1:
         _put(out_ptr, total, keep, NARROW)
     else:
-        tl.store(part_ptr + split * rows.to(tl.int64) * columns + place, total, mask=keep)
+        tl.store(part_ptr + split * rows * columns + place, total, mask=keep)
         tl.debug_barrier()
         if tl.atomic_add(count_ptr + at, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros([TALL, WIDE], tl.float32)
             for s in range(SPLIT):
-                more = part_ptr + s * rows.to(tl.int64) * columns + place
+                more = part_ptr + s * rows * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
             _put(out_ptr, total, keep, NARROW)
             tl.store(count_ptr + at, 0)
@@ -125,13 +125,13 @@ def grouped(
     if SPLIT == 1:
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
     else:
-        tl.store(part_ptr + split * rows.to(tl.int64) * columns + place, total, mask=keep)
+        tl.store(part_ptr + split * rows * columns + place, total, mask=keep)
         tl.debug_barrier()
         mine = count_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros([64, TALL], tl.float32)
             for s in range(SPLIT):
-                more = part_ptr + s * rows.to(tl.int64) * columns + place
+                more = part_ptr + s * rows * columns + place
                 total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
             tl.store(mine, 0)

@@ -1,7 +1,7 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
     up to 64 rows   one launch that streams the weights (few.py)
-    more            tiles of many.py, from 96 rows on the library's
+    more            the library's, or tiles of many.py where that cannot serve
 
 Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
 made them where that can round, or are rounded here first. Dense weights go to the library, released ones on other GPUs
@@ -22,7 +22,7 @@ from triptych.kernels.linear.many import dequantised, grouped, product, round_ro
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _MANY = 96  # rows from which on dequantising a matrix for the library's product pays
-_LIBRARY = 96  # rows from which on the library's product of e4m3 is the faster one
+_LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 _COUNTERS = 1 << 16
 

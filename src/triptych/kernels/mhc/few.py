@@ -1,8 +1,8 @@
 """The first step of a hyper-connection site, see sites.py, for bf16 streams on the tensor cores.
 
-One warp takes 16 rows and 32 dims of each stream. As in quant/fragments.py columns are summed in an order in which what
-a thread loads, 8 dims of a row in one piece, is what it holds of the operand: nothing goes through shared memory and no
-thread waits for another.
+One warp takes 16 rows and 32 dims of each stream. A product's columns may be summed in any order that both operands
+agree on; here it is one in which what a thread loads, 8 dims of a row in one piece, is what it holds of the operand.
+So nothing goes through shared memory and no thread waits for another.
 """
 
 from __future__ import annotations

@@ -35,24 +35,20 @@ def route_few(
     split = dim // _DEPTH
     dev = x.device
     part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
-    ids, ranks = torch.empty(2, rows, k, dtype=torch.int32, device=dev)
     weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
     tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
-    order = torch.empty(rows * k, dtype=torch.int32, device=dev)
+    order = torch.empty(experts if rows > 1 else 1, rows * k, dtype=torch.int32, device=dev)
     values = torch.empty(rows, dim, dtype=torch.float8_e4m3fn, device=dev)
     scales = torch.empty(dim // 128, rows, dtype=torch.float32, device=dev)
     tall = max(16, min(64, triton.next_power_of_2(rows)))
     parts = triton.cdiv(experts, _SOME) * split * triton.cdiv(rows, tall)
+    hashed = router.tid2eid is not None
     chosen = (
-        *(
-            part,
-            router.bias if router.bias is not None else part,
-            router.tid2eid if router.tid2eid is not None else ids,
-        ),
-        *(token_ids, ids, ranks, weights, tile, order, counters, rows, tiles, router.scaling),
+        *(part, router.bias if router.bias is not None else part, router.tid2eid if hashed else token_ids, token_ids),
+        *(weights, tile, order, counters, rows, tiles, router.scaling),
     )
     shape = dict(
-        HASHED=router.tid2eid is not None,
+        HASHED=hashed,
         COUNT=experts,
         EXPERTS=triton.next_power_of_2(experts),
         TOPK=k,
@@ -75,8 +71,8 @@ def route_few(
 
 @triton.jit(do_not_specialize=["rows", "tiles", "parts"])
 def score_rows(
-    x_ptr, gate_ptr, values_ptr, scales_ptr, part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr,
-    tile_ptr, order_ptr, count_ptr, rows, tiles, scaling, parts, dim,
+    x_ptr, gate_ptr, values_ptr, scales_ptr, part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr,
+    count_ptr, rows, tiles, scaling, parts, dim,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     PAIRS: tl.constexpr, CHOOSE: tl.constexpr, DEPTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,32 +93,32 @@ def score_rows(
             tl.debug_barrier()
             if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
                 _choose(
-                    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr,
-                    count_ptr, 0, rows, scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, True,
+                    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, 0, rows,
+                    scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, True,
                 )  # fmt: skip
                 tl.store(count_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def choose_rows(
-    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, rows,
-    tiles, scaling,
+    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, rows, tiles, scaling,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A row each: its experts' ids int32 and weights [rows, TOPK]. The last program writes the lists that few.py reads:
-    tile [tiles, 3] int32 and order [rows * TOPK]. ranks [rows, TOPK] is scratch; count [1 + COUNT].
+    """A row each: its experts' weights [rows, TOPK] and its pairs in the lists that few.py reads. Those are order
+    [COUNT, rows * TOPK] int32, the pairs of each expert, and tile [tiles, 3] int32 of pieces of them, which the last
+    program writes. count [1 + COUNT]. There is room for a row of NaN to choose the same expert again and again.
 
     One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
     first, and no result on that: its products are its own, and a row's are added in the order of its choices.
     """
     _choose(
-        part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr,
-        tl.program_id(0), rows, scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
+        part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, tl.program_id(0), rows,
+        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
     )  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        _list(ids_ptr, ranks_ptr, tile_ptr, order_ptr, count_ptr, rows, tiles, COUNT, EXPERTS, TOPK, PAIRS)
+        _cut(tile_ptr, count_ptr, rows * TOPK, tiles, COUNT, EXPERTS, PAIRS)
         tl.store(count_ptr, 0)
 
 
@@ -160,13 +156,12 @@ def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
 
 @triton.jit
 def _choose(
-    part_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, ranks_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows,
-    scaling,
+    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows, scaling,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Experts and weights of row r, and where it stands among those of each; if it is ALONE the lists too, since its
-    experts are all different."""
+    """Experts and weights of row r, and its pairs among those of each; of a row that is ALONE, whose experts are all
+    different, both lists."""
     K: tl.constexpr = triton.next_power_of_2(TOPK)
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
@@ -188,7 +183,6 @@ def _choose(
             left = tl.where(e == best, float("-inf"), left)
     chosen = tl.where(keep, tl.gather(score, ids, 0), 0.0)
     weights = chosen * (scaling / (tl.sum(chosen, 0) + 1e-20))
-    tl.store(ids_ptr + r * TOPK + slot, ids, mask=keep)
     tl.store(weights_ptr + r * TOPK + slot, weights, mask=keep)
     if ALONE:
         tl.store(tile_ptr + slot * 3, ids, mask=keep)
@@ -197,33 +191,24 @@ def _choose(
         tl.store(order_ptr + slot, slot, mask=keep)
     else:
         rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
-        tl.store(ranks_ptr + r * TOPK + slot, rank, mask=keep)
+        tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
 
 
 @triton.jit
-def _list(
-    ids_ptr, ranks_ptr, tile_ptr, order_ptr, count_ptr, rows, tiles,
-    COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Pairs in the order of their experts, and tiles of up to PAIRS pairs of one expert; counts back to zero."""
+def _cut(tile_ptr, count_ptr, room, tiles, COUNT: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr):
+    """Tiles of up to PAIRS pairs of one expert, which has `room` for its pairs; -1 where there is none.
+    Counts go back to zero."""
     e = tl.arange(0, EXPERTS)
     counts = tl.load(count_ptr + 1 + e, mask=e < COUNT, other=0, cache_modifier=".cg")
     tl.store(count_ptr + 1 + e, 0, mask=e < COUNT)
-    starts = tl.cumsum(counts, 0) - counts
     pieces = (counts + PAIRS - 1) // PAIRS
     at = tl.cumsum(pieces, 0) - pieces
     for part in range(tl.max(pieces, 0)):
         entry = tile_ptr + (at + part) * 3
         some = part < pieces
         tl.store(entry, e, mask=some)
-        tl.store(entry + 1, starts + part * PAIRS, mask=some)
+        tl.store(entry + 1, e * room + part * PAIRS, mask=some)
         tl.store(entry + 2, tl.minimum(counts - part * PAIRS, PAIRS), mask=some)
     used = tl.sum(pieces, 0)
     for first in range(0, tiles, EXPERTS):
         tl.store(tile_ptr + (first + e) * 3, -1, mask=(first + e >= used) & (first + e < tiles))
-    for first in range(0, rows * TOPK, 2 * EXPERTS):
-        p = first + tl.arange(0, 2 * EXPERTS)
-        there = p < rows * TOPK
-        ids = tl.load(ids_ptr + p, mask=there, other=0, cache_modifier=".cg")
-        rank = tl.load(ranks_ptr + p, mask=there, other=0, cache_modifier=".cg")
-        tl.store(order_ptr + tl.gather(starts, ids, 0) + rank, p, mask=there)

@@ -23,7 +23,7 @@ _PAIRS = 8
 _SHARED_ROWS = 64
 """Rows that a program of the shared expert multiplies by, at most."""
 
-_COUNTERS = 1 << 15
+_COUNTERS = 1 << 16
 """Counters of each launch: it needs one a tile and 128 hidden columns, or one a row and 64 output columns."""
 
 
@@ -91,12 +91,12 @@ def moe_rows_on_gpu(
 
 def _stages(most: Tiling, columns: int, tall: int) -> tuple[Tiling, dict[str, int]]:
     """A launch's tiling of matrices with so many columns. The shared expert's stages, of 64 rows of weights and `tall`
-    of x, take no more shared memory than those of the others and their eight rows."""
+    of x, take no more shared memory than those of the others and their eight rows, if that is enough for two."""
     blocks = blocks_of(columns, most.blocks)
     tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks))
     memory = columns * _PAIRS + tiling.stages * blocks * most.tiles * TILE_BYTES
     parts = parts_of(columns)
-    shared = min(memory // ((64 + tall) * 128), columns // 128 // parts)
+    shared = min(max(2, memory // ((64 + tall) * 128)), columns // 128 // parts)
     meta = dict(TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
     return tiling, dict(num_warps=4 * most.tiles, maxnreg=_registers(memory), **meta)
 

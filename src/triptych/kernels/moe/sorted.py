@@ -1,4 +1,8 @@
-"""Experts of many rows from released weights: pairs sorted by expert, rounded, multiplied (many.py), added up."""
+"""Experts of many rows from released weights: pairs placed by expert, rounded, multiplied (many.py), added up.
+
+Where a pair stands among those of its expert depends on who came first, and no result on that: its products are its
+own, and a row's are added in the order of its choices.
+"""
 
 from __future__ import annotations
 
@@ -59,21 +63,16 @@ def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, beside
     rows, k = ids.shape
     count, dim, inner = w2.shape
     pairs, dev = rows * k, x.device
-    flat, order = torch.sort(ids.flatten(), stable=True)
-    pieces = _pieces(flat, count)
-    gates = weights.flatten()[order].float()
-    padded = -(-pairs // 128) * 128 + 128
-    inputs = _rounded(x.contiguous(), order, pairs, padded, k)
+    place, gates, inputs, pieces = place_and_round(x, ids, weights, count)
     hidden = torch.empty(pairs, inner, dtype=HIDDEN, device=dev)
     for some in pieces:
         _launch(many.up, inputs, w13, some, gates, w13.tops, hidden, moe.limit)
-    inputs = _rounded(hidden, order, pairs, padded, 0)
+    inputs = _room(pairs, inner, dev)
+    _round_hidden[(pairs, triton.cdiv(inner, 1024))](hidden, *inputs, inner, inputs[1].shape[1], GROUPS=8, num_warps=4)
     del hidden
     each = torch.empty(pairs, dim, dtype=EACH, device=dev)
     for some in pieces:
         _launch(many.down, inputs, w2, some, w2.tops, each)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(pairs, device=dev)
     out = torch.empty(rows, dim, dtype=x.dtype, device=dev)
     _add_up[(rows, triton.cdiv(dim, 1024))](
         *(each, place, x if beside is None else beside, out, dim),
@@ -83,6 +82,27 @@ def experts_on_gpu(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, beside
         num_warps=4,
     )
     return out
+
+
+def place_and_round(
+    x: Tensor, ids: Tensor, weights: Tensor, count: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[_Pieces, _Pieces]]:
+    """Places of the pairs ids [R, k] when sorted by expert, int32; and by place their weights, their rows of x [R, d]
+    in e4m3 and scales, see _room, and pieces of an expert's pairs."""
+    rows, k = ids.shape
+    dim, dev = x.shape[1], x.device
+    ids = ids.contiguous()
+    ranks, starts, pieces = _places(ids, count)
+    place = torch.empty(rows, k, dtype=torch.int32, device=dev)
+    gates = torch.empty(rows * k, dtype=torch.float32, device=dev)
+    inputs = _room(rows * k, dim, dev)
+    _round_placed[(rows, triton.cdiv(dim, 1024))](
+        *(x.contiguous(), ids, ranks, starts, weights.contiguous(), place, gates, *inputs, dim, inputs[1].shape[1]),
+        K=k,
+        GROUPS=8,
+        num_warps=4,
+    )
+    return place, gates, inputs, pieces
 
 
 def _launch(kernel: Any, inputs: tuple[Tensor, Tensor], matrix: Mxfp4Matrix, pieces: _Pieces, *rest: Any) -> None:
@@ -103,59 +123,109 @@ def _launch(kernel: Any, inputs: tuple[Tensor, Tensor], matrix: Mxfp4Matrix, pie
     )
 
 
-def _pieces(flat: Tensor, count: int) -> tuple[_Pieces, _Pieces]:
-    """Wide and narrow pieces of sorted experts `flat` [pairs]; a narrow one is the rest of an expert's."""
-    pairs, dev = len(flat), flat.device
-    ends = torch.searchsorted(flat, torch.arange(count, device=dev), right=True)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    rest = (ends - starts) % _WIDE
-    narrow = ((rest > 0) & (rest <= _WIDE // 2)).long()
-    wide = (ends - starts + _WIDE - 1) // _WIDE - narrow
-    return (
-        _table(_WIDE, starts, ends, wide, min(pairs, pairs // _WIDE + count)),
-        _table(_WIDE // 2, starts + wide * _WIDE, ends, narrow, min(pairs, count)),
+def _places(ids: Tensor, count: int) -> tuple[Tensor, Tensor, tuple[_Pieces, _Pieces]]:
+    """Ranks of the pairs ids [R, k] among those of their experts, the experts' first places, and wide and narrow pieces
+    of the pairs so sorted; a narrow one is the rest of an expert's."""
+    pairs, dev = ids.numel(), ids.device
+    counts = torch.zeros(count, dtype=torch.int32, device=dev)
+    ranks, starts = torch.empty(pairs, dtype=torch.int32, device=dev), torch.empty_like(counts)
+    _rank[(triton.cdiv(pairs, 256),)](ids, counts, ranks, pairs, BLOCK=256, num_warps=4)
+    wide = _Pieces(_WIDE, counts.new_empty(min(pairs, pairs // _WIDE + count), 3), counts.new_empty(1))
+    narrow = _Pieces(_WIDE // 2, counts.new_empty(min(pairs, count), 3), counts.new_empty(1))
+    _cut[(1,)](
+        *(counts, starts, *wide[1:], *narrow[1:], count),
+        EXPERTS=triton.next_power_of_2(count),
+        WIDE=_WIDE,
+        num_warps=4,
     )
+    return ranks, starts, (wide, narrow)
 
 
-def _table(width: int, starts: Tensor, ends: Tensor, pieces: Tensor, most: int) -> _Pieces:
-    """`pieces` [experts] of each expert from `starts` on, no more than `most` of all."""
-    piece_ends = torch.cumsum(pieces, 0)
-    t = torch.arange(most, device=starts.device)
-    expert = torch.searchsorted(piece_ends, t, right=True).clamp(max=len(starts) - 1)
-    first = starts[expert] + (t - (piece_ends - pieces)[expert]) * width
-    size = (ends[expert] - first).clamp(max=width)
-    return _Pieces(width, torch.stack([expert, first, size], 1).to(torch.int32), piece_ends[-1:].to(torch.int32))
-
-
-def _rounded(x: Tensor, order: Tensor, pairs: int, padded: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows of the sorted pairs in e4m3, columns in the order of many.py, and scales [width / 128, padded].
-
-    With k = 0 x has the sorted pairs' rows already.
-    """
-    width = x.shape[1]
-    values = torch.empty(pairs, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(width // 128, padded, dtype=torch.float32, device=x.device)
-    _round_sorted[(pairs, triton.cdiv(width, 1024))](
-        x, order, values, scales, width, padded, K=k, GROUPS=8, num_warps=4
-    )
-    return values, scales
+def _room(pairs: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For pairs' rows in e4m3, columns in the order of many.py, and scales [width / 128, 128 or more beyond pairs]."""
+    values = torch.empty(pairs, width, dtype=torch.float8_e4m3fn, device=device)
+    padded = -(-pairs // 128) * 128 + 128
+    return values, torch.empty(width // 128, padded, dtype=torch.float32, device=device)
 
 
 @triton.jit
-def _round_sorted(x_ptr, order_ptr, values_ptr, scales_ptr, width, padded, K: tl.constexpr, GROUPS: tl.constexpr):
-    p = tl.program_id(0).to(tl.int64)
-    row = p
-    if K > 0:
-        row = tl.load(order_ptr + p) // K
+def _rank(ids_ptr, counts_ptr, ranks_ptr, pairs, BLOCK: tl.constexpr):
+    """How many of its expert came before each pair; counts [experts], zero before, are how many there are."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + p, mask=p < pairs, other=0)
+    tl.store(ranks_ptr + p, tl.atomic_add(counts_ptr + ids, 1, mask=p < pairs, sem="relaxed"), mask=p < pairs)
+
+
+@triton.jit
+def _cut(
+    counts_ptr, starts_ptr, wide_ptr, wides_ptr, narrow_ptr, narrows_ptr, count,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Experts' first places, and pieces of up to WIDE pairs or, of what is left of an expert, of up to half as many."""
+    e = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + e, mask=e < count, other=0)
+    starts = tl.cumsum(counts, 0) - counts
+    tl.store(starts_ptr + e, starts, mask=e < count)
+    rest = counts % WIDE
+    narrow = ((rest > 0) & (rest <= WIDE // 2)).to(tl.int32)
+    wide = (counts + WIDE - 1) // WIDE - narrow
+    at = tl.cumsum(wide, 0) - wide
+    for i in range(tl.max(wide, 0)):
+        entry = wide_ptr + (at + i) * 3
+        tl.store(entry, e, mask=i < wide)
+        tl.store(entry + 1, starts + i * WIDE, mask=i < wide)
+        tl.store(entry + 2, tl.minimum(counts - i * WIDE, WIDE), mask=i < wide)
+    entry = narrow_ptr + (tl.cumsum(narrow, 0) - narrow) * 3
+    tl.store(entry, e, mask=narrow > 0)
+    tl.store(entry + 1, starts + wide * WIDE, mask=narrow > 0)
+    tl.store(entry + 2, rest, mask=narrow > 0)
+    tl.store(wides_ptr, tl.sum(wide, 0))
+    tl.store(narrows_ptr, tl.sum(narrow, 0))
+
+
+@triton.jit
+def _round_placed(
+    x_ptr, ids_ptr, ranks_ptr, starts_ptr, weights_ptr, place_ptr, gates_ptr, values_ptr, scales_ptr, width, padded,
+    K: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Some groups of 128 columns of a row, rounded, to the places of its K pairs, and which these are."""
+    row = tl.program_id(0)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    d = tl.arange(0, 128)
-    there = (g * 128 < width)[:, None] & (d >= 0)[None, :]
-    x = tl.load(x_ptr + row * width + g[:, None] * 128 + d[None, :], mask=there, other=0.0).to(tl.float32)
+    values, scale = _rounded(x_ptr + row.to(tl.int64) * width, g, width)
+    for s in tl.static_range(K):
+        pair = row * K + s
+        place = tl.load(starts_ptr + tl.load(ids_ptr + pair)) + tl.load(ranks_ptr + pair)
+        _put(values, scale, values_ptr, scales_ptr, place, g, width, padded)
+        if tl.program_id(1) == 0:
+            tl.store(place_ptr + pair, place)
+            tl.store(gates_ptr + place, tl.load(weights_ptr + pair).to(tl.float32))
+
+
+@triton.jit
+def _round_hidden(h_ptr, values_ptr, scales_ptr, width, padded, GROUPS: tl.constexpr):
+    """Some groups of 128 columns of a pair's hidden values, rounded."""
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    values, scale = _rounded(h_ptr + tl.program_id(0).to(tl.int64) * width, g, width)
+    _put(values, scale, values_ptr, scales_ptr, tl.program_id(0), g, width, padded)
+
+
+@triton.jit
+def _rounded(x_ptr, g, width):
+    """Groups g [G] of 128 columns: e4m3 [G, 128] and scales [G]."""
+    at = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
     scale, inverse = scale_of(tl.max(tl.abs(x), 1))
+    return (x * inverse[:, None]).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _put(values, scale, values_ptr, scales_ptr, place, g, width, padded):
+    """Groups g of a row to where many.py reads row `place`, in slots."""
+    d = tl.arange(0, 128)
     slot = d // 8 % 4 * 32 + d // 4 % 2 * 16 + d // 32 * 4 + d % 4
-    at = values_ptr + p * width + g[:, None] * 128 + slot[None, :]
-    tl.store(at, (x * inverse[:, None]).to(tl.float8e4nv), mask=there)
-    tl.store(scales_ptr + g * padded + p, scale, mask=g * 128 < width)
+    at = values_ptr + place.to(tl.int64) * width + g[:, None] * 128 + slot[None, :]
+    tl.store(at, values, mask=(g * 128 < width)[:, None] & (d >= 0)[None, :])
+    tl.store(scales_ptr + g * padded + place, scale, mask=g * 128 < width)
 
 
 @triton.jit
@@ -164,7 +234,8 @@ def _add_up(each_ptr, place_ptr, beside_ptr, out_ptr, dim, K: tl.constexpr, BESI
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(K):
-        total += tl.load(each_ptr + tl.load(place_ptr + r * K + s) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+        at = tl.load(place_ptr + r * K + s).to(tl.int64) * dim + d
+        total += tl.load(each_ptr + at, mask=d < dim, other=0.0).to(tl.float32)
     if BESIDE:
         total += tl.load(beside_ptr + r * dim + d, mask=d < dim, other=0.0).to(tl.float32)
     tl.store(out_ptr + r * dim + d, total.to(out_ptr.dtype.element_ty), mask=d < dim)

@@ -30,7 +30,7 @@ from triptych.kernels.quant.ref import fake_quant_fp8
 
 _ROUNDED = 128  # rows from which on hidden values are rounded where they are made
 
-FEW = 288
+FEW = 512
 """Rows up to which launches that stream every expert they need are the quicker way."""
 
 

@@ -1,12 +1,15 @@
 """Scores of packed index keys for the rows of a prefill chunk, in Gluon for Hopper: rows of a sequence share its keys.
 
-    shared memory   queries of two pairs of rows, 128 x 128 e4m3 each | keys, STAGES tiles of 128 as they lie in pages
-                    | their scales | MXFP4 only: a tile of 128 x 128 e4m3
-    a tile          a product of 128 keys, half of them each warpgroup, by a pair's 128 queries, then its weighing
+    workspace       keys of a sequence side by side in e4m3, once a chunk: a block of 256 keys is four tiles of 64, and
+                    four neighbouring keys lie at one place of each, so that a thread ends with all four
+    shared memory   queries of two pairs of rows, 128 x 128 e4m3 each | keys, two tiles | weights
+    a tile          a product of 64 keys by a pair's 128 queries, then its weighing; the next product is under way while
+                    sums of this one are brought together
 
 Two rows in a product halve what is read of keys for it: one row's 64 queries would take all that shared memory gives.
-Two programs of eight warps fit a multiprocessor: while some weigh, others multiply. A score depends on its row and key
-alone.
+Four programs of four warps fit a multiprocessor: while some weigh, others multiply. A product is bound by instructions
+(256 cycles of the tensor cores, 186 instructions a warp, of which 128 are relu, weight and sum), so whatever a tile
+needs beyond it was done before: pages looked up, MXFP4 expanded. A score depends on its row and key alone.
 """
 
 from __future__ import annotations
@@ -35,15 +38,14 @@ from triptych.kernels.select_rows.weigh import (
     in_order,
     pair_layout,
     summed,
-    weighed,
+    weighed_rows,
     weight_of,
     weights_of,
 )
 
-ROWS = 4
-"""Rows of a program."""
-WARPS = 4
-_STAGES = 2
+ROWS = 4  # of a program
+_KEYS = 64  # of a tile
+_BLOCK = 4 * _KEYS  # keys of four tiles; the kernels below have both as numbers
 
 
 class Gathered(NamedTuple):
@@ -53,10 +55,11 @@ class Gathered(NamedTuple):
     factors: Tensor
 
 
-def gathered(keys: PagedEntries, total: int) -> Gathered:
-    """The first `most` keys of each sequence, with room for `total`."""
+def gathered(keys: PagedEntries) -> Gathered:
+    """The first `most` keys of each sequence."""
     pool, table = keys.pool, keys.page_table
     assert isinstance(pool, PackedRows) and keys.most is not None
+    total = triton.cdiv(keys.most, _BLOCK) * _BLOCK
     out = Gathered(
         torch.empty(len(table), total, 128, dtype=torch.uint8, device=table.device),
         torch.empty(len(table), total, device=table.device),
@@ -78,15 +81,15 @@ def score(
 ) -> None:  # fmt: skip
     """Ordered scores and their tops, `out`, of queries [R, heads, 128] e4m3 and their powers of two [R, heads]."""
     q, power = prepared
-    values = TensorDescriptor.from_tensor(ready.values.flatten(0, 1), [16 * WARPS, 128], gl.NVMMASharedLayout(128, 8))
+    values = TensorDescriptor.from_tensor(ready.values.flatten(0, 1), [_KEYS, 128], gl.NVMMASharedLayout(128, 8))
     rows, total = out[0].shape
+    stretch = triton.cdiv(stretch, _BLOCK) * _BLOCK
     scores[(triton.cdiv(total, stretch), triton.cdiv(rows, ROWS))](
-        *(q, power, weights, weights.stride(0), values, ready.factors, keys.seq, keys.visible, *out),
-        *(total, q.shape[1], stretch, rows),
-        STAGES=_STAGES,
+        *(q, power, weights, weights.stride(0), values, ready.factors, ready.factors.shape[1], keys.seq, keys.visible),
+        *(*out, total, q.shape[1], stretch, rows),
+        STAGES=2,
         ROWS=ROWS,
-        WARPS=WARPS,
-        num_warps=WARPS,
+        num_warps=4,
         maxnreg=128,
     )
 
@@ -147,7 +150,7 @@ def gather(
     most, total,
     KIND: tl.constexpr, PER_PAGE: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Keys of each sequence side by side, [sequences, total, 128] e4m3, and a factor of each.
+    """Keys of each sequence side by side, [sequences, total, 128] e4m3, and a factor of each, a _BLOCK in four tiles.
 
     MXFP4 keys are over their largest scale times 2^6, as weigh.expanded has them, with dims in the same order.
     """
@@ -177,26 +180,27 @@ def gather(
         x = tl.permute(tl.reshape(x, [SOME, 4, 4, 2, 4]), (0, 2, 3, 1, 4))
         x = tl.reshape(x, [SOME, 128])
         factor = (tl.maximum(largest - 6, 1) << 23).to(tl.float32, bitcast=True)
-    tl.store(keys_ptr + (s * total + n)[:, None] * 128 + d[None, :], x, mask=there[:, None])
-    tl.store(factors_ptr + s * total + n, factor, mask=there)
+    place = s * total + n // 256 * 256 + n % 4 * 64 + n // 4 % 64
+    tl.store(keys_ptr + place[:, None] * 128 + d[None, :], x, mask=there[:, None])
+    tl.store(factors_ptr + place, factor, mask=there)
 
 
 @gluon.jit
 def scores(  # noqa: C901  (loops that the compiler unrolls)
-    q_ptr, power_ptr, weight_ptr, weight_row, keys, factors_ptr, seq_ptr, visible_ptr, out_ptr, tops_ptr, total, heads,
-    stretch, count,
-    STAGES: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+    q_ptr, power_ptr, weight_ptr, weight_row, keys, factors_ptr, room, seq_ptr, visible_ptr, out_ptr, tops_ptr, total,
+    heads, stretch, count,
+    STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Ordered scores of ROWS of the `count` rows, see triton.py; q [R, heads, 128] e4m3 lacks 2^power [R, heads].
 
-    `keys` and `factors` are what `gather` made. Rows of one sequence share each tile of keys; those of several take
-    turns.
+    `keys` and `factors` [.., room] are what `gather` made. Rows of one sequence share each tile of keys; those of
+    several take turns.
     """
-    KEYS: gl.constexpr = 16 * WARPS
+    KEYS: gl.constexpr = 64
     r = gl.program_id(1) * ROWS
     begin = gl.program_id(0) * stretch
-    L: gl.constexpr = pair_layout(WARPS)
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    L: gl.constexpr = pair_layout(4)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     rows = gl.arange(0, ROWS, layout=line)
     sees = gl.load(visible_ptr + gl.minimum(r + rows, count - 1)).to(gl.int32)
@@ -206,7 +210,7 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
     seqs = gl.load(seq_ptr + gl.minimum(r + rows, count - 1)).to(gl.int32)
     turns = gl.where(gl.max(seqs, 0) == gl.min(seqs, 0), 1, ROWS)  # rows of a chunk are sorted by sequence
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 128, 32])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     q_s = gl.allocate_shared_memory(gl.uint8, [ROWS // 2, 128, 128], eight)
     weights_s = gl.allocate_shared_memory(gl.float32, [ROWS, 64], flat)
     sees_s = gl.allocate_shared_memory(gl.int32, [ROWS // 2, 2], flat)
@@ -215,7 +219,7 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
     for n in gl.static_range(STAGES):
         mbarrier.init(bar.index(n), count=1)
 
-    by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    by_query: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     i = gl.arange(0, 128, layout=gl.SliceLayout(1, by_query))
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, by_query))
     h = gl.arange(0, 64, layout=line)
@@ -230,53 +234,82 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
     gl.thread_barrier()
     out_ptr += r.to(gl.int64) * total + begin
     tops_ptr += r.to(gl.int64) * (total // 16) + begin // 16
-    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L))
-    which = gl.arange(0, 2, layout=gl.SliceLayout(0, L))
-    places = which[None, :] * total + key[:, None]
+    lies = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L))
     x = gl.zeros([KEYS, 128], gl.float32, layout=MMA)
-    done = 0  # how many times all stages were full
     for turn in range(turns):
         mine = gl.minimum(r + turn, count - 1)
-        first = gl.load(seq_ptr + mine).to(gl.int32) * total + begin
+        first = gl.load(seq_ptr + mine).to(gl.int32) * room + begin
         visible = longest
         if turns > 1:
             visible = gl.load(visible_ptr + mine).to(gl.int32)
         heard = (r + rows < count) & ((turns == 1) | (rows == turn))
         sees_s._reinterpret(gl.int32, [ROWS], flat).store(gl.where(heard, sees - begin, 0))
         gl.thread_barrier()
-        times = gl.cdiv(gl.maximum(gl.minimum(begin + stretch, visible) - begin, 0), STAGES * KEYS)
-        if times > 0:
+        blocks = gl.cdiv(gl.maximum(gl.minimum(begin + stretch, visible) - begin, 0), 4 * KEYS)
+        if blocks > 0:
             for slot in gl.static_range(STAGES):
                 fetch(keys, keys_s.index(slot), bar.index(slot), first + slot * KEYS, KEYS)
-        for t in range(times):
-            at = t * (STAGES * KEYS)
-            factor = gl.load(factors_ptr + (first + at) + key)
-            mbarrier.wait(bar.index(0), (done + t) & 1)
+        for block in range(blocks):
+            at = block * (4 * KEYS)
+            factor = gl.load(factors_ptr + (first + at) + lies)
+            mbarrier.wait(bar.index(0), 0)
             x = _product(keys_s, q_s, 0, 0, x)
-            for slot in gl.static_range(STAGES):
-                here = at + slot * KEYS
+            kept = ()
+            for tile in gl.static_range(4):
                 scale = factor
                 for p in gl.static_range(ROWS // 2):
-                    w0 = weights_of(weights_s.index(2 * p), WARPS)
-                    w1 = weights_of(weights_s.index(2 * p + 1), WARPS)
-                    bound = sees_s.index(p).load(gl.SliceLayout(0, L))
+                    w0 = weights_of(weights_s.index(2 * p), 4)
+                    w1 = weights_of(weights_s.index(2 * p + 1), 4)
                     x = warpgroup_mma_wait(0, deps=(x,))
-                    sums = weighed(x, w0, w1, WARPS, 2)
+                    sums = weighed_rows(x, w0, w1, 4)
                     # the next product is on its way before the rest is done with this one
                     if p + 1 < ROWS // 2:
-                        x = _product(keys_s, q_s, slot, p + 1, x)
-                    elif slot + 1 < STAGES:
-                        factor = gl.load(factors_ptr + (first + here + KEYS) + key)
-                        mbarrier.wait(bar.index(slot + 1), (done + t) & 1)
-                        x = _product(keys_s, q_s, slot + 1, 0, x)
-                    seen = (key + here)[:, None] < bound[None, :]
-                    order = gl.where(seen, in_order(summed(sums, WARPS, 2), scale[:, None]), -2147483648)
-                    gl.store(out_ptr + (2 * p * total + here + places), order, mask=seen)
-                    _keep_tops(tops_ptr, order, here, 2 * p, total, WARPS)
+                        x = _product(keys_s, q_s, tile % STAGES, p + 1, x)
+                    elif tile < 3:
+                        factor = gl.load(factors_ptr + (first + at + (tile + 1) * KEYS) + lies)
+                        mbarrier.wait(bar.index((tile + 1) % STAGES), (tile + 1) // STAGES % 2)
+                        x = _product(keys_s, q_s, (tile + 1) % STAGES, 0, x)
+                    kept += (in_order(summed(sums, 4, 2), scale[:, None]),)  # type: ignore[assignment]
                 gl.thread_barrier()
-                if t + 1 < times:
-                    fetch(keys, keys_s.index(slot), bar.index(slot), first + here + STAGES * KEYS, KEYS)
-        done += times
+                if (tile + STAGES < 4) | (block + 1 < blocks):
+                    ahead = first + at + (tile + STAGES) * KEYS
+                    fetch(keys, keys_s.index(tile % STAGES), bar.index(tile % STAGES), ahead, KEYS)
+            for p in gl.static_range(ROWS // 2):
+                _keep(
+                    out_ptr + (2 * p * total + at), tops_ptr + (2 * p * (total // 16) + at // 16),
+                    kept[p], kept[ROWS // 2 + p], kept[ROWS + p], kept[ROWS + ROWS // 2 + p],
+                    sees_s.index(p), at, total,
+                )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _side_by_side():
+    """[64, 2, 4] scores of four tiles' keys and two rows: a thread has four neighbours of a row."""
+    lanes = [[0, 1, 0], [8, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2]], lanes, [[16, 0, 0], [32, 0, 0]], [], [64, 2, 4])
+
+
+@gluon.jit
+def _keep(out_ptr, tops_ptr, a, b, c, d, sees, at, total):
+    """Write ordered scores [64, 2] of four tiles, of the block that begins at `at`, and the highest of each 16 keys.
+
+    `sees` [2] in shared memory is how many keys the rows see."""
+    L: gl.constexpr = _side_by_side()
+    order = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), [64, 2, 4])
+    order = gl.convert_layout(order, L, assert_trivial=True)
+    lies = gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None]
+    row = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :]
+    tile = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, L)))[None, :], 0)
+    left = sees.load(gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :] - (at + 4 * lies)
+    order = gl.where(tile < gl.expand_dims(left, 2), order, -2147483648)
+    place = gl.expand_dims(row * total + 4 * lies, 2) + tile
+    some, _ = gl.broadcast(gl.expand_dims(left > 0, 2), order)
+    gl.store(out_ptr + place, order, mask=some)
+    top = gl.max(gl.reshape(gl.max(order, 2), [16, 4, 2]), 1)
+    T: gl.constexpr = top.type.layout
+    group = gl.arange(0, 16, layout=gl.SliceLayout(1, T))[:, None]
+    its = gl.arange(0, 2, layout=gl.SliceLayout(0, T))[None, :]
+    gl.store(tops_ptr + (its * (total // 16) + group), top, mask=top > -2147483648)
 
 
 @gluon.jit
@@ -293,13 +326,3 @@ def fetch(keys, target, bar, first, KEYS: gl.constexpr):
     """KEYS keys from `first` on, on their way into shared memory."""
     mbarrier.expect(bar, KEYS * 128)
     tma.async_copy_global_to_shared(keys, [first, 0], bar, target)
-
-
-@gluon.jit
-def _keep_tops(tops_ptr, order, at, row, total, WARPS: gl.constexpr):
-    """The highest of each 16 keys of ordered scores [16 WARPS, 2]."""
-    top = gl.max(gl.reshape(order, [WARPS, 16, 2]), 1)
-    L: gl.constexpr = top.type.layout
-    group = at // 16 + gl.arange(0, WARPS, layout=gl.SliceLayout(1, L))[:, None]
-    row += gl.arange(0, 2, layout=gl.SliceLayout(0, L))[None, :]
-    gl.store(tops_ptr + (row * (total // 16) + group), top, mask=top > -2147483648)

@@ -107,27 +107,40 @@ def _weigh(
     q = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
     w = weights_of(weights_s, 4)
     key = gl.arange(0, 128, layout=L)
-    x = gl.zeros([128, 64], gl.float32, layout=MMA)
+    x = gl.zeros([64, 64], gl.float32, layout=MMA)
+    y = gl.zeros([64, 64], gl.float32, layout=MMA)
     for t in range(tiles):
         slot = t % STAGES
         at = begin + t * 128
         mbarrier.wait(full.index(slot), (t // STAGES) & 1)
         factor = factors_of(scales_s.index(slot), L, 128, KIND)
-        if KIND == 1:
-            tile = keys_s.index(slot)._reinterpret(gl.float8e4nv, [128, 128], eight)
-            x = warpgroup_mma(tile, q, x, use_acc=False, is_async=True)
-            x = warpgroup_mma_wait(0, deps=(x,))
-            mbarrier.arrive(empty.index(slot), count=1)
-        else:
-            tile = keys_s.index(slot)._reinterpret(gl.uint8, [128, 64], gl.NVMMASharedLayout(64, 8, rank=2))
-            a = expanded(tile, scales_s.index(slot), 4, 2, MMA)
-            mbarrier.arrive(empty.index(slot), count=1)
-            x = warpgroup_mma(a, q, x, use_acc=False, is_async=True)
-            x = warpgroup_mma_wait(0, deps=(x,))
+        # two products of 64 keys: while one is under way the other's keys are expanded, or it is weighed
+        x = warpgroup_mma(_keys(keys_s, scales_s, slot, 0, KIND, MMA), q, x, use_acc=False, is_async=True)
+        y = warpgroup_mma(_keys(keys_s, scales_s, slot, 1, KIND, MMA), q, y, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        first = weighed(x, w, 4)
+        y = warpgroup_mma_wait(0, deps=(y,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        second = weighed(y, w, 4)
+        sums = first[0], second[0], first[1], second[1]
         seen = at + key < visible
-        order = gl.where(seen, in_order(summed(weighed(x, w, w, 4, 1), 4, 1), factor), -2147483648)
+        order = gl.where(seen, in_order(summed(sums, 4, 1), factor), -2147483648)
         gl.store(out_ptr + at + key, order, mask=seen)
         _keep_tops(tops_ptr, order, at)
+
+
+@gluon.jit
+def _keys(keys_s, scales_s, slot, half: gl.constexpr, KIND: gl.constexpr, MMA: gl.constexpr):
+    """Half of a tile of keys as a left operand."""
+    if KIND == 1:
+        eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+        return keys_s.index(slot)._reinterpret(gl.float8e4nv, [2, 64, 128], eight).index(half)
+    else:
+        four: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
+        codes = scales_s.index(slot)._reinterpret(gl.uint8, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        return expanded(
+            keys_s.index(slot)._reinterpret(gl.uint8, [2, 64, 64], four).index(half), codes.index(half), 4, MMA
+        )
 
 
 @gluon.jit
@@ -153,10 +166,10 @@ def scores(
     r = gl.program_id(1).to(gl.int64)
     begin = gl.program_id(0) * stretch
     visible = gl.load(visible_ptr + r).to(gl.int32)
+    table = table_ptr + gl.load(seq_ptr + r).to(gl.int64) * table_row  # on its way beside the other
     if begin >= visible:
         return
     tiles = gl.cdiv(gl.minimum(begin + stretch, visible) - begin, 128)
-    table = table_ptr + gl.load(seq_ptr + r).to(gl.int64) * table_row
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = gl.allocate_shared_memory(gl.uint8, [64, 128], gl.NVMMASharedLayout(128, 8))
     weights_s = gl.allocate_shared_memory(gl.float32, [64], flat)

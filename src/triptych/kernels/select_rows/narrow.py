@@ -32,8 +32,7 @@ def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     room = _pillars(k)
     scratch = torch.empty(rows, 2 * room, dtype=torch.int32, device=scores.device)
-    # few rows: what counts is how soon one is done, and long code is fetched more slowly than run
-    warps = room // 256
+    warps = room // 256  # more of them have less to do each, and more to say to each other
     _highest[(rows,)](
         *(scores, tops, visible, out, scratch, total, k),
         DEEP=min(_DEEP, triton.next_power_of_2(triton.cdiv(total, room))),

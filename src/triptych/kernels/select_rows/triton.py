@@ -2,11 +2,12 @@
 
     queries  rotated, by Hadamard too, and rounded                  (with the scores where hopper.py cannot serve)
     scores   programs of a row's stretch of keys multiply and weigh; each score is written as an integer of the same
-             order, and with it the highest of each 16 of them
-    highest  highest.py: the k highest of a row
+             order, and with it the highest of each 16 of them; chunk.py does it for many rows that share their keys
+    highest  highest.py or narrow.py: the k highest of a row
 
 FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
-room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0.
+room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0, or on Hopper as
+if its scale were 2^11 below the largest.
 """
 
 from __future__ import annotations
@@ -90,9 +91,7 @@ def ordered_scores(
     scores = torch.empty(rows, total, dtype=torch.int32, device=device)
     tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
     if stretch is None:
-        programs = max(1, 3 * multiprocessors(device) // rows)
-        longest = 2048 if rows <= _ALONE else 8192
-        stretch = min(longest, triton.cdiv(triton.cdiv(total, programs), _TILE) * _TILE)
+        stretch = _stretch(rows, total, 3 * multiprocessors(device))
     raw = queries.heads[:, -heads * dim :]
     cos, sin = queries.angles
     pool = keys.pool
@@ -156,7 +155,18 @@ def _gathered(queries: IndexQueries, keys: PagedEntries) -> Any:
     few = len(queries.heads) <= _ALONE or total * len(keys.page_table) * 132 > _GATHERED
     if few or not _on_hopper(queries, keys.pool):
         return None
-    return importlib.import_module("triptych.kernels.select_rows.chunk").gathered(keys, total)
+    return importlib.import_module("triptych.kernels.select_rows.chunk").gathered(keys)
+
+
+def _stretch(rows: int, total: int, programs: int) -> int:
+    """Keys of a program where `programs` run at once: as many as keep all of them busy, once if that is not too long.
+
+    Shorter ones even out rows of unequal lengths; many rows share them, so that their queries are worth loading.
+    """
+    if rows > _ALONE:
+        return min(8192, _whole_tiles(triton.cdiv(total, max(1, programs // rows))))
+    once = _whole_tiles(triton.cdiv(total, max(1, programs // rows)))
+    return once if once <= 6144 else 2048
 
 
 def _whole_tiles(most: int) -> int:

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: keys on their way, MXFP4 keys expanded, products weighed and summed over heads.
+"""What the kernels for Hopper share: MXFP4 keys expanded, products weighed and summed over heads.
 
 A thread of a product [16 keys a warp, 64 heads a row] has 16 of the heads of two keys; with two rows, or two products,
 it has four sums, of which its neighbours in a quad have the other quarters. They swap halves, so that each thread ends
@@ -92,19 +92,18 @@ def _weight_layout(warps):
 
 
 @gluon.constexpr_function
-def _packed_layout(warps, products):
-    """[16 warps * products, 64] bytes of MXFP4 keys: a thread has 16, a group, of each of its keys."""
-    deep = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]] + [[16 * warps * b, 0] for b in bits(products)]
+def _packed_layout(warps):
+    """[16 warps, 64] bytes of MXFP4 keys: a thread has 16, a group, of each of its two keys."""
+    deep = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
     lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps * products, 64])
+    return gl.DistributedLinearLayout(deep, lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 64])
 
 
 @gluon.constexpr_function
-def _code_layout(warps, products):
-    """[16 warps * products, 4] codes of groups' scales, each where the group is."""
-    deep = [[8, 0]] + [[16 * warps * b, 0] for b in bits(products)]
+def _code_layout(warps):
+    """[16 warps, 4] codes of groups' scales, each where the group is."""
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps * products, 4])
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 4])
 
 
 @gluon.jit
@@ -152,15 +151,12 @@ def _part(s, w):
 
 
 @gluon.jit
-def weighed(s, w0, w1, WARPS: gl.constexpr, ROWS: gl.constexpr):
-    """Products s [16 WARPS, 2 rows of 64] or [2 x 16 WARPS, 64 of one row] weighed: a thread's four sums.
+def weighed_rows(s, w0, w1, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 2 rows of 64] weighed: a thread's four sums, of two keys and the rows.
 
     w0 and w1 [4, 16] are weights_of the rows."""
-    if ROWS == 2:
-        x = gl.permute(gl.reshape(s, [WARPS, 2, 8, 2, 8, 4, 2]), (0, 2, 5, 4, 6, 1, 3))
-    else:
-        x = gl.permute(gl.reshape(s, [2, WARPS, 2, 8, 8, 4, 2]), (1, 3, 5, 4, 6, 2, 0))
-    # warp, key of 8, thread of the quad, its heads, half of keys, row or product
+    x = gl.permute(gl.reshape(s, [WARPS, 2, 8, 2, 8, 4, 2]), (0, 2, 5, 4, 6, 1, 3))
+    # warp, key of 8, thread of the quad, its heads, half of keys, row
     even, odd = gl.split(gl.reshape(x, [WARPS, 8, 4, 16, 2, 2]))
     a, c = gl.split(even)
     b, d = gl.split(odd)
@@ -168,8 +164,17 @@ def weighed(s, w0, w1, WARPS: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def weighed(s, w, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 64] of a row weighed: a thread's two sums, of two keys; w [4, 16] are its weights_of."""
+    x = gl.permute(gl.reshape(s, [WARPS, 2, 8, 8, 4, 2]), (0, 2, 4, 3, 5, 1))
+    a, c = gl.split(gl.reshape(x, [WARPS, 8, 4, 16, 2]))
+    return _part(a, w), _part(c, w)
+
+
+@gluon.jit
 def summed(sums, WARPS: gl.constexpr, ROWS: gl.constexpr):
-    """What `weighed` says over a quad: a sum a thread, [16 WARPS, 2] in pair_layout or [32 WARPS] in line_layout."""
+    """What a quad weighed: a sum a thread, [16 WARPS, 2 rows] in pair_layout or, of two products, [32 WARPS] in
+    line_layout. Sums are of the first key and either row or product, then of the second."""
     a, b, c, d = sums
     L: gl.constexpr = a.type.layout
     turn = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, L)))
@@ -202,17 +207,16 @@ def factors_of(scales, layout: gl.constexpr, KEYS: gl.constexpr, KIND: gl.conste
 
 
 @gluon.jit
-def expanded(keys, scales, WARPS: gl.constexpr, PRODUCTS: gl.constexpr, MMA: gl.constexpr):
-    """MXFP4 keys in shared memory [16 WARPS PRODUCTS, 64] and their scales -> the left operand of a product, e4m3.
+def expanded(keys, scales, WARPS: gl.constexpr, MMA: gl.constexpr):
+    """MXFP4 keys in shared memory [16 WARPS, 64] and codes of their scales [16 WARPS, 4] -> the left operand, e4m3.
 
     Each is over the largest scale of its key times 2^6: exponents are lowered by the distance of a group's scale, by 11
-    at most. A thread has a group of 32 dims, so dims lie in the order of chunk.prepare's queries.
+    at most. A thread has a group of 32 dims, so dims lie in the order of triton.place_of.
     """
-    KEYS: gl.constexpr = 16 * WARPS * PRODUCTS
-    codes = scales._reinterpret(gl.uint8, [KEYS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    code = codes.load(_code_layout(WARPS, PRODUCTS)).to(gl.int32)
+    KEYS: gl.constexpr = 16 * WARPS
+    code = scales.load(_code_layout(WARPS)).to(gl.int32)
     shift = gl.maximum(11 - (gl.max(code, 1)[:, None] - code), 0)
-    packed = gl.reshape(keys.load(_packed_layout(WARPS, PRODUCTS)), [KEYS, 4, 4, 4])  # key, group, word, place
+    packed = gl.reshape(keys.load(_packed_layout(WARPS)), [KEYS, 4, 4, 4])  # key, group, word, place
     L: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, packed.type.layout))
     shift = gl.convert_layout(shift, L, assert_trivial=True)
     _, high = gl.broadcast(packed, gl.expand_dims(gl.expand_dims(shift * 0x08080808 + 0x24201C18, 2), 3))
