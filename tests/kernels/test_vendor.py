@@ -90,7 +90,7 @@ def test_a_package_that_does_not_load_leaves_our_kernel(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    ("visible", "who"), [([3] * 8, "ours"), ([2000] * 16, "ours"), ([2100], "ours"), ([2100] * 16, "vendor")]
+    ("visible", "who"), [([3] * 8, "ours"), ([2000] * 32, "ours"), ([2100], "ours"), ([2100] * 32, "vendor")]
 )
 def test_each_call_goes_where_its_shape_was_measured_faster(
     visible: list[int], who: str, monkeypatch: pytest.MonkeyPatch

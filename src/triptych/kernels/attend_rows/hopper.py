@@ -142,6 +142,20 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     ROPE: gl.constexpr = 64
     NOPE: gl.constexpr = 448
     r = gl.program_id(2).to(gl.int64)
+
+    # the queries are asked for first: they wait for nothing, keys for two or three other loads
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    by64x2: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    h = gl.program_id(0) * 64
+    here = heads_ptr + r * heads_row
+    hq = h + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    dq = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
+    x = gl.load(here + hq[:, None] * DIM + dq[None, :], mask=(hq < heads)[:, None], other=0.0)
+    if RAW:
+        ht = h + gl.arange(0, 64, layout=gl.SliceLayout(1, by64x2))
+        dt = gl.arange(0, ROPE, layout=gl.SliceLayout(0, by64x2))
+        y = gl.load(here + ht[:, None] * DIM + (NOPE + dt)[None, :], mask=(ht < heads)[:, None], other=0.0)
+
     line_of = r
     if FLAT:  # step rows of prefill: their window is a stretch of the workspace, and slots are sequences
         first = gl.load(positions_ptr + r)
@@ -181,7 +195,6 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     by256: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
     by128: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
     by64: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0])
-    by64x2: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
 
     # where the first tiles lie; entries are known two tiles, pages one tile before they are needed
     ring_at = ring_ptr.to(gl.int64)
@@ -202,30 +215,6 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     if MODE != 0:
         page = gl.load(table_ptr + entry // PER_PAGE).to(gl.int64)
         page1 = gl.load(table_ptr + entry1 // PER_PAGE).to(gl.int64)
-
-    # queries: norm over a head, rotate its last dims
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    h = gl.program_id(0) * 64
-    here = heads_ptr + r * heads_row
-    hq = h + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
-    dq = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
-    x = gl.load(here + hq[:, None] * DIM + dq[None, :], mask=(hq < heads)[:, None], other=0.0).to(gl.float32)
-    if not RAW:  # normed and rotated already
-        q_s.store(x.to(gl.bfloat16))
-    else:
-        shrink = gl.rsqrt(gl.sum(x * x, 1) / DIM + eps)
-        q_s.store((x * shrink[:, None]).to(gl.bfloat16))
-        ht = h + gl.arange(0, 64, layout=gl.SliceLayout(1, by64x2))
-        dt = gl.arange(0, ROPE, layout=gl.SliceLayout(0, by64x2))
-        mine = (ht < heads)[:, None]
-        y = gl.load(here + ht[:, None] * DIM + (NOPE + dt)[None, :], mask=mine, other=0.0).to(gl.float32)
-        partner = gl.load(here + ht[:, None] * DIM + (NOPE + (dt ^ 1))[None, :], mask=mine, other=0.0).to(gl.float32)
-        cos = gl.load(cos_ptr + r * (ROPE // 2) + dt // 2)[None, :]
-        sin = gl.load(sin_ptr + r * (ROPE // 2) + dt // 2)[None, :]
-        y = y * cos + gl.where((dt % 2 == 0)[None, :], -partner, partner) * sin
-        y = y * gl.convert_layout(shrink, gl.SliceLayout(1, by64x2))[:, None]
-        gl.thread_barrier()
-        q_s.slice(NOPE, ROPE, dim=1).store(y.to(gl.bfloat16))
 
     # the first tile into shared memory, the second into registers
     for tile in gl.static_range(2):
@@ -249,6 +238,10 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
         b1 = _exponents(scales_s, by128)
         b2 = _exponents(scales_s, by64)
         if tile == 0:
+            if RAW:  # while keys are on their way
+                _keep_normed(q_s, x, y, eps, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2))
+            else:
+                q_s.store(x.to(gl.bfloat16))
             _keep_scaled(w0_s.index(0), x0, b0, 0, 64, by256)
             _keep_scaled(w1_s.index(0), x1, b1, 256, 32, by128)
             _keep_scaled(w2_s.index(0), x2, b2, 384, 16, by64)
@@ -346,7 +339,7 @@ def partial(  # noqa: C901  (branches that the compiler resolves)
     _put(part_ptr, sums1, factor, left, 256, 128, l1)
     _put(part_ptr, sums2, factor, left, 384, 64, s_layout)
     if WHOLE and RAW:
-        sumsr = _turned_back(sumsr, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), ROPE)
+        sumsr = _turned(sumsr, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), -1.0, ROPE)
     _put(part_ptr, sumsr, factor, left, NOPE, ROPE, s_layout)
     if not WHOLE:
         gl.store(peak_ptr + lane + hs, peak, mask=hs < left)
@@ -359,13 +352,25 @@ def _max_and_sum(most, total, most1, total1):
 
 
 @gluon.jit
-def _turned_back(x, cos_ptr, sin_ptr, ROPE: gl.constexpr):
-    """x [64, ROPE] rotated back; a pair's two dims are in one thread."""
+def _keep_normed(target, x, y, eps, cos_ptr, sin_ptr):
+    """Write heads x [64, 512] normed, and their last dims, which y [64, 64] has again, rotated too."""
+    x = x.to(gl.float32)
+    shrink = gl.rsqrt(gl.sum(x * x, 1) / 512 + eps)
+    target.store((x * shrink[:, None]).to(gl.bfloat16))
+    y = y.to(gl.float32) * gl.convert_layout(shrink, gl.SliceLayout(1, y.type.layout))[:, None]
+    y = _turned(y, cos_ptr, sin_ptr, 1.0, 64)
+    gl.thread_barrier()
+    target.slice(448, 64, dim=1).store(y.to(gl.bfloat16))
+
+
+@gluon.jit
+def _turned(x, cos_ptr, sin_ptr, way, ROPE: gl.constexpr):
+    """x [64, ROPE] rotated, or back where way is -1; a pair's two dims are in one thread."""
     even, odd = gl.split(gl.reshape(x, [64, ROPE // 2, 2]))
     pair = gl.arange(0, ROPE // 2, layout=gl.SliceLayout(0, even.type.layout))
     cos = gl.load(cos_ptr + pair)[None, :]
-    sin = gl.load(sin_ptr + pair)[None, :]
-    turned = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), [64, ROPE])
+    sin = gl.load(sin_ptr + pair)[None, :] * way
+    turned = gl.reshape(gl.join(even * cos - odd * sin, odd * cos + even * sin), [64, ROPE])
     return gl.convert_layout(turned, x.type.layout, assert_trivial=True)
 
 

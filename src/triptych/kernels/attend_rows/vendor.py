@@ -35,8 +35,8 @@ from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
 _FEWEST_ROWS = {
-    64: ((2048, 96), (1 << 62, 16)),
-    128: ((128, 64), (384, 32), (2048, 8), (1 << 62, 2)),
+    64: ((2048, 96), (1 << 62, 32)),
+    128: ((128, 64), (384, 32), (2048, 16), (1 << 62, 4)),
 }
 """By heads: entries that a row reads at most, and from how many rows on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
