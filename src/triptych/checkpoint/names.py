@@ -126,8 +126,3 @@ def fused_name(official: str) -> tuple[str, int, int, int] | None:
             name = f"model.{match[1]}.{fused}" + ("_scale_inv" if match[4] == "scale" else "")
             return name, int(match[2]), parts.index(match[3]), len(parts)
     raise AssertionError(official)
-
-
-def is_transformers_name(stored: str) -> bool:
-    """True for spellings that only Transformers writes."""
-    return stored.startswith("model.") and official_name(stored) != stored.removeprefix("model.")

@@ -177,11 +177,6 @@ def as_number(name: str, value: object) -> float:
     return float(value)
 
 
-def too_many(name: str, count: int, most: int) -> RequestError:
-    """The error for a list or object with too many entries."""
-    return RequestError(f"{name} has {count} entries; at most {most} are allowed.", param=name)
-
-
 def wrong(name: str, wanted: str, value: object) -> RequestError:
     """The error for a field of the wrong type."""
     return RequestError(f"{name} must be {wanted}, not {shown(value)}.", param=name)

@@ -19,9 +19,6 @@ from triptych.workload.research import ResearchTraffic, research_requests
 from triptych.workload.rollouts import rollout_requests
 from triptych.workload.sessions import SessionRequest, SessionTrace
 
-ARRIVALS = ("trace", "poisson:RATE", "closed:USERS")
-
-
 _MIXED_CHAT = ChatTraffic(rate=0.32)
 _MIXED_RESEARCH = ResearchTraffic(rate=0.06)
 """Sessions a second at which chat and research bring as many requests as the coding agents do, one in two seconds."""

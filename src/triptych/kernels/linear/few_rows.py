@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.few import products
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix
 
 _MOST = 32
-_COUNTERS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling) -> Tensor:
     products[(programs,)](
         *(w, weight.scales, w if rest is None else _blocks(rest, tall)),
         *(_blocks(x.values, n), x.scales.contiguous(), w if plain is None else _blocks(plain, n)),
-        *(out, part, _counters(out.device), rows),
+        *(out, part, counters(out.device), rows),
         K=depth,
         OUT=columns,
         LATENT=latent,
@@ -102,9 +101,3 @@ def _blocks(matrix: Tensor, rows: int) -> TensorDescriptor:
     """To copy 128 bytes of each of `rows` rows of a matrix; rows that it lacks are zero."""
     size = matrix.element_size()
     return TensorDescriptor.from_tensor(matrix, [rows, 128 // size], gl.NVMMASharedLayout(128, 8 * size))
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros that every launch leaves zero. Made by the first call, which must not be one that is captured."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)

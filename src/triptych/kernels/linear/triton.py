@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.linear import few_rows, portable, ref, whole
+from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
@@ -25,7 +26,6 @@ _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
 _MANY = 96  # rows from which on dequantising a matrix for the library's product pays
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
-_COUNTERS = 1 << 16
 
 
 def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
@@ -158,7 +158,7 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
     whole.products[(chunks, tiles, split)](
         *(x, weight.values.view(torch.int32), weight.scales, out, out if scales is None else scales, part),
-        *(_counters(x.device), rows, x.stride(0)),
+        *(counters(x.device), rows, x.stride(0)),
         K=depth,
         OUT=columns,
         ROUND=rounds,
@@ -182,7 +182,7 @@ def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
         split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     grouped[(chunks, blocks, split)](
-        *(x, weight.values, weight.scales, out, part, _counters(out.device), rows, columns, depth, rank, x.stride(0)),
+        *(x, weight.values, weight.scales, out, part, counters(out.device), rows, columns, depth, rank, x.stride(0)),
         SPLIT=split,
         TALL=tall,
         num_warps=4,
@@ -203,7 +203,7 @@ def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -
             split *= 2
     part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
     product[(blocks, split)](
-        *(x.values, x.scales, weight.values, weight.scales, out, part, _counters(out.device)),
+        *(x.values, x.scales, weight.values, weight.scales, out, part, counters(out.device)),
         *(rows, columns, depth, *x.scales.stride(), out.stride(0)),
         SPLIT=split,
         TALL=tall,
@@ -221,9 +221,3 @@ def _tiles(rows: int, columns: int) -> tuple[int, int, int, int]:
     if rows <= 64:
         return 64, 64, 4, 4
     return 64, 128, 4, 3  # two programs on a multiprocessor: one multiplies while the other scales
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros that every launch leaves zero. Made by the first call, which must not be one that is captured."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
