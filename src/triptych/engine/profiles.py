@@ -59,7 +59,7 @@ PROFILES: dict[str, Profile] = {
             "coding-agent",
             "Agents that come back in seconds with a little more of a long context.",
             {},
-            {"cpu": {"max_running": 10, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
+            {"cpu": {"max_running": 8, "step_tokens": 2048}, "cuda": {"max_running": 8, "step_tokens": 2048}},
         ),
         Profile(
             "research-agent",
