@@ -28,7 +28,7 @@ from triptych.workload.named import retimed, workload
 from triptych.workload.objectives import objective_for, objective_named
 from triptych.workload.sessions import Part, SessionRequest
 from triptych.workload.simulate import MachineCosts, Simulation, StepCosts, World, amounts, fitted
-from triptych.workload.verdicts import gain, geometric
+from triptych.workload.verdicts import gain, geometric, objective_lines
 
 GEOMETRY = CacheGeometry.of(ModelShape.from_file(TINY_CONFIG))
 COSTS = StepCosts(step=0.01, decode=0.001, prompts=0.02, prompt=0.0, prefill=0.0005, context=0.02)
@@ -227,6 +227,8 @@ def test_gains_are_paired_by_round_and_know_when_they_do_not_know() -> None:
     assert gain(lower, [1.0, 2.0], [math.inf, 2.0]).verdict == "better"
     assert gain(higher, [0.0, 2.0], [1.0, 2.0]).verdict == "worse"
     assert geometric([1.0, 4.0]) == pytest.approx(2.0) and geometric([1.0, math.inf]) == math.inf
+    told = objective_lines(lower, {"mine": [1.0, 2.0], "theirs": [math.inf, 2.0]}, "mine")
+    assert "theirs" in told and "requests failed in 1 of 2 rounds" in told and "inf" not in told
 
 
 def test_the_command_recommends_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

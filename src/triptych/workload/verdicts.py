@@ -82,6 +82,10 @@ def objective_lines(objective: Objective, by_name: dict[str, list[float]], first
     rounds = len(by_name[first])
     lines = [f"{objective.label} ({wanted}), geometric mean of {rounds} round{'s' if rounds != 1 else ''}"]
     for name, found in by_name.items():
+        failed = sum(not 0 < value < math.inf for value in found)
+        if failed:  # such a round has no objective, and so no mean
+            lines.append(f"  {name:<40} requests failed in {failed} of {rounds} round{'s' if rounds != 1 else ''}")
+            continue
         line = f"  {name:<40} {geometric(found):9.4g}"
         if name != first:
             one = gain(objective, by_name[first], found)
