@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from package_source import ROOT
 
+from triptych.engine.profiles import PROFILES
+
 matplotlib = pytest.importorskip("matplotlib", reason="the pictures are drawn with the extra `bench`")
 DOCS = ROOT / "docs"
 STALE = "run `make bench` and commit what it writes"
@@ -91,32 +93,44 @@ def test_a_curve_without_rows_says_so(curves: ModuleType, monkeypatch: pytest.Mo
         assert found.picture is None and "no rows of" in found.text.lower()
 
 
-def test_profiles_are_drawn_from_their_newest_rows(
+def test_profiles_are_compared_over_all_rounds_with_their_settings(
     curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
-    old, new = profile_row(2.0, "2026-01-01"), profile_row(3.0, "2026-02-01")
-    (tmp_path / "profiles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (new, old)))
+    made = [
+        profile_row("2026-01-01", chat=[1.0, 1.1], mixed=[2.0, 2.1]),
+        profile_row("2026-02-01", {"requests": 21}, chat=[1.0, 1.0], mixed=[9.0, 9.0]),  # another trial
+        profile_row("2026-03-01", chat=[1.2, 1.3], mixed=[2.5, 2.4], research_agent=[None, 2.0]),
+    ]
+    renamed = profile_row("2026-02-02", chat=[1.0], mixed=[2.2])
+    renamed["profiles"]["an older name"] = renamed["profiles"].pop("mixed")
+    foreign = profile_row("2026-02-03", chat=[1.0], mixed=[7.0])
+    foreign["profiles"]["mixed"]["options"]["step_tokens"] = 64  # settings that nobody ships any more
+    made += [renamed, foreign]
+    (tmp_path / "profiles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     found = curves.profiles.curve()
-    assert "| chat | `chat` | mixed | 3.00 | 2.50 to 3.50 | better |" in found.text
-    assert "| chat | `chat` | rl-rollout | 1.01 | 0.90 to 1.10 | equal |" in found.text
+    [line] = [line for line in found.text.splitlines() if "| mixed |" in line]
+    assert line.startswith("| chat | `chat` | mixed | 2.00 |") and line.endswith("| 5 | better |"), line
+    assert "| research-agent |  | requests failed in 1 rounds of research-agent | 2 |  |" in found.text
+    assert "| rl-rollout |  | rl-rollout cannot run in this memory |  |  |" in found.text
+    assert "| coding-agent |  | not measured yet |  |  |" in found.text
     assert "Not measured yet: coding-agent, research-agent, rl-rollout." in found.text
-    assert "s to the first token" in found.picture.svg and "chat: lower is better" in found.picture.svg
+    assert "times better" in found.picture.svg and "chat: profile chat" in found.picture.svg
+    assert found.text.count("lower is better") == 1 and "20 requests" in found.text
 
 
-def profile_row(gain: float, time: str) -> dict[str, Any]:
-    """A row of `profiles` as that benchmark writes them."""
-    gains = {
-        "mixed": {"gain": gain, "gain_95": [gain - 0.5, gain + 0.5]},
-        "rl-rollout": {"gain": 1.01, "gain_95": [0.9, 1.1]},
+def profile_row(time: str, other: dict[str, Any] | None = None, /, **rounds: list[float | None]) -> dict[str, Any]:
+    """A row of `profiles` as that benchmark writes them: rounds of each profile by its name, with `_` for `-`."""
+    trial = {"requests": 20, "scale": 0.02, "arrivals": "closed:4", "rounds": 2, "clock": "cpu"} | (other or {})
+    objective = {"key": "t", "label": "SLO stretch", "meaning": "mean", "higher_is_better": False}
+    profiles = {
+        name: {"options": dict(PROFILES[name].on("cpu")), "objective": values}
+        for name, values in ((name.replace("_", "-"), values) for name, values in rounds.items())
     }
-    trial = {"requests": 20, "scale": 0.02, "arrivals": "closed:4", "rounds": 2, "clock": "cpu"}
-    objective = {"key": "t", "label": "s to the first token", "meaning": "mean", "higher_is_better": False}
-    profiles = {name: {"objective": [1.0, 1.1], "mean": 1.05} for name in ("chat", "mixed", "rl-rollout")}
     return {
         **{"benchmark": "profiles", "time": time, "command": "python -m benchmarks profiles", "commit": "abc"},
         **{"machine": {"cpu": "a processor", "cores": 2}, "workload": "chat", "trial": trial, "objective": objective},
-        **{"profiles": profiles, "recommended": "chat", "measured_best": "chat", "gains": gains},
+        **{"profiles": profiles, "recommended": "chat", "refused": {"rl-rollout": "too small"}},
     }
 
 
