@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import urllib.error
@@ -13,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import typer
 
-from triptych.cli.flags import EngineFlags, spread
+from triptych.cli.flags import EngineFlags, check_price, spread
 from triptych.cli.outfiles import check_file, write_file
 from triptych.errors import ConfigError, TriptychError, nearest, reason_of
 
@@ -62,9 +62,9 @@ class LoadFlags:
             raise ConfigError(f"--requests must be at least 1, not {self.requests}.")
         if self.rounds < 1:
             raise ConfigError(f"--rounds must be at least 1, not {self.rounds}.")
-        for name, value in (("--speed", self.speed), ("--scale", self.scale)):
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, not {value}.")
+        for name, value, highest in (("--speed", self.speed, 1e12), ("--scale", self.scale, 1e3)):
+            if not 0 < value <= highest:
+                raise ConfigError(f"{name} must be above 0 and at most {highest:g}, not {value}.")
         if self.text is not None and not self.text.is_dir():
             raise ConfigError(f"--text {self.text} is no directory.")
 
@@ -85,16 +85,15 @@ class ResultFlags:
     def check(self) -> None:
         """ConfigError for values out of range and files that cannot be written."""
         check_accepted(self.ttft, self.tpot)
-        if self.price is not None and not self.price >= 0:
-            raise ConfigError(f"--price must not be negative, as {self.price} is.")
+        check_price(self.price)
         check_file("--out", self.out)
         check_file("--report", self.report)
 
 
 def check_accepted(ttft: float, tpot: float) -> None:
-    """ConfigError for times that no request can keep."""
+    """ConfigError for times that no request can keep, or that all do."""
     for name, value in (("--ttft", ttft), ("--tpot", tpot)):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{name} must be a positive number of seconds, not {value}.")
 
 
@@ -365,14 +364,13 @@ def _at_server(url: str, asked: _Asked, load: LoadFlags, requests: list[SessionR
             runs[url] = _Run(sorted(answered, key=lambda timing: timing.intended), meter.energy())
 
 
-def _meter(url: str | None) -> Meter:
-    """What counts the energy of an engine here (None) or of the server at `url`, if that is this machine."""
+def _meter(url: str) -> Meter:
+    """What counts the energy of the server at `url`, if that is this machine."""
+    from triptych.workload.address import address_of
     from triptych.workload.energy import Meter
 
-    host = None if url is None else urlsplit(url if "://" in url else f"http://{url}").hostname
-    if host in (None, "localhost", "::1") or str(host).startswith("127."):
-        return Meter.of_this_machine()
-    return Meter((), f"{host} is another machine")
+    at = address_of(url)
+    return Meter.of_this_machine() if at.here else Meter((), f"{at.host} is another machine")
 
 
 @contextmanager
@@ -389,7 +387,9 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _served(url: str, key: str | None) -> str:
     """The name of the first model that a server lists."""
-    base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+    from triptych.workload.address import address_of
+
+    base = address_of(url).base
     request = urllib.request.Request(f"{base}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from triptych.cli.bench import LoadFlags, check_accepted, machine, requests_of
-from triptych.cli.flags import spread
+from triptych.cli.flags import check_price, spread
 from triptych.cli.outfiles import PICTURE, check_file, write_file
 from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
@@ -137,6 +137,7 @@ def fit(
     the shipped profiles, the Pareto front and one recommendation.
     """
     load.check()
+    check_price(where.price)
     check_accepted(ttft, tpot)
     check_file("--plot", plot, PICTURE)
     from triptych.engine.profiles import PROFILES, settings_from_text

@@ -8,13 +8,13 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 from zlib import crc32
 
 import numpy as np
 
-from triptych.errors import ConfigError, TriptychError
+from triptych.errors import TriptychError
 from triptych.words import CacheHints, SamplingParams, TokenIds
+from triptych.workload.address import address_of
 
 if TYPE_CHECKING:
     from triptych.engine.async_engine import AsyncEngine
@@ -108,12 +108,10 @@ class OverHttp:
     """A server of the OpenAI completions API; prompts are text. Needs nothing beyond Python."""
 
     def __init__(self, url: str, model: str, decode: Any, key: str | None = None, *, temperature: float = 0.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url {url!r} is no address of a server.", "For example http://127.0.0.1:8000.")
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        at = address_of(url)
+        self._secure, self._host = at.secure, at.host
+        self._port = at.port or (443 if at.secure else 80)
+        self._path = f"{at.path}/v1/completions"
         self._key, self._decode, self._temperature = key, decode, temperature
         self.name = model
 

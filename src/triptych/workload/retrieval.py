@@ -29,6 +29,7 @@ from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
 from triptych.words import SamplingParams, TokenIds
+from triptych.workload.address import address_of
 
 if TYPE_CHECKING:
     from triptych.engine.api import Engine
@@ -134,7 +135,7 @@ class OverHttp:
     """Any server of the OpenAI chat API. Lengths are counted with the given tokenizer, not with the server's."""
 
     def __init__(self, url: str, model: str, encode: Encode, decode: Decode, timeout: float = 3600.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._url = f"{address_of(url).base}/v1/chat/completions"
         self.name, self.encode, self.decode, self._timeout = model, encode, decode, timeout
 
     def ask(self, messages: Sequence[Message], value: str) -> Answer:
