@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from triptych.errors import TriptychError
+from triptych.errors import TriptychError, reason_of
 from triptych.words import CacheHints, SamplingParams, TokenIds
 from triptych.workload.address import address_of
 
@@ -141,8 +142,8 @@ class OverHttp:
                             yield Piece(choice["text"], 1)  # servers send a chunk per token, give or take one
                     if event.get("usage"):
                         yield Piece(counts=_counts(event["usage"]))
-        except (OSError, TimeoutError, EOFError, ValueError, LookupError) as error:  # also what is no HTTP
-            raise AnswerError(f"{self._host}:{self._port} did not answer: {error or 'timed out'}.") from None
+        except (OSError, EOFError, ValueError, LookupError) as error:
+            raise AnswerError(f"{self._host}:{self._port} did not answer: {_why(error)}.") from None
 
     async def _events(self, body: bytes) -> AsyncIterator[dict[str, Any]]:
         context = ssl.create_default_context() if self._secure else None
@@ -163,10 +164,25 @@ class OverHttp:
             writer.close()
 
 
+def _why(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it closed the connection"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ConnectionError) and error.errno:  # asyncio's own text names the address once more
+        return os.strerror(error.errno)
+    return reason_of(error) if isinstance(error, OSError) else "what it sent is no HTTP"
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line. EOFError if the connection ends before it does."""
+    return await reader.readuntil(b"\n")
+
+
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    status = int((await reader.readline()).split()[1])
+    status = int((await _line(reader)).split()[1])
     headers: dict[str, str] = {}
-    while (line := (await reader.readline()).decode("latin-1").strip()) != "":
+    while (line := (await _line(reader)).decode("latin-1").strip()) != "":
         name, _, value = line.partition(":")
         headers[name.strip().lower()] = value.strip()
     return status, headers
@@ -175,7 +191,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
     """What arrives, as it arrives."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        while size := int((await reader.readline()).split(b";")[0], 16):
+        while size := int((await _line(reader)).split(b";")[0], 16):
             yield (await reader.readexactly(size + 2))[:-2]
         return
     while piece := await reader.read(1 << 16):
@@ -183,13 +199,18 @@ async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Asy
 
 
 async def _server_sent(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    rest = b""
+    """The events of a stream. EOFError if it ends without its last one: the server went away."""
+    rest, done = b"", False
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             data = line.strip().removeprefix(b"data:").strip()
-            if line.startswith(b"data:") and data != b"[DONE]":
+            if data == b"[DONE]":
+                done = True
+            elif line.startswith(b"data:"):
                 yield json.loads(data)
+    if not done:
+        raise EOFError
 
 
 def _counts(usage: dict[str, Any]) -> Counts:
