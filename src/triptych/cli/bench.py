@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import math
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -394,10 +394,12 @@ def _served(url: str, key: str | None) -> str:
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return str(json.load(response)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
             f"{base} lists no models: {reason_of(error)}.", "Start it, or name the model with --model."
         ) from None
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(f"What {base} answers is no list of models.", "Name the model with --model.") from None
 
 
 def _tokenizer(name: str) -> Tokenizer:

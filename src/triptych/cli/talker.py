@@ -242,7 +242,7 @@ class RemoteTalker:
         try:
             with self._asking(connection, "GET", "/v1/models", None) as response:
                 return [str(entry["id"]) for entry in json.loads(response.read())["data"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, http.client.HTTPException):
             raise ConfigError(f"What is at {self._url} is no such server.", "Is the address right?") from None
         finally:
             connection.close()
