@@ -23,6 +23,7 @@ from benchmarks.gpu.timing import Figures, timed
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, quantize_rows
 from triptych.kernels.select_rows import triton as select
 from triptych.kernels.select_rows.ref import IndexQueries
 
@@ -138,6 +139,52 @@ def in_common(ours: Tensor, theirs: Tensor, most: int) -> float:
         marks = torch.zeros(len(ids), most + 1, dtype=torch.bool, device=ids.device)
         found.append(marks.scatter_(1, torch.where(ids < 0, most, ids).long(), True)[:, :most])
     return float((found[0] & found[1]).sum() / max(1, *(int(marks.sum()) for marks in found)))
+
+
+# ---- products
+
+
+Parts = tuple[Tensor, ...]
+"""Columns of a result [B, N], first ones first."""
+
+
+def product(peers: Peers, x: Fp8Rows | BothRows | Tensor, weight: Fp8Matrix | FrontMatrix) -> Callable[[], Parts]:
+    """A call of DeepGEMM for the product of rows and a matrix as benchmarks.gpu.linears has them.
+
+    Scales of rows lie as it reads them beforehand. Columns of bfloat16 weights are cuBLAS's; rows [B, G, K] of a
+    grouped product are rounded beforehand, since it takes no others.
+    """
+    if isinstance(weight, FrontMatrix):
+        assert isinstance(x, BothRows)
+        latent, plain, rest = product(peers, x.rounded, weight.latent), x.plain, weight.rest.T
+        return lambda: (*latent(), torch.mm(plain, rest, out_dtype=torch.float32))
+    if isinstance(x, Tensor):
+        return _grouped(peers, x, weight)
+    assert isinstance(x, Fp8Rows)
+    rows = (x.values, peers.deep_gemm.get_mn_major_tma_aligned_tensor(x.scales.contiguous()))
+    out = torch.empty(len(x.values), weight.shape[0], dtype=torch.bfloat16, device=x.values.device)
+
+    def call() -> Parts:
+        peers.deep_gemm.fp8_gemm_nt(rows, (weight.values, weight.scales), out, disable_ue8m0_cast=True)
+        return (out,)
+
+    return call
+
+
+def _grouped(peers: Peers, x: Tensor, weight: Fp8Matrix) -> Callable[[], Parts]:
+    rows, groups, depth = x.shape
+    rounded = quantize_rows(x.transpose(0, 1).reshape(-1, depth))
+    values = rounded.values.view(groups, rows, depth).transpose(0, 1)
+    scales = torch.zeros(groups, depth // 128, -(-rows // 4) * 4, device=x.device)[:, :, :rows]
+    scales.copy_(rounded.scales.view(groups, rows, -1).transpose(1, 2))
+    out = torch.empty(rows, groups, weight.shape[1], dtype=torch.bfloat16, device=x.device)
+
+    def call() -> Parts:
+        given = (values, scales.permute(2, 0, 1)), (weight.values, weight.scales)
+        peers.deep_gemm.fp8_einsum("bhr,hdr->bhd", *given, out, recipe=(1, 128, 128))
+        return (out.flatten(1),)
+
+    return call
 
 
 # ---- experts

@@ -161,7 +161,7 @@ def _experts(model: str, batch: int, contexts: Sequence[str], beside: Beside) ->
 
 def _linears(model: str, batch: int, contexts: Sequence[str], beside: Beside) -> Group:
     for name, product in linears.products(SHAPES[model]).items():
-        yield f"linear {name}", ANY, partial(product.figures, batch)
+        yield f"linear {name}", ANY, partial(product.figures, batch, beside)
 
 
 def _sites(model: str, batch: int, contexts: Sequence[str], beside: Beside) -> Group:
