@@ -55,11 +55,16 @@ GOALS = {
 """Microseconds that the project aims at; of experts, for the routed ones alone."""
 NOISE = 0.03
 """What two runs of the same kernel may differ by."""
-FLASH_MLA = {"by_flash_mla_us": "with FlashMLA", "flash_mla_us": "FlashMLA's call alone"}
+_FLASH_MLA = {"by_flash_mla_us": "with FlashMLA", "flash_mla_us": "FlashMLA's call alone"}
+_DEEP_GEMM = {"deep_gemm_us": "DeepGEMM"}
+_FRONT = {"deep_gemm_us": "DeepGEMM, and cuBLAS for the rest"}
 VENDORS: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("attend csa", "attend hca", "attend swa"), FLASH_MLA),
+    **{"attend csa": _FLASH_MLA, "attend hca": _FLASH_MLA, "attend swa": _FLASH_MLA},
     "select fp8": {"by_deep_gemm_us": "with DeepGEMM and top-k", "deep_gemm_us": "their calls alone"},
     "experts": {"marlin_us": "Marlin, routed experts alone"},
+    **{"linear front CSA": _FRONT, "linear front HCA": _FRONT},
+    **{"linear query CSA": _DEEP_GEMM, "linear query HCA": _DEEP_GEMM, "linear o_b": _DEEP_GEMM},
+    "linear o_a": {"deep_gemm_us": "DeepGEMM, of rounded rows"},
 }
 """What rows call vendors' figures of an operation, the one for the same job first."""
 REASONS = {
@@ -151,6 +156,8 @@ shapes that [kernels.md](kernels.md) names.
 - *with DeepGEMM and top-k*: DeepGEMM's index scores and vLLM's top-k of the same queries and keys, which lie in pages
 of 64 for it, after our launch that rotates and rounds queries; their calls alone get rounded queries.
 - *Marlin*: vLLM's routed experts of the same rows and choices; ours has router and shared expert, too.
+- *DeepGEMM* in products: the same FP8 rows and weights; the front's bfloat16 columns are cuBLAS's. Where the outputs'
+groups are few enough ours rounds their results for the next product, too.
 - Vendors' kernels ran in the same run as ours, or were *not in this run*: DeepGEMM, top-k and Marlin are those of vLLM
 0.26.0, in a folder that `--peers` names.
 - **Bold**: what the engine uses, where it takes no longer than the vendor's kernel for the same job, {NOISE:.0%}

@@ -179,6 +179,8 @@ def test_rows_of_one_commit_are_one_table(curves: ModuleType, monkeypatch: pytes
         ({"op": "select mxfp4", "us": 14.0}, "alone"),
         ({"op": "experts", "us": 45.0, "marlin_us": 59.0}, "level"),
         ({"op": "linear o_b", "us": 45.0}, "alone"),
+        ({"op": "linear o_b", "us": 45.0, "deep_gemm_us": 20.0}, "behind"),
+        ({"op": "mhc_rows", "us": 45.0}, "alone"),
     ],
 )
 def test_cases_are_counted_by_what_the_engine_uses(curves: ModuleType, line: dict[str, Any], what: str) -> None:
