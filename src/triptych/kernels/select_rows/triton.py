@@ -177,26 +177,45 @@ def _hopper_scores(
     raw: Tensor, queries: IndexQueries, keys: PagedEntries, ready: Any, out: tuple[Tensor, Tensor], stretch: int
 ) -> None:
     """ordered_scores in two launches: queries as e4m3, then hopper.py or, where keys lie side by side, chunk.py."""
-    rows, heads, dim = len(raw), queries.count, queries.dim
-    cos, sin = queries.angles
-    q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
-    power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
+    rows, heads = len(raw), queries.count
     assert isinstance(keys.pool, PackedRows)
     kind = 1 if keys.pool.format.kind == "fp8" else 2
-    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "KIND": kind}
-    if ready is not None:
-        chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
-        chunk.prepare[(triton.cdiv(rows, 8),)](
-            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size, num_warps=4
-        )
-        chunk.score((q, power), queries.weights, keys, ready, out, stretch)
+    if ready is None:
+        made = rounded_queries(queries, kind)
+        hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
+        hopper.score(made, queries.weights, keys, out, stretch)
         return
-    # sixteen warps: short code for each, which a GPU whose caches hold other kernels must fetch first
-    _prepare[(rows, triton.cdiv(heads, 16))](
-        raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size, num_warps=16
+    made = _empty_queries(queries)
+    chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
+    chunk.prepare[(triton.cdiv(rows, 8),)](
+        raw, raw.stride(0), *queries.angles, *made, rows, heads, ROWS=8, HEADS=64, **_sizes(queries, kind), num_warps=4
     )
-    hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
-    hopper.score((q, power), queries.weights, keys, out, stretch)
+    chunk.score(made, queries.weights, keys, ready, out, stretch)
+
+
+def rounded_queries(queries: IndexQueries, kind: int) -> tuple[Tensor, Tensor]:
+    """Queries rotated and rounded to e4m3 [B, Hi, Di], as bytes, and the power of two int32 [B, Hi] that they lack.
+
+    `kind` of the keys says in which order dims lie, see place_of. One launch.
+    """
+    raw, heads = queries.heads[:, -queries.count * queries.dim :], queries.count
+    made = _empty_queries(queries)
+    # sixteen warps: short code for each, which a GPU whose caches hold other kernels must fetch first
+    _prepare[(len(raw), triton.cdiv(heads, 16))](
+        raw, raw.stride(0), *queries.angles, *made, heads, HEADS=16, **_sizes(queries, kind), num_warps=16
+    )
+    return made
+
+
+def _empty_queries(queries: IndexQueries) -> tuple[Tensor, Tensor]:
+    rows, heads, device = len(queries.heads), queries.count, queries.heads.device
+    q = torch.empty(rows, heads, queries.dim, dtype=torch.uint8, device=device)
+    return q, torch.empty(rows, heads, dtype=torch.int32, device=device)
+
+
+def _sizes(queries: IndexQueries, kind: int) -> dict[str, Any]:
+    rope = 2 * queries.angles[0].shape[1]
+    return {"ROUNDS": queries.rounds, "DIM": queries.dim, "ROPE": rope, "KIND": kind}
 
 
 @triton.jit
