@@ -2,7 +2,7 @@
 
     shared memory   queries 64 x 512 | keys, two tiles of 64 x 512 | weights, two tiles of 64 x 64        208 KiB
 
-    _fetch   keys(t), e4m3 in registers, scaled and written to shared memory; then keys(t+1) asked for
+    fetch    keys(t), e4m3 in registers, scaled and written to shared memory, and keys(t+1) asked for
     _weigh   weights = softmax(scores); sums of the first half of the dims += weights . keys(t);
              scores = queries . keys(t+1), on their way before the sums of tile t have come
     _sum     sums of the other half of the dims += weights . keys(t)
@@ -22,6 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from triptych.kernels.attend_rows.hopper_keys import fetch, tell
 
 
 @gluon.constexpr_function
@@ -31,168 +34,31 @@ def _sums_layout(width):
 
 
 @gluon.jit
-def _keep_scaled(target, x, bits, START: gl.constexpr, WORDS: gl.constexpr):
-    """Write e4m3 words x [64, WORDS], four dims each from START on, times their powers of two to bfloat16 pairs.
-
-    A byte of bits [64] is the exponent of 64 dims. An e4m3 whose bits are moved into place lacks 2^120 in bfloat16; the
-    hardware's own conversion goes through float16 and takes an instruction of a quarter of the rate for each value.
-    """
-    group = (START // 64 + gl.arange(0, WORDS, layout=gl.SliceLayout(0, x.type.layout)) // 16) * 8
-    exponent = ((bits[:, None] >> group[None, :].to(gl.int64)) & 255).to(gl.int32)
-    factor = (exponent << 7) | (exponent << 23)
-    low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d, m;
-        mov.b32 m, 0x7b807b80;
-        prmt.b32 a, $2, 0, 0x1404;
-        prmt.b32 b, $2, 0, 0x3424;
-        shr.u32 c, a, 4;
-        shr.u32 d, b, 4;
-        and.b32 c, c, 0x07f007f0;
-        and.b32 d, d, 0x07f007f0;
-        lop3.b32 a, a, 0x80008000, c, 0xea;
-        lop3.b32 b, b, 0x80008000, d, 0xea;
-        mul.rn.bf16x2 a, a, m;
-        mul.rn.bf16x2 b, b, m;
-        mul.rn.bf16x2 $0, a, $3;
-        mul.rn.bf16x2 $1, b, $3;
-        }""",
-        "=r,=r,r,r",
-        [x, factor],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    target.store(gl.reshape(gl.join(low, high), [64, 2 * WORDS]))
-
-
-@gluon.jit
-def _words(place, START: gl.constexpr, WORDS: gl.constexpr, layout: gl.constexpr):
-    """Words int32 [64, WORDS] from byte START on of the rows at `place` [64]."""
-    d = START // 4 + gl.arange(0, WORDS, layout=gl.SliceLayout(0, layout))
-    return gl.load(place[:, None] + d[None, :])
-
-
-@gluon.jit
-def _entry(chosen_ptr, j, in_window, end, MODE: gl.constexpr):
-    """Number of the entry that key j is, of those before `end`; anything for window rows."""
-    j = gl.maximum(gl.minimum(j, end - 1) - in_window, 0)
-    if MODE == 1:
-        return gl.maximum(gl.load(chosen_ptr + j), 0)
-    else:
-        return j
-
-
-@gluon.jit
-def _page(table_ptr, entry, MODE: gl.constexpr, PER_PAGE: gl.constexpr):
-    """Page of an entry; anything where there are none."""
-    if MODE == 0:
-        return entry.to(gl.int64)
-    else:
-        return gl.load(table_ptr + entry // PER_PAGE).to(gl.int64)
-
-
-@gluon.jit
-def _ring_row(first, j, RING: gl.constexpr, FLAT: gl.constexpr):
-    """Row of a ring, or of the flat workspace, where the window's key j lies; any row for what is no window key."""
-    if FLAT:
-        return first + gl.minimum(j, 127).to(gl.int64)
-    else:
-        return ((first + j) % RING).to(gl.int64)
-
-
-@gluon.jit
-def _place(
-    j, first, in_window, ring, entry, page, pool,
-    MODE: gl.constexpr, FLAT: gl.constexpr, PER_PAGE: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    """Where the values and the scales of keys j [64] lie: in a ring, a flat workspace, or the page of an entry."""
-    row = _ring_row(first, j, RING, FLAT)
-    values = ring[0] + row * ring[1]
-    scales = ring[2] + row * ring[3]
-    if MODE != 0:
-        row = (entry % PER_PAGE).to(gl.int64)
-        values = gl.where(j < in_window, values, pool[0] + page * pool[1] + row * pool[2])
-        scales = gl.where(j < in_window, scales, pool[3] + page * pool[4] + row * pool[5])
-    values = gl.multiple_of(values.to(gl.pointer_type(gl.int32), bitcast=True), 16)
-    return values, gl.multiple_of(scales.to(gl.pointer_type(gl.int64), bitcast=True), 8)
-
-
-@gluon.jit
-def _fetch(
-    begin, end, tiles, first, in_window, chosen_ptr, table_ptr, ring, pool, keys, full, empty,
-    MODE: gl.constexpr, FLAT: gl.constexpr, PER_PAGE: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    """Keys of `tiles` tiles into shared memory, by four warps; a thread has parts of two keys.
-
-    ring: addresses of values and scales and their rows' strides; pool: those and their pages' strides.
-    """
-    # a quarter of a warp writes parts of two rows, which lie in different banks
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    w0_s = keys[0]._reinterpret(gl.int32, [2, 64, 128], pairs)
-    w1_s = keys[1]._reinterpret(gl.int32, [2, 64, 64], pairs)
-    w2_s = keys[2]._reinterpret(gl.int32, [2, 64, 32], pairs)
-    wr_s = keys[3]._reinterpret(gl.int32, [2, 64, 32], pairs)
-    j = begin + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    # entries are known two tiles, pages one tile before they are needed
-    entry = _entry(chosen_ptr, j, in_window, end, MODE)
-    entry1 = _entry(chosen_ptr, j + 64, in_window, end, MODE)
-    entry2 = _entry(chosen_ptr, j + 128, in_window, end, MODE)
-    page = _page(table_ptr, entry, MODE, PER_PAGE)
-    page1 = _page(table_ptr, entry1, MODE, PER_PAGE)
-    v, s = _place(gl.minimum(j, end - 1), first, in_window, ring, entry, page, pool, MODE, FLAT, PER_PAGE, RING)
-    bits = gl.load(s)
-    x0 = _words(v, 0, 64, L)
-    x1 = _words(v, 256, 32, L)
-    x2 = _words(v, 384, 16, L)
-    xr = _words(v, 448, 32, L)
-    for t in range(tiles):
-        slot = t % 2
-        j += 64
-        v, s = _place(gl.minimum(j, end - 1), first, in_window, ring, entry1, page1, pool, MODE, FLAT, PER_PAGE, RING)
-        page1 = _page(table_ptr, entry2, MODE, PER_PAGE)
-        entry1 = entry2
-        entry2 = _entry(chosen_ptr, j + 128, in_window, end, MODE)
-        bits1 = gl.load(s)
-        mbarrier.wait(empty.index(slot), ((t // 2) & 1) ^ 1)
-        _keep_scaled(w0_s.index(slot), x0, bits, 0, 64)
-        x0 = _words(v, 0, 64, L)
-        _keep_scaled(w1_s.index(slot), x1, bits, 256, 32)
-        x1 = _words(v, 256, 32, L)
-        _keep_scaled(w2_s.index(slot), x2, bits, 384, 16)
-        x2 = _words(v, 384, 16, L)
-        wr_s.index(slot).store(xr)
-        xr = _words(v, 448, 32, L)
-        bits = bits1
-        _tell(full.index(slot))
-
-
-@gluon.jit
-def _tell(barrier):
-    """Say that this warpgroup has written something which the tensor cores will read."""
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(barrier, count=1)
-
-
-@gluon.jit
 def _scores(q_s, keys, slot, none):
     """queries . keys of a tile [64, 64], on their way."""
-    s = warpgroup_mma(q_s.slice(0, 256, 1), keys[0].index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    s = warpgroup_mma(q_s.slice(256, 128, 1), keys[1].index(slot).permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma(q_s.slice(384, 64, 1), keys[2].index(slot).permute((1, 0)), s, is_async=True)
-    return warpgroup_mma(q_s.slice(448, 64, 1), keys[3].index(slot).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q_s.slice(0, 128, 1), keys[0].index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_s.slice(128, 128, 1), keys[1].index(slot).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q_s.slice(256, 128, 1), keys[2].index(slot).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q_s.slice(384, 64, 1), keys[3].index(slot).permute((1, 0)), s, is_async=True)
+    return warpgroup_mma(q_s.slice(448, 64, 1), keys[4].index(slot).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
-def _add(scores, peak, k0, sums, weights_s, weighed, layout: gl.constexpr):
-    """Weights of a tile [64, 64]; and the sums with them, on their way. Weights are told to _sum, too."""
+def _weights(scores, peak, weights_s, weighed):
+    """Weights of a tile [64, 64], in float32 and, told to _sum too, in bfloat16."""
     p = gl.exp2(gl.minimum(scores - peak[:, None], 100.0))
     rounded = p.to(gl.bfloat16)
     weights_s.store(rounded)
-    _tell(weighed)
-    return p, warpgroup_mma(gl.convert_layout(rounded, gl.DotOperandLayout(0, layout, 2)), k0, sums, is_async=True)
+    tell(weighed)
+    return p, rounded
+
+
+@gluon.jit
+def _add(p, keys, slot, sums0, sums1):
+    """Sums of the first 256 dims with weights p [64, 64], on their way."""
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, sums0.type.layout, 2))
+    sums0 = warpgroup_mma(p, keys[0].index(slot), sums0, is_async=True)
+    return sums0, warpgroup_mma(p, keys[1].index(slot), sums1, is_async=True)
 
 
 @gluon.jit
@@ -205,12 +71,13 @@ def _weigh(
     stats: where the sinks, peaks and weights of the heads are.
     """
     S: gl.constexpr = _sums_layout(64)
-    L: gl.constexpr = _sums_layout(256)
+    L: gl.constexpr = _sums_layout(128)
     _keep_queries(q_s, queries, 0, RAW)
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.wait(ready, 0)
-    sums = gl.zeros([64, 256], gl.float32, layout=L)
+    sums0 = gl.zeros([64, 128], gl.float32, layout=L)
+    sums1 = gl.zeros([64, 128], gl.float32, layout=L)
     none = gl.zeros([64, 64], gl.float32, layout=S)
     peak = gl.full([64], -1.0e30, gl.float32, layout=gl.SliceLayout(1, S))
     weight = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
@@ -223,7 +90,8 @@ def _weigh(
         scores = warpgroup_mma_wait(0, deps=(s,)) * scale
         if t == 0:
             peak = gl.max(scores, 1)
-        p, running = _add(scores, peak, keys[0].index(slot), sums, weights_s.index(slot), weighed.index(slot), L)
+        p, rounded = _weights(scores, peak, weights_s.index(slot), weighed.index(slot))
+        running0, running1 = _add(rounded, keys, slot, sums0, sums1)
         most, total = gl.reduce((p, p), 1, _max_and_sum)
         growth = gl.maximum(gl.log2(most), 0.0)
         peak += growth
@@ -231,30 +99,45 @@ def _weigh(
         weight = (weight + total) * fade
         mbarrier.wait(full.index(1 - slot), ((t + 1) // 2) & 1)
         s = _scores(q_s, keys, 1 - slot, none)
-        sums = warpgroup_mma_wait(4, deps=(running,))  # all but the scores' four parts
+        sums0, sums1 = warpgroup_mma_wait(5, deps=(running0, running1))  # all but the scores' five parts
         gl.thread_barrier()
         mbarrier.arrive(empty.index(slot), count=1)
-        sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, L))[:, None]
+        faded = gl.convert_layout(fade, gl.SliceLayout(1, L))[:, None]
+        sums0, sums1 = sums0 * faded, sums1 * faded
     slot = (tiles - 1) % 2
     fades_s.index(slot).store(fade)
     scores = warpgroup_mma_wait(0, deps=(s,)) * scale
     scores = gl.where((gl.arange(0, 64, layout=gl.SliceLayout(0, S)) < left)[None, :], scores, -1.0e30)
     if tiles == 1:
         peak = gl.max(scores, 1)
-    p, running = _add(scores, peak, keys[0].index(slot), sums, weights_s.index(slot), weighed.index(slot), L)
+    p, rounded = _weights(scores, peak, weights_s.index(slot), weighed.index(slot))
+    running0, running1 = _add(rounded, keys, slot, sums0, sums1)
     weight += gl.sum(p, 1)
-    sums = warpgroup_mma_wait(0, deps=(running,))
+    sums0, sums1 = warpgroup_mma_wait(0, deps=(running0, running1))
+    if WHOLE:  # _sum has used what it is told in the other slot
+        mbarrier.wait(empty.index(1 - slot), ((tiles - 2) // 2) & 1, pred=tiles > 1)
+    _finish(stats, part_ptr, fades_s.index(1 - slot), weighed.index(1 - slot), peak, weight, sums0, sums1, WHOLE)
+
+
+@gluon.jit
+def _finish(
+    stats, part_ptr, factor_s, told, peak, weight, sums0, sums1, WHOLE: gl.constexpr
+):  # fmt: skip
+    """Write the sums of the first 256 dims; and their peak and weight or, WHOLE, tell _sum what makes them results."""
+    S: gl.constexpr = peak.type.layout
     sink_ptr, peak_ptr, weight_ptr = stats
-    h = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    h = gl.arange(0, 64, layout=S)
     if WHOLE:
         factor = _share(peak, weight, gl.load(sink_ptr + h))
-        fades_s.index(1 - slot).store(factor)
-        _tell(weighed.index(1 - slot))
-        sums = sums * gl.convert_layout(factor, gl.SliceLayout(1, L))[:, None]
+        factor_s.store(factor)
+        tell(told)
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, sums0.type.layout))[:, None]
+        sums0, sums1 = sums0 * factor, sums1 * factor
     else:
         gl.store(peak_ptr + h, peak)
         gl.store(weight_ptr + h, weight)
-    _put(part_ptr, sums, 0)
+    _put(part_ptr, sums0, 0)
+    _put(part_ptr, sums1, 128)
 
 
 @gluon.jit
@@ -275,7 +158,7 @@ def _sum(
     L1: gl.constexpr = _sums_layout(128)
     L2: gl.constexpr = _sums_layout(64)
     _keep_queries(q_s, queries, 32, RAW)
-    _tell(ready)
+    tell(ready)
     sums1 = gl.zeros([64, 128], gl.float32, layout=L1)
     sums2 = gl.zeros([64, 64], gl.float32, layout=L2)
     sumsr = gl.zeros([64, 64], gl.float32, layout=L2)
@@ -286,9 +169,9 @@ def _sum(
         fade = fades_s.index(slot).load(gl.SliceLayout(1, L1))
         sums1, sums2, sumsr = _scaled(sums1, sums2, sumsr, fade)
         p = weights_s.index(slot)
-        sums1 = warpgroup_mma(p, keys[1].index(slot), sums1, is_async=True)
-        sums2 = warpgroup_mma(p, keys[2].index(slot), sums2, is_async=True)
-        sumsr = warpgroup_mma(p, keys[3].index(slot), sumsr, is_async=True)
+        sums1 = warpgroup_mma(p, keys[2].index(slot), sums1, is_async=True)
+        sums2 = warpgroup_mma(p, keys[3].index(slot), sums2, is_async=True)
+        sumsr = warpgroup_mma(p, keys[4].index(slot), sumsr, is_async=True)
         sums1, sums2, sumsr = warpgroup_mma_wait(0, deps=(sums1, sums2, sumsr))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(slot), count=1)
@@ -311,48 +194,14 @@ def _scaled(sums1, sums2, sumsr, factor):
 
 @gluon.jit(do_not_specialize=["table_row", "splits"])  # which differ from step to step
 def partial(
-    heads_ptr,
-    heads_row,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    scale,
-    ring_ptr,
-    ring_page,
-    ring_row,
-    ring_scales_ptr,
-    ring_scales_page,
-    ring_scales_row,
-    pool_ptr,
-    pool_page,
-    pool_row,
-    pool_scales_ptr,
-    pool_scales_page,
-    pool_scales_row,
-    slots_ptr,
-    positions_ptr,
-    lowest_ptr,
-    table_ptr,
-    table_row,
-    visible_ptr,
-    chosen_ptr,
-    chosen_row,
-    chosen_count,
-    sink_ptr,
-    part_ptr,
-    peak_ptr,
-    weight_ptr,
-    heads,
-    splits,
-    span,
-    MODE: gl.constexpr,
-    FLAT: gl.constexpr,
-    RAW: gl.constexpr,
-    WHOLE: gl.constexpr,
-    PER_PAGE: gl.constexpr,
-    RING: gl.constexpr,
-    REACH: gl.constexpr,
-):
+    heads_ptr, heads_row, cos_ptr, sin_ptr, eps, scale,
+    ring_ptr, ring_page, ring_row, ring_scales_ptr, ring_scales_page, ring_scales_row,
+    pool_ptr, pool_page, pool_row, pool_scales_ptr, pool_scales_page, pool_scales_row,
+    slots_ptr, positions_ptr, lowest_ptr, table_ptr, table_row, visible_ptr, chosen_ptr, chosen_row, chosen_count,
+    sink_ptr, part_ptr, peak_ptr, weight_ptr, heads, splits, span,
+    MODE: gl.constexpr, FLAT: gl.constexpr, RAW: gl.constexpr, WHOLE: gl.constexpr, PER_PAGE: gl.constexpr,
+    RING: gl.constexpr, REACH: gl.constexpr,
+):  # fmt: skip
     """Sums, peaks and weights of one split of 64 heads of row program_id(2), see triton.py; or, WHOLE, the result.
 
     `heads` is a multiple of 64.
@@ -381,10 +230,11 @@ def partial(
 
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_s = gl.allocate_shared_memory(gl.bfloat16, [64, 512], shared)
-    # keys in four parts with memory of their own: stores to parts of one would wait for each other
-    k0_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], shared)
+    # keys in five parts with memory of their own: stores to parts of one would wait for each other
+    k0_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], shared)
     k1_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], shared)
-    k2_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], shared)
+    k2_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], shared)
+    k3_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], shared)
     kr_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], shared)
     weights_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], shared)
     fades_s = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -401,7 +251,7 @@ def partial(
 
     h = gl.program_id(0) * 64
     lane = (r * splits + gl.program_id(1)) * heads + h
-    keys = (k0_s, k1_s, k2_s, kr_s)
+    keys = (k0_s, k1_s, k2_s, k3_s, kr_s)
     queries = (heads_ptr + (r * heads_row + h * 512), cos_ptr + r * 32, sin_ptr + r * 32, eps)
     stats = (sink_ptr + h, peak_ptr + lane, weight_ptr + lane)
     ring_at, ring_scales_at = ring_ptr.to(gl.int64), ring_scales_ptr.to(gl.int64)
@@ -412,6 +262,7 @@ def partial(
     ring = (ring_at, ring_row, ring_scales_at, ring_scales_row)
     pool = (pool_at, pool_page, pool_row, pool_scales_at, pool_scales_page, pool_scales_row)
     part_ptr += lane * 512
+    gdc_launch_dependents()  # the second launch, whose programs wait for the end of this one
     gl.warp_specialize(
         [
             (_weigh, (
@@ -421,7 +272,7 @@ def partial(
             (_sum, (
                 tiles, queries, part_ptr, q_s, keys, weights_s, fades_s, full, empty, weighed, ready, RAW, WHOLE,
             )),
-            (_fetch, (
+            (fetch, (
                 begin, end, tiles, first, in_window, chosen_ptr + r * chosen_row, table_ptr + line_of * table_row,
                 ring, pool, keys, full, empty, MODE, FLAT, PER_PAGE, RING,
             )),
