@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-GROUP = 8
-"""Scores that share a top, and tops that share a peak."""
+from triptych.kernels.select_rows.highest import GROUP  # of tops in a peak, too; the kernels have it as a number
+
 _MOST: Any = gl.constexpr(1024)  # that are asked for
 _LOWEST: Any = gl.constexpr(-2147483648)
 _HIGHEST: Any = gl.constexpr(2147483647)
@@ -213,6 +213,15 @@ def _choose(source, base, many, k, floor, put_ptr, said_s, WIDE: gl.constexpr, W
         y = _loaded(source, base, many, WIDE, WARPS)
         least = _exactly(y, k)
         floor = _score(least)
+    _write(y, least, base, k, put_ptr, said_s, WIDE, WARPS)
+    return floor
+
+
+@gluon.jit
+def _write(y, least, base, k, put_ptr, said_s, WIDE: gl.constexpr, WARPS: gl.constexpr):
+    """Write the numbers of what is above `least` in y, and of as many equal to it as are missing, the first, in order.
+
+    y are of what the groups `base` hold."""
     EACH: gl.constexpr = WIDE // (32 * WARPS)
     L: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [WARPS, 1], [1, 0])
     y = gl.convert_layout(gl.reshape(y, [32 * WARPS, EACH]), L, assert_trivial=True)
@@ -236,7 +245,6 @@ def _choose(source, base, many, k, floor, put_ptr, said_s, WIDE: gl.constexpr, W
     taken = (y > least) | ((y == least) & (rank < wanted))
     ids = gl.convert_layout(gl.reshape(_members(base, WIDE, WARPS), [32 * WARPS, EACH]), L, assert_trivial=True)
     gl.store(put_ptr + place, ids, mask=taken & (place < k))
-    return floor
 
 
 @gluon.jit
