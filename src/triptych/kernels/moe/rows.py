@@ -103,11 +103,12 @@ def _stages(most: Tiling, columns: int, tall: int, pieces: int) -> tuple[Tiling,
     weights and `tall` of x, take no more shared memory than those of the others, their eight rows and the scales of
     these, if that is enough for two."""
     blocks = blocks_of(columns, most.blocks)
-    tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks), math.gcd(most.run, pieces // most.tiles))
+    run = math.gcd(most.run, pieces // most.tiles)
+    tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks), run)
     memory = columns * _PAIRS + columns // 4 + tiling.stages * blocks * most.tiles * TILE_BYTES
     parts = parts_of(columns)
     shared = min(max(2, memory // ((64 + tall) * 128)), columns // 128 // parts)
-    meta = dict(RUN=tiling.run, TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
+    meta = dict(RUN=run, TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
     return tiling, dict(num_warps=4 * most.tiles, maxnreg=_registers(memory), **meta)
 
 
