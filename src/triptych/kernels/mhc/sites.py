@@ -199,10 +199,24 @@ def head(
     )  # fmt: skip
 
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x of a normal number, to the last bit but one: a division takes ten times as many instructions."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
 @triton.jit
 def _normal4(a, b, c, d, eps):
     """Four values over their sum."""
-    inverse = 1.0 / (a + b + c + d + eps)
+    inverse = _inverse((a + b) + (c + d) + eps)
     return a * inverse, b * inverse, c * inverse, d * inverse
 
 
@@ -211,7 +225,7 @@ def _soft4(a, b, c, d, eps):
     """Softmax of four values, plus eps."""
     top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
     a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
-    inverse = 1.0 / (a + b + c + d)
+    inverse = _inverse((a + b) + (c + d))
     return a * inverse + eps, b * inverse + eps, c * inverse + eps, d * inverse + eps
 
 

@@ -96,6 +96,8 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     return out
 
 
+_MIX_WARPS = 4
+"""Every warp of a program repeats the Sinkhorn iterations, and more than one on a quarter of a multiprocessor wait."""
 _APART = 256  # rows up to which a program of its own for Sinkhorn shortens the step more than it costs
 _MANY = 512  # rows that fill the GPU with tiles of many.py
 _SLICE = 32  # dims of each stream that one program expands
@@ -125,7 +127,7 @@ def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor,
         SLICES=triton.next_power_of_2(slices),
         MAPS=share.shape[2],
         DIM=triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=_MIX_WARPS,
     )
     return BothRows(x, rounded) if rounds else x, streams, post, comb
 
