@@ -10,6 +10,7 @@ than Hopper to portable.py.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -147,18 +148,15 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    n = 8 if rows <= 8 else 16
-    chunks, tiles, blocks = triton.cdiv(rows, n), columns // 64, depth // 128
-    warps = 2 if n == 8 else 4
-    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
-    split = 1
-    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
-        split *= 2
+    n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
+    # with few rows a block is done soon, and more programs wait better; with more they read rows again
+    split = few_rows.parts(tiles, blocks, x.device, 3.5 if n == 8 else few_rows.PROGRAMS)
+    stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
-    whole.products[(chunks, tiles, split)](
-        *(x, weight.values.view(torch.int32), weight.scales, out, out if scales is None else scales, part),
-        *(counters(x.device), rows, x.stride(0)),
+    whole.products[(tiles * split,)](
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, x),
+        *(out, out if scales is None else scales, part, counters(x.device), rows, x.stride(0)),
         K=depth,
         OUT=columns,
         ROUND=rounds,
@@ -166,8 +164,9 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         SPLIT=split,
         TALL=min(128, rank),
         N=n,
-        WARPS=warps,
-        num_warps=warps,
+        KS=stage,
+        STAGES=min(few_rows.TILING.stages, blocks // split // stage),
+        num_warps=4,
     )
     return out
 
