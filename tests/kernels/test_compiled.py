@@ -19,7 +19,7 @@ def test_splits_are_weighed_without_shared_memory(width: int, splits: int, taken
     if INTERPRETED:
         pytest.skip("the interpreter has taken the compiler's place")
     sizes = {"MODE": 1, "FLAT": False, "RAW": True, "REACH": 128, "DIM": 512, "ROPE": 64}
-    sizes |= {"WIDTH": width, "SPLITS": splits, "TAKEN": taken}
+    sizes |= {"WIDTH": width, "SPLITS": splits, "TAKEN": taken, "EARLY": True}
     signature = {name: _type(name, sizes) for name in _combine.arg_names}
     source = ASTSource(_combine, signature, sizes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})

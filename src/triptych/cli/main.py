@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from triptych import __version__
-from triptych.errors import ConfigError, RequestError, TriptychError, nearest
+from triptych.errors import ConfigError, RequestError, TriptychError, nearest, reason_of
 
 # subcommand -> what `triptych --help` says of it; each lives in the module of its name in this room
 COMMANDS = {
@@ -93,6 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(_usage_sentence(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _say("Interrupted.", _INTERRUPTED)
+    except OSError as error:  # a full disk behind standard output, above all
+        _drop_output()
+        about = "" if error.filename is None else f"{error.filename}: "
+        return _say(f"{about}{reason_of(error)}.", 1)
+
+
+def _drop_output() -> None:
+    """Forget what standard output still holds: writing it at the end of the process would fail again, with a trace."""
+    with suppress(OSError, ValueError):  # ValueError: it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_sentence(error: Any) -> str:
@@ -105,7 +117,10 @@ def _usage_sentence(error: Any) -> str:
         return text
     if type(error).__name__ == "NoSuchOption":
         text = f"{context.command_path} has no option {option}."
-        known = [name.lstrip("-") for parameter in context.command.params for name in parameter.opts]
+        names = [name for parameter in context.command.params for name in parameter.opts]
+        known = [name.lstrip("-") for name in names if name.startswith("-")]
+        if str(option).lstrip("-") in names:  # an argument, which has its name without dashes
+            return f"{text} Write its value without it: {context.command.get_usage(context).removeprefix('Usage: ')}"
         for close in get_close_matches(str(option).lstrip("-"), [*known, "help"], n=1):
             return f"{text} Did you mean --{close}?"
     return f"{text} See: {context.command_path} --help."
