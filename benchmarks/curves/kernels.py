@@ -87,7 +87,7 @@ def page() -> str:
     lines, used = newest()
     if not lines:
         return f"{HEAD}\nThere are no rows of `gpu_table` yet: run the first command on an H200, then the second.\n"
-    parts = [HEAD, wrapped(_about(lines, used)) + "\n", *_behind(lines)]
+    parts = [HEAD, wrapped(_about(lines, used)) + "\n", *_behind(lines), *_overtaken(lines)]
     for model, name in MODELS.items():
         parts.append(f"## {name}\n")
         for title, ops in SECTIONS.items():
@@ -190,6 +190,17 @@ def _behind(lines: Mapping[Key, Line]) -> Iterator[str]:
     table = ((_title(*case), ", ".join(figures)) for case, figures in cases.items())
     yield markdown_table(("case", "rows: us of what the engine uses / of the vendor's for the same job"), table) + "\n"
     yield wrapped("\n".join(f"- {why}" for why in _reasons(list(behind.values())))) + "\n"
+
+
+def _overtaken(lines: Mapping[Key, Line]) -> Iterator[str]:
+    """Cases in which the engine uses FlashMLA and ours would take less."""
+    found = [
+        f"{_title(*key[:3])}, {key[3]} rows: {_us(line['us'])} / {_us(engine_us(line))}"
+        for key, line in lines.items()
+        if engine_us(line) > line["us"] * (1 + NOISE)
+    ]
+    if found:
+        yield wrapped(f"FlashMLA is used though ours takes less, us of ours / of it: {'; '.join(found)}.") + "\n"
 
 
 def _lost(line: Line) -> float:
