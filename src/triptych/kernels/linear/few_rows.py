@@ -89,10 +89,10 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling) -> Tensor:
     return out
 
 
-def parts(tiles: int, blocks: int, device: torch.device, programs: float = PROGRAMS) -> int:
-    """Into how many parts columns are cut, so that there are at least so many `programs` a multiprocessor."""
+def parts(tiles: int, blocks: int, device: torch.device) -> int:
+    """Into how many parts columns are cut, so that programs fill the GPU."""
     split = 1
-    while tiles * split < programs * multiprocessors(device) and blocks % (2 * split) == 0 and blocks // split > 4:
+    while tiles * split < PROGRAMS * multiprocessors(device) and blocks % (2 * split) == 0 and blocks // split > 4:
         split *= 2
     return split
 

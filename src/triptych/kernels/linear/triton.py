@@ -16,6 +16,8 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.linear import few_rows, portable, ref, whole
@@ -149,14 +151,13 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
     n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
-    # with few rows a block is done soon, and more programs wait better; with more they read rows again
-    split = few_rows.parts(tiles, blocks, x.device, 3.5 if n == 8 else few_rows.PROGRAMS)
+    split = few_rows.parts(tiles, blocks, x.device)
     stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
     whole.products[(tiles * split,)](
-        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, x),
-        *(out, out if scales is None else scales, part, counters(x.device), rows, x.stride(0)),
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, n)),
+        *(out, out if scales is None else scales, part, counters(x.device), rows),
         K=depth,
         OUT=columns,
         ROUND=rounds,
@@ -169,6 +170,13 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         num_warps=4,
     )
     return out
+
+
+def _halves(x: Tensor, rows: int) -> TensorDescriptor:
+    """To copy blocks of 128 columns of up to `rows` rows of x in halves of 128 bytes."""
+    count, width = x.shape
+    layout = gl.NVMMASharedLayout(128, 16, rank=3)
+    return TensorDescriptor(x, [width // 64, count, 64], [64, width, 1], [2, rows, 64], layout)
 
 
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:

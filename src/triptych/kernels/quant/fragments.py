@@ -47,14 +47,6 @@ def weight_layout():
     return gl.DistributedLinearLayout(mine, lanes, [[16, 0], [32, 0]], [], [64, 32])
 
 
-@gluon.constexpr_function
-def row_layout(n, warps):
-    """Activations [n, 4, 32] in f16, the same in every warp."""
-    deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [n, 4, 32])
-
-
 @gluon.jit
 def from_fp8(packed, ROWS: gl.constexpr, MMA: gl.constexpr):
     """packed [ROWS, 4, 8] int32 -> the left operand, f16 [ROWS, 128]."""
