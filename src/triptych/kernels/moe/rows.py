@@ -10,7 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.moe import few
+from triptych.kernels.moe.alone import route_one
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.shared import gates_and_ups, parts_of, plain
@@ -51,7 +53,7 @@ UP_ONE = Tiling(1, 2, 2)
 
 
 def moe_rows_on_gpu(
-    x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
+    x: Tensor | Uncollapsed, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
 ) -> Tensor:
     """See ref.moe_rows; x bfloat16, 1 to some hundred rows, experts in tiles. Neither synchronises nor depends on what
     is routed."""
@@ -60,16 +62,18 @@ def moe_rows_on_gpu(
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
     assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
-    rows, dim = x.shape
+    rows, dim = (1, x.streams.shape[2]) if isinstance(x, Uncollapsed) else x.shape
     inner, k, count = w2.shape[2], router.experts_per_token, w2.shape[0]
-    pairs, dev = rows * k, x.device
+    pairs, dev = rows * k, w2.values.device
     tiles = min(pairs, pairs // _PAIRS + min(pairs, count))
     tall = max(8, min(_SHARED_ROWS, triton.next_power_of_2(rows)))
     extra = triton.cdiv(rows, tall)
     most = min(tiles, _expected(rows, k, count))
     counters = _counters(dev)
-    x = x.contiguous()
-    weights, tile, order, rounded = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
+    if isinstance(x, Uncollapsed):
+        weights, tile, order, rounded = route_one(x, token_ids, router, counters[0])
+    else:
+        weights, tile, order, rounded = route_few(x.contiguous(), token_ids, router, _PAIRS, tiles, counters[0])
     sums = torch.empty(parts_of(dim), 2, rows, inner, dtype=torch.float32, device=dev)
     hidden = torch.empty(pairs, inner, dtype=torch.float32, device=dev)
     hq = torch.empty(pairs + rows, inner, dtype=torch.float8_e4m3fn, device=dev)
@@ -86,7 +90,7 @@ def moe_rows_on_gpu(
         **shape_up,
     )
     each = torch.empty(pairs + parts_of(inner) * rows, dim, dtype=torch.float32, device=dev)
-    out = torch.empty_like(x)
+    out = torch.empty(rows, dim, dtype=torch.bfloat16, device=dev)
     tiling, shape_down = _stages(usual, inner, tall, dim // 64)
     few.down[(extra * parts_of(inner) * dim // 64 + most * dim // (64 * tiling.tiles * tiling.run),)](
         *(_bytes(hq), hs, tile, order, *descriptors(w2, tiling.tiles, tiling.blocks), w2.tops),
