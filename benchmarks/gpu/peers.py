@@ -25,6 +25,7 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, quantize_rows
 from triptych.kernels.select_rows import triton as select
+from triptych.kernels.select_rows.queries import rounded_queries
 from triptych.kernels.select_rows.ref import IndexQueries
 
 VERSION = "0.26.0"
@@ -90,7 +91,7 @@ def _selection(peers: Peers, queries: IndexQueries, keys: PagedEntries, topk: in
     rows, most = len(queries.heads), keys.most
     assert most is not None
     device = queries.heads.device
-    rounded, power = select.rounded_queries(queries, 1)
+    rounded, power = rounded_queries(queries, 1)
     weights = torch.ldexp(queries.weights, power)
     view, table = in_pages(keys, _PAGE)
     lengths = keys.visible.to(torch.int32).view(rows, 1)
@@ -111,7 +112,7 @@ def _selection(peers: Peers, queries: IndexQueries, keys: PagedEntries, topk: in
         narrow(found, lengths, chosen, space, topk, most if rows <= _FEW else found.shape[1])
         return chosen
 
-    return _Calls(scores, whole, lambda: whole(select.rounded_queries(queries, 1)[0]))
+    return _Calls(scores, whole, lambda: whole(rounded_queries(queries, 1)[0]))
 
 
 def in_pages(keys: PagedEntries, size: int) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,9 @@ def test_settings_of_this_process_are_compared_in_turns(triptych: Triptych, tmp_
 
 
 @pytest.fixture
-def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Ctrl-C as soon as so many requests have ended."""
+def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Ctrl-C as soon as so many requests have ended, also where a shell made the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arm(wanted: int) -> None:
         ended = 0
@@ -101,7 +102,8 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(bench_command, "_progress", progress)
 
-    return arm
+    yield arm
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_keeps_what_was_measured(

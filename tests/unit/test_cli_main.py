@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,21 @@ def test_ctrl_c_ends_a_command_with_one_word(
 
     monkeypatch.setattr("triptych.cli.replay._trace", interrupted)
     assert run(capsys, "replay", "chat") == (130, "", "triptych: Interrupted.\n")
+
+
+def test_output_of_few_letters_gets_question_marks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('purpose = "für 日本"', encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    assert main(["profile", "show", str(tmp_path / "own.toml")]) == 0
+    assert 'purpose = "für ??"'.encode("latin-1") in written.getvalue()
+
+
+def test_closed_output_swallows_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["replay", "chat", "--memory", "1"]) == 2
+    with sys.stdout as swallowing:
+        swallowing.write("nobody reads this")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

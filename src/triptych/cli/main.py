@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 failed at run time, 2 a wrong flag, path, value or request, 130 interrupted.
     """
+    _take_any_text()
     try:
         status = typer.main.get_command(app).main(args=argv, prog_name="triptych", standalone_mode=False)
         if status == _INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
@@ -99,6 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         about = "" if error.filename is None else f"{error.filename}: "
         return _say(f"{about}{reason_of(error)}.", 1)
+
+
+def _take_any_text() -> None:
+    """Standard output that knows fewer letters than a model gets question marks, and a closed one swallows all."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_output() -> None:

@@ -10,11 +10,14 @@ than Hopper to portable.py.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.linear import few_rows, portable, ref, whole
@@ -147,18 +150,14 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    n = 8 if rows <= 8 else 16
-    chunks, tiles, blocks = triton.cdiv(rows, n), columns // 64, depth // 128
-    warps = 2 if n == 8 else 4
-    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
-    split = 1
-    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
-        split *= 2
+    n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
+    split = few_rows.parts(tiles, blocks, x.device)
+    stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
-    whole.products[(chunks, tiles, split)](
-        *(x, weight.values.view(torch.int32), weight.scales, out, out if scales is None else scales, part),
-        *(counters(x.device), rows, x.stride(0)),
+    whole.products[(tiles * split,)](
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, n)),
+        *(out, out if scales is None else scales, part, counters(x.device), rows),
         K=depth,
         OUT=columns,
         ROUND=rounds,
@@ -166,10 +165,18 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         SPLIT=split,
         TALL=min(128, rank),
         N=n,
-        WARPS=warps,
-        num_warps=warps,
+        KS=stage,
+        STAGES=min(few_rows.TILING.stages, blocks // split // stage),
+        num_warps=4,
     )
     return out
+
+
+def _halves(x: Tensor, rows: int) -> TensorDescriptor:
+    """To copy blocks of 128 columns of up to `rows` rows of x in halves of 128 bytes."""
+    count, width = x.shape
+    layout = gl.NVMMASharedLayout(128, 16, rank=3)
+    return TensorDescriptor(x, [width // 64, count, 64], [64, width, 1], [2, rows, 64], layout)
 
 
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
