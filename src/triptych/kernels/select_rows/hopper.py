@@ -5,13 +5,11 @@
     WARPS warps     make the row's queries while the first keys are on their way; multiply a tile of 32 keys a warp by
                     them (MXFP4 keys as the left operand, expanded in registers), weigh, write
 
-A program takes a row's stretch of keys; the last of a row to be done chooses from the scores of all, see narrow.py.
+Programs share a row's keys evenly; the last of a row to be done chooses from the scores of all, see narrow.py.
 Pages beyond what the row sees read as its last one.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +29,7 @@ from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.quant.formats import PackedRows
-from triptych.kernels.select_rows.narrow import all_of_them, levels, narrowed, scratch_of, width
+from triptych.kernels.select_rows.narrow import all_of_them, find_peaks, levels, narrowed, scratch_of, width
 from triptych.kernels.select_rows.queries import made, query_layout
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.weigh import (
@@ -45,53 +43,48 @@ from triptych.kernels.select_rows.weigh import (
     weights_of,
 )
 
-_STAGES = {("fp8", 4): 4, ("fp8", 8): 3, ("mxfp4", 4): 6, ("mxfp4", 8): 4}  # by keys and warps
+WARPS = 8
+_STAGES = {"fp8": 3, "mxfp4": 4}
 
 
-class Plan(NamedTuple):
-    """Programs of `warps` warps that weigh have `stretch` keys each, whole tiles of 32 a warp."""
-
-    warps: int
-    stretch: int
-
-
-def plan_of(rows: int, total: int, device: torch.device) -> Plan:
-    """A program a multiprocessor: each makes its row's queries anew. Few keys do not need eight warps.
-
-    Not more than 16,384 keys, which even out rows of unequal lengths.
-    """
-    warps = 4 if total <= 2048 else 8
-    tile = 32 * warps
-    share = triton.cdiv(total, max(1, multiprocessors(device) // rows))
-    return Plan(warps, min(16384, triton.cdiv(share, tile) * tile))
-
-
-def score(queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor], plan: Plan | None = None) -> None:
+def score(queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor]) -> None:
     """Ordered scores and their tops, `out`."""
     rows, total = out[0].shape
     none = torch.empty(rows, 0, dtype=torch.int32, device=out[0].device)
-    _launch(queries, keys, out, none, plan or plan_of(rows, total, none.device))
+    _launch(queries, keys, out, none, _programs(rows, total, none.device))
 
 
 def choose(
-    queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor], k: int, plan: Plan | None = None
+    queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor], k: int, programs: int | None = None
 ) -> Tensor:
     """Ids [R, k] of the k highest, as highest.highest has them; `out` is room for scores and tops.
 
-    The last program of a row to be done chooses, so all is one launch; can_choose says whether it can."""
+    The last of a row's `programs` to be done chooses, so all is one launch; narrow.fits says whether it can."""
     rows, total = out[0].shape
     chosen = torch.empty(rows, k, dtype=torch.int32, device=out[0].device)
-    _launch(queries, keys, out, chosen, plan or plan_of(rows, total, chosen.device))
+    _launch(queries, keys, out, chosen, programs or _programs(rows, total, chosen.device))
     return chosen
 
 
-def _launch(queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor], chosen: Tensor, plan: Plan) -> None:
+def _programs(rows: int, total: int, device: torch.device) -> int:
+    """Programs of a row: a multiprocessor has one, since each makes its row's queries anew.
+
+    More where they would have more than 16,384 keys, which evens out rows of unequal lengths.
+    """
+    return max(
+        min(multiprocessors(device) // rows, int(triton.cdiv(total, 32 * WARPS))), int(triton.cdiv(total, 16384))
+    )
+
+
+def _launch(
+    queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor], chosen: Tensor, programs: int
+) -> None:
     """Scores and, where `chosen` has columns, the highest."""
     rows, total = out[0].shape
     pool, k = keys.pool, chosen.shape[1]
     assert isinstance(pool, PackedRows)
-    pages, per_page, wide = pool.values.shape
-    copied = TensorDescriptor.from_tensor(pool.values, [1, per_page, wide], gl.NVMMASharedLayout(wide, 8, rank=3))
+    pages, per_page, bytes_ = pool.values.shape
+    copied = TensorDescriptor.from_tensor(pool.values, [1, per_page, bytes_], gl.NVMMASharedLayout(bytes_, 8, rank=3))
     words = TensorDescriptor(
         *(pool.scales, [pages, 4 * per_page], [pool.scales.stride(0), 1], [1, 4 * per_page]),
         gl.NVMMASharedLayout(0, 8),
@@ -99,20 +92,21 @@ def _launch(queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor
     scratch = scratch_of(rows, total, k, chosen.device) if k else chosen
     raw = queries.heads[:, -queries.count * queries.dim :]
     cos, sin = queries.angles
-    scores[(triton.cdiv(total, plan.stretch), rows)](
+    wide = width(total, k)
+    scores[(programs, rows)](
         *(raw, raw.stride(0), cos, sin, queries.weights, queries.weights.stride(0), copied, words),
         *(keys.page_table, keys.page_table.stride(0), keys.seq, keys.visible, *out, counters(chosen.device)),
-        *(chosen, scratch, scratch.stride(0), total, queries.count, plan.stretch, k),
+        *(chosen, scratch, scratch.stride(0), total, queries.count, k),
         KIND=1 if pool.format.kind == "fp8" else 2,
         PER_PAGE=per_page,
-        STAGES=_STAGES[pool.format.kind, plan.warps],
+        STAGES=_STAGES[pool.format.kind],
         ROUNDS=queries.rounds,
         ROPE=2 * cos.shape[1],
         LEVELS=levels(total, k) if k else 0,
-        WIDE=width(total, k),
-        WARPS=plan.warps,
-        num_warps=plan.warps,
-        maxnreg=80,
+        WIDE=wide,
+        WARPS=WARPS,
+        num_warps=WARPS,
+        maxnreg=80 if wide <= 4096 else 112,
     )
 
 
@@ -143,12 +137,12 @@ def _fetch(
 @gluon.jit
 def _ready(
     q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s,
-    ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr, WARPS: gl.constexpr,
+    ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     """Queries of a row and its weights in shared memory."""
-    h = gl.arange(0, 64, layout=gl.SliceLayout(1, query_layout(WARPS)))
+    h = gl.arange(0, 64, layout=gl.SliceLayout(1, query_layout()))
     weight = gl.load(weight_ptr + h, mask=h < heads, other=0.0)
-    ready, power = made(q_ptr, cos_ptr, sin_ptr, heads, ROUNDS, ROPE, KIND, WARPS)
+    ready, power = made(q_ptr, cos_ptr, sin_ptr, heads, ROUNDS, ROPE, KIND)
     q_s.store(ready)
     weights_s.store(lined_up(weight, power))
     fence_async_shared()
@@ -157,16 +151,16 @@ def _ready(
 
 @gluon.jit
 def _weigh(
-    q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, visible, tiles, q_s, weights_s, keys_s,
-    scales_s, full, empty, done_ptr, parts, chosen_ptr, list_ptr, said_s, k,
+    q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, stretch, visible, tiles, q_s, weights_s,
+    keys_s, scales_s, full, empty, done_ptr, parts, chosen_ptr, list_ptr, said_s, k,
     KIND: gl.constexpr, STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr, LEVELS: gl.constexpr,
     WIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Scores of `tiles` tiles of 128 keys of a row, by four warps."""
+    """Scores of `tiles` tiles of a row; with LEVELS, and as the last of `parts` programs, the k highest of all its."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 32])
     L: gl.constexpr = line_layout(WARPS)
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    _ready(q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s, ROUNDS, ROPE, KIND, WARPS)
+    _ready(q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s, ROUNDS, ROPE, KIND)
     q = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
     w = weights_of(weights_s, WARPS)
     key = gl.arange(0, 32 * WARPS, layout=L)
@@ -187,9 +181,8 @@ def _weigh(
             mbarrier.arrive(empty.index(slot), count=1)
             second = weighed(y, w, WARPS)
         else:
-            # one after the other in the same registers, so that more programs fit; operands live until they are read
-            these = _keys(keys_s, scales_s, slot, 0, KIND, WARPS, MMA)
-            x = warpgroup_mma(these, q, x, use_acc=False, is_async=True)
+            # one after the other, with expanded keys in registers: both products at once would not fit beside them
+            x = warpgroup_mma(_keys(keys_s, scales_s, slot, 0, KIND, WARPS, MMA), q, x, use_acc=False, is_async=True)
             others = _keys(keys_s, scales_s, slot, 1, KIND, WARPS, MMA)
             mbarrier.arrive(empty.index(slot), count=1)
             x = warpgroup_mma_wait(0, deps=(x,))
@@ -204,8 +197,12 @@ def _weigh(
         if LEVELS != 1:
             _keep_tops(tops_ptr, order, at)
     if LEVELS > 0:
-        last = parts == 1
         gl.thread_barrier()
+        if LEVELS > 2:
+            mine = gl.cdiv(gl.minimum(begin + stretch, visible) - begin, 8)
+            find_peaks(tops_ptr + begin // 8, list_ptr + (WIDE // 8 + begin // 64), mine, WARPS)
+            gl.thread_barrier()
+        last = parts == 1
         if parts > 1:
             last = gl.atomic_add(done_ptr, 1, sem="acq_rel") == parts - 1
         if last:
@@ -243,7 +240,7 @@ def _keep_tops(tops_ptr, order, at):
 @gluon.jit(do_not_specialize=["table_row", "k"])  # which differs from step to step
 def scores(
     q_ptr, q_row, cos_ptr, sin_ptr, weight_ptr, weight_row, keys, scales, table_ptr, table_row, seq_ptr, visible_ptr,
-    out_ptr, tops_ptr, done_ptr, chosen_ptr, scratch_ptr, scratch_row, total, heads, stretch, k,
+    out_ptr, tops_ptr, done_ptr, chosen_ptr, scratch_ptr, scratch_row, total, heads, k,
     KIND: gl.constexpr, PER_PAGE: gl.constexpr, STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr,
     LEVELS: gl.constexpr, WIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -254,12 +251,13 @@ def scores(
     PAGES: gl.constexpr = 32 * WARPS // PER_PAGE
     WIDTH: gl.constexpr = 128 if KIND == 1 else 64
     r = gl.program_id(1).to(gl.int64)
-    begin = gl.program_id(0) * stretch
     visible = gl.load(visible_ptr + r).to(gl.int32)
+    stretch = gl.cdiv(gl.cdiv(visible, gl.num_programs(0)), 32 * WARPS) * (32 * WARPS)
+    begin = gl.program_id(0) * stretch
     table = table_ptr + gl.load(seq_ptr + r).to(gl.int64) * table_row  # on its way beside the other
     if LEVELS > 0:  # noqa: SIM102  (resolved by the compiler)
         if visible <= k:
-            if begin == 0:
+            if gl.program_id(0) == 0:
                 all_of_them(visible, k, chosen_ptr + r * k, WARPS)
             return
     if begin >= visible:
@@ -289,9 +287,9 @@ def scores(
     gl.warp_specialize(
         [
             (_weigh, (
-                q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, visible, tiles, q_s, weights_s,
-                keys_s, scales_s, full, empty, done_ptr + r, parts, chosen_ptr + r * k, scratch_ptr + r * scratch_row,
-                said_s, k, KIND, STAGES, ROUNDS, ROPE, LEVELS, WIDE, WARPS,
+                q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, stretch, visible, tiles, q_s,
+                weights_s, keys_s, scales_s, full, empty, done_ptr + r, parts, chosen_ptr + r * k,
+                scratch_ptr + r * scratch_row, said_s, k, KIND, STAGES, ROUNDS, ROPE, LEVELS, WIDE, WARPS,
             )),
             (_fetch, (
                 keys, scales, table, first, last, tiles, keys_s, scales_s, full, empty,

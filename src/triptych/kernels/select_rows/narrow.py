@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-GROUP = 8
-"""Scores that share a top, and tops that share a peak."""
+from triptych.kernels.select_rows.highest import GROUP  # of tops in a peak, too; the kernels have it as a number
+
 _MOST: Any = gl.constexpr(1024)  # that are asked for
 _LOWEST: Any = gl.constexpr(-2147483648)
 _HIGHEST: Any = gl.constexpr(2147483647)
@@ -102,15 +102,19 @@ def _said(said_s, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _spread(x, said_s, WARPS: gl.constexpr):
-    """Ordered scores x, where there are any, as bits of a float in [1, 2) in proportion to the scores: 2^23 integers,
-    so neighbours may be equal. 0 where there is none, and out of all bounds where all scores are the same."""
-    by_warp = gl.reshape(x, [WARPS, x.shape[0] // WARPS])
-    said_s.index(4).store(gl.min(gl.where(by_warp == _LOWEST, _HIGHEST, by_warp), 1))
-    said_s.index(5).store(gl.max(by_warp, 1))
+def _ends(x, said_s, WARPS: gl.constexpr):
+    """The least and the highest of ordered scores x, as floats; _LOWEST is none."""
+    x = gl.reshape(x, [WARPS, x.shape[0] // WARPS])
+    said_s.index(4).store(gl.min(gl.where(x == _LOWEST, _HIGHEST, x), 1))
+    said_s.index(5).store(gl.max(x, 1))
     gl.thread_barrier()
-    low = _score(gl.min(_said(said_s.index(4), WARPS), 0))
-    high = _score(gl.max(_said(said_s.index(5), WARPS), 0))
+    return _score(gl.min(_said(said_s.index(4), WARPS), 0)), _score(gl.max(_said(said_s.index(5), WARPS), 0))
+
+
+@gluon.jit
+def _spread(x, low, high):
+    """Ordered scores x as bits of a float in [1, 2) in proportion to the scores from `low` to `high`: 2^23 integers, so
+    neighbours may be equal. Less where a score is below or there is none; out of all bounds where low is high."""
     part = gl.fma(_score(x) - low, gl.full_like(x, 0).to(gl.float32) + 0.9999997 / (high - low), 1.0)
     return gl.where(x == _LOWEST, 0, part.to(gl.int32, bitcast=True))
 
@@ -123,8 +127,8 @@ def _score(order):
 
 @gluon.jit
 def _counted(y, least, shift, said_s, WARPS: gl.constexpr):
-    """How many of y reach into each of eight steps of 2^shift from `least` on: of four steps, and of the other four
-    2^16 times as many.
+    """How many of y are in each of eight steps of 2^shift from `least` on, or in a later one of its half: of four steps
+    and, 2^16 times as many, of the other four.
 
     A thread counts eight in a word of eight times four bits."""
     EACH: gl.constexpr = y.shape[0] // (32 * WARPS)
@@ -137,31 +141,29 @@ def _counted(y, least, shift, said_s, WARPS: gl.constexpr):
         some = gl.sum((word >> (4 * j)) & 0x000F000F, 2)
         said_s.index(j).store(gl.sum(some, 1).to(gl.int32, bitcast=True))
     gl.thread_barrier()
-    return (
-        gl.sum(_said(said_s.index(0), WARPS), 0),
-        gl.sum(_said(said_s.index(1), WARPS), 0),
-        gl.sum(_said(said_s.index(2), WARPS), 0),
-        gl.sum(_said(said_s.index(3), WARPS), 0),
-    )
+    d = gl.sum(_said(said_s.index(3), WARPS), 0)
+    c = d + gl.sum(_said(said_s.index(2), WARPS), 0)
+    b = c + gl.sum(_said(said_s.index(1), WARPS), 0)
+    return b + gl.sum(_said(said_s.index(0), WARPS), 0), b, c, d
 
 
 @gluon.jit
 def _kth(y, k, said_s, WARPS: gl.constexpr):
-    """A value that k of y reach and no others, unless some are equal: then the k-th highest. And how many reach it."""
+    """A value that k of y reach and no others, and k; another number where there is none that it can tell apart."""
     least = 0x3F800000
     above = 0  # how many are beyond all steps
     count = y.numel
     shift = 20
     while (shift >= 2) & (count != k):
         counts = _counted(y, least, shift, said_s, WARPS)
-        reach = above
+        before = above
         digit = -1
         for j in gl.static_range(8):
-            first = digit < 0
-            above = gl.where(first, reach, above)
-            reach += (counts[3 - j % 4] >> (16 - 16 * (j // 4))) & 0xFFFF
-            count = gl.where(first, reach, count)
-            digit = gl.where(first & (reach >= k), 7 - j, digit)
+            reach = before + ((counts[j % 4] >> 16) if j >= 4 else (counts[j] & 0xFFFF) + (counts[0] >> 16))
+            enough = reach >= k
+            digit += enough.to(gl.int32)
+            count = gl.where(enough, reach, count)
+            above = gl.where(enough, above, gl.maximum(above, reach))
         least += digit << shift
         shift -= 3
     return least, count
@@ -196,13 +198,30 @@ def _loaded(source, base, many, WIDE: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _choose(source, base, many, k, put_ptr, said_s, WIDE: gl.constexpr, WARPS: gl.constexpr):
-    """Write the numbers of the k highest of what the groups `base` hold, of equal ones the first, in order."""
-    y = _spread(_loaded(source, base, many, WIDE, WARPS), said_s, WARPS)
+def _choose(source, base, many, k, floor, put_ptr, said_s, WIDE: gl.constexpr, WARPS: gl.constexpr):
+    """Write the numbers of the k highest of what the groups `base` hold, of equal ones the first, in order.
+
+    `floor` is a score that k of them reach; returns one that is nearer."""
+    x = _loaded(source, base, many, WIDE, WARPS)
+    low, high = _ends(x, said_s, WARPS)
+    low = gl.maximum(low, floor)
+    y = _spread(x, low, high)
     least, count = _kth(y, k, said_s, WARPS)
+    # eight less than it is, for what is lost by rounding
+    floor = gl.fma((least - 8).to(gl.float32, bitcast=True) - 1.0, high - low, low)
     if count != k:  # it ends between scores that are equal, or nearly
         y = _loaded(source, base, many, WIDE, WARPS)
         least = _exactly(y, k)
+        floor = _score(least)
+    _write(y, least, base, k, put_ptr, said_s, WIDE, WARPS)
+    return floor
+
+
+@gluon.jit
+def _write(y, least, base, k, put_ptr, said_s, WIDE: gl.constexpr, WARPS: gl.constexpr):
+    """Write the numbers of what is above `least` in y, and of as many equal to it as are missing, the first, in order.
+
+    y are of what the groups `base` hold."""
     EACH: gl.constexpr = WIDE // (32 * WARPS)
     L: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [WARPS, 1], [1, 0])
     y = gl.convert_layout(gl.reshape(y, [32 * WARPS, EACH]), L, assert_trivial=True)
@@ -229,7 +248,7 @@ def _choose(source, base, many, k, put_ptr, said_s, WIDE: gl.constexpr, WARPS: g
 
 
 @gluon.jit
-def _find_peaks(tops_ptr, peaks_ptr, many, WARPS: gl.constexpr):
+def find_peaks(tops_ptr, peaks_ptr, many, WARPS: gl.constexpr):
     """The highest of each 8 of `many` tops, to memory."""
     SOME: gl.constexpr = 64 * WARPS
     L: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [WARPS, 1], [1, 0])
@@ -242,30 +261,18 @@ def _find_peaks(tops_ptr, peaks_ptr, many, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _top_level(tops_ptr, peaks_ptr, n, LEVELS: gl.constexpr, WIDE: gl.constexpr, WARPS: gl.constexpr):
-    """Where n scores begin to be chosen from: 0 scores, 1 tops, 2 peaks, which it finds."""
-    top = 0
-    if LEVELS > 1:
-        top = (n > WIDE).to(gl.int32)
-    if LEVELS > 2:  # noqa: SIM102  (resolved by the compiler)
-        if n > 8 * WIDE:
-            top = 2
-            _find_peaks(tops_ptr, peaks_ptr, gl.cdiv(n, 8), WARPS)
-            gl.thread_barrier()
-    return top
-
-
-@gluon.jit
 def narrowed(
     scores_ptr, tops_ptr, n, k, out_ptr, list_ptr, said_s,
     LEVELS: gl.constexpr, WIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Write the ids of the k highest of a row's n > k ordered scores, of which LEVELS are enough.
 
-    list_ptr is a row of scratch_of."""
+    list_ptr is a row of scratch_of, which has peaks already."""
     group = gl.arange(0, WIDE // 8, layout=gl.SliceLayout(1, _groups(WIDE, WARPS)))
-    peaks_ptr = list_ptr + WIDE // 8
-    top = _top_level(tops_ptr, peaks_ptr, n, LEVELS, WIDE, WARPS)
+    top = 0
+    if LEVELS > 1:
+        top = (n > WIDE).to(gl.int32) + (n > 8 * WIDE).to(gl.int32)
+    floor = float("-inf")
     for down in range(top + 1):
         level = top - down
         source, many, put_ptr, base = scores_ptr, n, out_ptr, group
@@ -273,11 +280,11 @@ def narrowed(
             if level > 0:
                 source, many, put_ptr = tops_ptr, gl.cdiv(n, 8), list_ptr
             if level > 1:
-                source, many = peaks_ptr, gl.cdiv(n, 64)
+                source, many = list_ptr + WIDE // 8, gl.cdiv(n, 64)
             if down > 0:
                 base = gl.load(list_ptr + group, mask=group < k, other=_LOWEST // 8)
                 gl.thread_barrier()  # all have read it before any writes the next
-        _choose(source, base, many, k, put_ptr, said_s, WIDE, WARPS)
+        floor = _choose(source, base, many, k, floor, put_ptr, said_s, WIDE, WARPS)
         gl.thread_barrier()
 
 
@@ -296,10 +303,14 @@ def _highest(
     r = gl.program_id(0).to(gl.int64)
     n = gl.load(visible_ptr + r).to(gl.int32)
     said_s = gl.allocate_shared_memory(gl.int32, [6, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tops_ptr += r * (total // 128 * 16)
+    list_ptr = scratch_ptr + r * scratch_row
     if n <= k:
         all_of_them(n, k, out_ptr + r * k, WARPS)
     else:
+        if LEVELS > 2:
+            find_peaks(tops_ptr, list_ptr + WIDE // 8, gl.cdiv(n, 8), WARPS)
+            gl.thread_barrier()
         narrowed(
-            scores_ptr + r * total, tops_ptr + r * (total // 128 * 16), n, k, out_ptr + r * k,
-            scratch_ptr + r * scratch_row, said_s, LEVELS, WIDE, WARPS,
+            scores_ptr + r * total, tops_ptr, n, k, out_ptr + r * k, list_ptr, said_s, LEVELS, WIDE, WARPS,
         )  # fmt: skip

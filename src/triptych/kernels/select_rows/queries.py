@@ -3,7 +3,7 @@
 A dim's number has seven bits. A thread has a quarter of a head's dims: two bits of the number are its place among the
 four threads that share the head, the other five count its registers. Hadamard's transform goes over four of the bits
 by products with a matrix of 16 x 16 signs, whose operands and results lie in the same registers, and over the other
-three by sums and differences. Four warps have 16 heads each.
+three by sums and differences. Eight warps have 8 heads each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from triptych.kernels.select_rows.ref import IndexQueries
-from triptych.kernels.select_rows.weigh import bits
 
 _MAGIC: Any = gl.constexpr(22 << 23)
 _AS_BF16: Any = gl.constexpr(
@@ -51,17 +50,17 @@ def rounded_queries(queries: IndexQueries, kind: int) -> tuple[Tensor, Tensor]:
         ROWS=each,
         ROPE=2 * queries.angles[0].shape[1],
         KIND=kind,
-        num_warps=4,
+        num_warps=8,
     )
     return q, power
 
 
 @gluon.constexpr_function
-def query_layout(warps):
-    """[64 heads, 128 dims]: eight neighbours, and those 32, 64 and 96 further, in a thread, of 8 / warps heads."""
-    deep = [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64]] + ([[8, 0]] if warps == 4 else [])
+def query_layout():
+    """[64 heads, 128 dims]: eight neighbours, and those 32, 64 and 96 further, in a thread; eight heads in a warp."""
+    deep = [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64]]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[64 // warps * b, 0] for b in bits(warps)], [], [64, 128])
+    return gl.DistributedLinearLayout(deep, lanes, [[8, 0], [16, 0], [32, 0]], [], [64, 128])
 
 
 @gluon.jit
@@ -82,30 +81,28 @@ def _crossed(x):
 
 
 @gluon.jit
-def _transformed(x, WARPS: gl.constexpr):
+def _transformed(x):
     """Hadamard's transform of x [64, 128], which is rounded to bfloat16 first."""
-    M: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    M: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[8, 1], instr_shape=[16, 8])
     B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
     i = gl.arange(0, 16, layout=gl.SliceLayout(1, B))[:, None] & gl.arange(0, 16, layout=gl.SliceLayout(0, B))[None, :]
     i = i ^ (i >> 2)
     i = i ^ (i >> 1)
     signs = (((i & 1) << 15) | 0x3F80).to(gl.int16).to(gl.bfloat16, bitcast=True)
-    # the heads of a warp and of the others, dims' bits 6 and 5, 4 and 3, 2, 1, 0
-    HEADS: gl.constexpr = 8 if WARPS == 8 else 64
-    x = gl.permute(gl.reshape(x.to(gl.bfloat16), [64 // HEADS, HEADS, 4, 4, 2, 2, 2]), (2, 0, 4, 1, 5, 3, 6))
-    x = gl.convert_layout(gl.reshape(x, [512, 16]), A)
+    # warp, its head, dims' bits 6 and 5, 4 and 3, 2, 1, 0
+    x = gl.permute(gl.reshape(x.to(gl.bfloat16), [8, 8, 4, 4, 2, 2, 2]), (2, 0, 4, 1, 5, 3, 6))
+    x = gl.convert_layout(gl.reshape(x, [512, 16]), gl.DotOperandLayout(0, M, 2), assert_trivial=True)
     y = mma_v2(x, signs, gl.zeros([512, 16], gl.float32, layout=M))
-    y = _crossed(gl.reshape(y, [2, 2, 64 // HEADS, 2, HEADS * 16]))  # over bit 6
-    y = _crossed(gl.reshape(y, [2, 64 // HEADS, 2, HEADS * 16, 2]))  # 5
-    y = gl.permute(gl.reshape(y, [64 // HEADS, 2, HEADS * 16, 2, 2]), (1, 0, 2, 3, 4))
-    y = _crossed(y)  # 2
+    y = _crossed(gl.reshape(y, [2, 2, 8, 2, 128]))  # over bit 6
+    y = _crossed(y)  # 5
+    y = _crossed(gl.permute(y, (1, 0, 2, 3, 4)))  # 2
     y = gl.reshape(y, [64, 2, 4, 2, 2, 2, 2])  # head, dims' bits 1, 4 and 3, 0, 6, 5, 2
-    return gl.convert_layout(gl.reshape(gl.permute(y, (0, 4, 5, 2, 6, 1, 3)), [64, 128]), query_layout(WARPS))
+    y = gl.reshape(gl.permute(y, (0, 4, 5, 2, 6, 1, 3)), [64, 128])
+    return gl.convert_layout(y, query_layout(), assert_trivial=True)
 
 
 @gluon.jit
-def _rounded_e2m1(x, WARPS: gl.constexpr):
+def _rounded_e2m1(x):
     """x [64, 128] on the e2m1 grid, groups of 32: values over 2^(most - 6), and most [64].
 
     2^p is a group's scale, `most` the largest p of a head, so values are at most 6 * 2^6.
@@ -124,27 +121,26 @@ def _rounded_e2m1(x, WARPS: gl.constexpr):
     most = gl.max(power, 1)
     shift = gl.maximum(power - most[:, None] + 6, -100)
     y = y * gl.expand_dims(((127 + shift) << 23).to(gl.float32, bitcast=True), 2)
-    return gl.reshape(y, [64, 128]), gl.convert_layout(most, gl.SliceLayout(1, query_layout(WARPS)))
+    return gl.reshape(y, [64, 128]), gl.convert_layout(most, gl.SliceLayout(1, query_layout()))
 
 
 @gluon.jit
 def made(
-    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr,
-    WARPS: gl.constexpr,
+    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
 ):  # fmt: skip
-    """Queries of a row at q_ptr -> [64, 128] e4m3, which lack 2^power [64].
+    """Queries of a row at q_ptr -> [64, 128] e4m3, which lack 2^power [64], by eight warps.
 
     For MXFP4 keys their dims are in the order in which weigh.expanded expands those."""
-    L: gl.constexpr = query_layout(WARPS)
+    L: gl.constexpr = query_layout()
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, L))[:, None]
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
     x = gl.load(q_ptr + h * 128 + d, mask=(h < heads) & (d >= 0), other=0.0).to(gl.float32)
     if ROPE > 0:
         x = gl.convert_layout(_turned(x, cos_ptr, sin_ptr, ROPE), L)
     if ROUNDS:
-        x = _transformed(x, WARPS) * 0.08838834764831845  # 128 ** -0.5
+        x = _transformed(x) * 0.08838834764831845  # 128 ** -0.5
         x = gl.inline_asm_elementwise(_AS_BF16, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
-        x, power = _rounded_e2m1(x, WARPS)
+        x, power = _rounded_e2m1(x)
         power -= 6
     else:
         top = gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True)
@@ -162,11 +158,11 @@ def _prepare(
     ROUNDS: gl.constexpr, ROWS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     """Queries of ROWS rows as e4m3 [R, heads, 128] that lack a power of two a head."""
-    h = gl.arange(0, 64, layout=gl.SliceLayout(1, query_layout(4)))
+    h = gl.arange(0, 64, layout=gl.SliceLayout(1, query_layout()))
     for n in range(ROWS):
         r = gl.minimum(gl.program_id(0) * ROWS + n, count - 1).to(gl.int64)
         turn = r * (ROPE // 2)
-        x, power = made(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, heads, ROUNDS, ROPE, KIND, 4)
+        x, power = made(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, heads, ROUNDS, ROPE, KIND)
         its = gl.arange(0, 64, layout=gl.SliceLayout(1, x.type.layout))[:, None]
         place = its * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, x.type.layout))[None, :]
         gl.store(out_ptr + r * heads * 128 + place, x, mask=its < heads)

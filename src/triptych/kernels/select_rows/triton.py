@@ -33,6 +33,7 @@ from triptych.kernels.select_rows.ref import IndexQueries
 
 _TILE = 128  # keys of one product
 _ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
+_COUNTED = 1 << 15  # rows at once at most: hopper.py counts the programs of each that are done
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 _GATHERED = 1 << 27  # and of keys side by side at most: more than three sequences of a million tokens
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -58,7 +59,7 @@ def _some_at_a_time(
     queries: IndexQueries, keys: PagedEntries, topk: int, step: int, *, rounded: bool = False
 ) -> Tensor:
     """Ids of `step` rows after the other; `rounded` as in ordered_scores."""
-    rows = len(queries.heads)
+    rows, step = len(queries.heads), min(step, _COUNTED)
     ready = _gathered(queries, keys) if step > _ALONE and (queries.rounds or rounded) else None
     if rows <= step:
         return _chosen(queries, keys, topk, ready, rounded=rounded)
