@@ -71,7 +71,7 @@ def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Ten
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
-@pytest.mark.parametrize("rows", [1, 4, 7, 16, 32, 64, 260, 600])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 32, 64, 100, 260, 600])
 @pytest.mark.parametrize("run", [grouped_linear, portable.grouped_linear], ids=("own", "portable"))
 def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
@@ -90,9 +90,10 @@ def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int,
 
 
 @pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
-def test_grouped_linears_lose_nothing_of_rows_of_any_size(size: float) -> None:
+@pytest.mark.parametrize("rows", [5, 40, 128])
+def test_grouped_linears_lose_nothing_of_rows_of_any_size(rows: int, size: float) -> None:
     """Rows whose values differ by many powers of two, against float64."""
-    weight, x = fp8(8, 1024, 4096), torch.randn(5, 8, 4096, device="cuda") * size
+    weight, x = fp8(8, 1024, 4096), torch.randn(rows, 8, 4096, device="cuda") * size
     x = (x * 2.0 ** torch.randint(-12, 1, x.shape, device="cuda")).to(torch.bfloat16)
     want = torch.einsum("rgk,gnk->rgn", x.double(), weight.dequantize().double()).flatten(1)
     got = grouped_linear(x, weight)

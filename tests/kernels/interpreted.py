@@ -13,6 +13,7 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
+from triptych.kernels.linear.pairs import parted
 from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.mhc.ref import Residual, Uncollapsed
@@ -47,6 +48,7 @@ def main() -> None:
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
     for hashed in (False, True):
         print(json.dumps({"what": f"router that collapses, {hashed}", "ok": collapsed(hashed), "error": 0.0}))
+    print(json.dumps({"what": "rows in pairs", "ok": paired(), "error": 0.0}))
     for rounded in (rounded_site, rounded_query):
         print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
     index.SCORES = 256  # a few rows at a time
@@ -118,6 +120,19 @@ def collapsed(hashed: bool) -> bool:
     ok = all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(lists, others, strict=True))
     ok = ok and all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
     return ok and _same(rounded, other) and not counters.any()
+
+
+def paired() -> bool:
+    """True if two e4m3 numbers are a bf16 number, which one alone is not, unless it is far below the largest."""
+    draw, rows, width = torch.Generator().manual_seed(5), 3, 2048
+    x = torch.randn(rows, width, generator=draw) * 2.0 ** torch.randint(-12, 1, (rows, width), generator=draw)
+    x = x.to(torch.bfloat16)
+    values, scales = parted(x)
+    parts = values.view(2, rows, -1, 128).double() * scales.T.double().unsqueeze(2)
+    high, low = parts.flatten(2)
+    largest = x.double().view(rows, -1, 128).abs().amax(2).repeat_interleave(128, 1)
+    off = (high + low / 16 - x.double()).abs() / largest
+    return bool((off < 2.0**-19).all()) and not torch.equal(high.to(torch.bfloat16), x)
 
 
 def rounded_site(rows: int) -> bool:

@@ -20,13 +20,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import few_rows, portable, ref, whole
+from triptych.kernels.linear import few_rows, pairs, portable, ref, whole
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
-_MANY = 96  # rows from which on dequantising a matrix for the library's product pays
+_TILES = 32  # and those up to which tiles of many.py do
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 
@@ -79,9 +79,11 @@ def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor
     out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
     if rows <= _FEW_WHOLE:
         return _whole(x.flatten(1), weight, out)
-    if rows <= _MANY and rank % 128 == 0:
+    if rows <= _TILES and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
     x = x.to(torch.bfloat16)
+    if rows <= pairs.MOST and rank % 128 == 0 and out.dtype == x.dtype:
+        return pairs.grouped(x.flatten(1), weight, out)
     y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(rows, groups, rank).transpose(0, 1))
     return y.to(out.dtype)
