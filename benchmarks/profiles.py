@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
             f"{one.workload}: {objective_lines(one.objective, one.rounds(), one.first)}", one.failed or "", flush=True
         )
         found.append(one)
-        if not given.dry:
+        if not given.dry and not one.cut_short:
             setup = asdict(SETUPS[one.workload])
             memory = parse_size(setup.pop("memory"), "memory")
             trial = setup | {"kv_memory": memory, "rounds": given.rounds, "seed": given.seed, "clock": given.clock}

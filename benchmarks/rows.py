@@ -59,7 +59,7 @@ def append(name: str, values: Mapping[str, Any], *, kv_bytes: Mapping[str, int],
     row = {
         "benchmark": name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + " ".join([name, *map(_without_machine, sys.argv[2:])]),
+        "command": "python -m benchmarks " + " ".join([name, *map(without_machine, sys.argv[2:])]),
         **_commit(),
         "machine": _machine(),
         "versions": _versions(("torch", "transformers", "numba", "numpy")),
@@ -74,7 +74,7 @@ def append(name: str, values: Mapping[str, Any], *, kv_bytes: Mapping[str, int],
     return path
 
 
-def _without_machine(argument: str) -> str:
+def without_machine(argument: str) -> str:
     """The argument, but of an absolute path only its name: where it lies on this machine helps nobody."""
     return Path(argument).name if argument.startswith("/") else argument
 

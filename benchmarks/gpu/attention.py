@@ -5,7 +5,8 @@ a call is all launches of one layer. The floor is the larger of two: bytes (each
 the read bandwidth, products at the rate of their type. Contexts of a batch are equal, which is what peers were
 measured with. Where `flash_mla` (the package sgl-flash-mla) can be imported, the same layers are timed in the same run
 with it doing the work (`by_flash_mla_us`: its launches and ours around them), and its decode call alone on the same
-sizes with its own plan (`flash_mla_us`), which takes queries that are normed and rotated and does not rotate back.
+sizes with its own plan (`flash_mla_us`), which takes queries that are normed and rotated and does not rotate back;
+`engine` says which of the two the engine would use.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import peers
 from benchmarks.gpu.timing import BF16, FP8, READ, Figures, against, timed
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE, SHAPES, WINDOW, ModelShape
 from triptych.kernels.attend.ref import Attention
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.attend_rows.triton import attend_rows
-from triptych.kernels.attend_rows.vendor import by_flash_mla
+from triptych.kernels.attend_rows.vendor import by_flash_mla, faster
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, RowFormat, packed
 from triptych.kernels.select_rows.ref import IndexQueries
@@ -83,7 +85,8 @@ def attention(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     if theirs is None:
         return line
     whole = timed([lambda one=one: by_flash_mla(*one) for one in sets])
-    return line | {"by_flash_mla_us": round(whole, 2), "flash_mla_us": round(theirs, 2)}
+    used = "FlashMLA" if faster(heads, batch, read) else "ours"
+    return line | {"by_flash_mla_us": round(whole, 2), "flash_mla_us": round(theirs, 2), "engine": used}
 
 
 def _entries(shape: ModelShape, kind: str, seen: int, batch: int) -> PagedEntries:
@@ -114,8 +117,8 @@ def _attention_inputs(
     return queries, window, shared, ids, core
 
 
-def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
-    """Index scores and top-k of one CSA layer."""
+def selection(shape: ModelShape, kind: str, tokens: int, batch: int, beside: peers.Peers | None = None) -> Figures:
+    """Index scores and top-k of one CSA layer; `beside` it, from FP8 keys, vLLM's of the same inputs."""
     form = RowFormat("fp8" if kind == "fp8" else "mxfp4", shape.index_head_dim)
     seen, heads, dim = tokens // CSA_RATIO, shape.index_heads, shape.index_head_dim
     size = batch * seen * form.row_bytes
@@ -129,7 +132,8 @@ def selection(shape: ModelShape, kind: str, tokens: int, batch: int) -> Figures:
     us = timed([lambda one=one: select_rows(*one, shape.index_topk) for one in sets])
     scores = timed([lambda one=one: ordered_scores(*one) for one in sets])
     floor = max(size / READ, batch * seen * heads * dim * 2 / FP8) * 1e6
-    return {**against(floor, us), "scores_us": round(scores, 2), "topk_us": round(us - scores, 2)}
+    line = {**against(floor, us), "scores_us": round(scores, 2), "topk_us": round(us - scores, 2)}
+    return line | (peers.selection(beside, sets, shape.index_topk) if beside and kind == "fp8" else {})
 
 
 def _copies(size: int) -> int:

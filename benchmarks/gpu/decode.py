@@ -28,6 +28,8 @@ from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner
 from triptych.engine.sampler import SamplerState
+from triptych.kernels.mhc.ref import Uncollapsed
+from triptych.kernels.mhc.triton import collapse
 from triptych.model.weights import ModelWeights
 from triptych.words import SamplingParams, StepPlan
 
@@ -141,7 +143,8 @@ def experts_used(runner: DeviceRunner, plan: StepPlan) -> str:
     counts: list[int] = []
     kernels = runner.model.kernels
 
-    def moe_rows(x: Tensor, token_ids: Tensor, router: Any, *rest: Any) -> Any:
+    def moe_rows(x: Any, token_ids: Tensor, router: Any, *rest: Any) -> Any:
+        x = collapse(x) if isinstance(x, Uncollapsed) else x
         ids, _ = kernels.route(x.float(), token_ids, router)
         counts.append(int(ids.unique().numel()))
         return kernels.moe_rows(x, token_ids, router, *rest)

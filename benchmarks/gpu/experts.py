@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.peers import Marlin
 from benchmarks.gpu.timing import FP8, READ, Figures, against, timed
 from triptych.kernels.moe import ref
 from triptych.kernels.moe.ref import Experts, Router
@@ -146,16 +147,28 @@ def shared_copies(shared: tuple[Fp8Matrix, Fp8Matrix]) -> list[tuple[Fp8Matrix, 
 
 
 def decode_rows(
-    name: str, rows: int, router: Router, moe: Experts, shared: list[tuple[Fp8Matrix, Fp8Matrix]]
+    name: str,
+    rows: int,
+    router: Router,
+    moe: Experts,
+    shared: list[tuple[Fp8Matrix, Fp8Matrix]],
+    beside: Marlin | None = None,
 ) -> Figures:
-    """The mixture of one decode step. Inputs rotate, so that no weight is still in the L2 from the call before."""
+    """The mixture of one decode step. Inputs rotate, so that no weight is still in the L2 from the call before.
+
+    `beside` it Marlin's routed experts alone, of the same rows and choices.
+    """
     many = 8 if rows <= 8 else 3
     xs = [torch.randn(rows, SHAPES[name][0], device="cuda").bfloat16() for _ in range(many)]
     tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
-    distinct = sum(len(ref.route(x.float(), tokens, router)[0].unique()) for x in xs) / many
+    routed = [ref.route(x.float(), tokens, router) for x in xs]
+    distinct = sum(len(ids.unique()) for ids, _ in routed) / many
     calls = [partial(moe_rows, x, tokens, router, moe, shared[i % 4]) for i, x in enumerate(xs)]
     us = timed(calls, launches=many)
-    return {**against(bytes_read(name, rows, distinct) / READ * 1e6, us), "distinct": round(distinct, 1)}
+    line = {**against(bytes_read(name, rows, distinct) / READ * 1e6, us), "distinct": round(distinct, 1)}
+    if beside is None:
+        return line
+    return line | beside.figures([(x, ids.int(), share) for x, (ids, share) in zip(xs, routed, strict=True)])
 
 
 if __name__ == "__main__":

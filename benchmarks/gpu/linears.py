@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu import peers
 from benchmarks.gpu.experts import fp8
 from benchmarks.gpu.timing import BF16, FP8, READ, Figures, against, timed
 from triptych.config import SHAPES, ModelShape
 from triptych.kernels.linear import ref
 from triptych.kernels.linear.many import product
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
-from triptych.kernels.quant.matrices import BothRows, FrontMatrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Rows, FrontMatrix, quantize_rows
 
 
 class Product(NamedTuple):
@@ -29,23 +30,44 @@ class Product(NamedTuple):
     groups: int = 1
     rest: int = 0
 
-    def figures(self, rows: int) -> Figures:
-        """Inputs come rounded, as in a step; weights rotate through more than the L2. Floor: weights, or products."""
+    def figures(self, rows: int, beside: peers.Peers | None = None) -> Figures:
+        """Inputs come rounded, as in a step; weights rotate through more than the L2. Floor: weights, or products.
+
+        `beside` it DeepGEMM of the same rows and weights.
+        """
         size, work = self.n * self.k + 2 * self.rest * self.k, 2 * rows * (self.n + self.rest) * self.k
         many = 2 if rows > 1000 else min(20, max(3, (200 << 20) // size))
-        us = timed([self._call(rows) for _ in range(many)], launches=many if rows > 1000 else 20)
+        sets, launches = [self._inputs(rows) for _ in range(many)], many if rows > 1000 else 20
+        us = timed([partial(multiply, *one) for one in sets], launches)
         floor = max(size / READ, 2 * rows * self.k * (self.n / FP8 + self.rest / BF16)) * 1e6
-        return {**against(floor, us), "tflops": round(work / us / 1e6)}
+        line = {**against(floor, us), "tflops": round(work / us / 1e6)}
+        if beside is None:
+            return line
+        calls = [peers.product(beside, *one) for one in sets]
+        differs = _error(torch.cat([part.float() for part in calls[0]()], 1), _values(multiply(*sets[0])))
+        return line | {"deep_gemm_us": round(timed(calls, launches), 2), "differs": round(differs, 4)}
 
-    def _call(self, rows: int) -> partial[Any]:
+    def _inputs(self, rows: int) -> tuple[Any, Any]:
+        """Rows and a matrix as `multiply` takes them."""
         if self.groups > 1:
             x = torch.randn(rows, self.groups, self.k, device="cuda").bfloat16()
-            return partial(grouped_linear, x, fp8(self.groups, self.n // self.groups, self.k), rounds=True)
+            return x, fp8(self.groups, self.n // self.groups, self.k)
         x = torch.randn(rows, self.k, device="cuda").bfloat16()
         if self.rest:
             rest = torch.randn(self.rest, self.k, device="cuda").bfloat16()
-            return partial(front_linear, BothRows(x, quantize(x)), FrontMatrix(fp8(self.n, self.k), rest))
-        return partial(linear, quantize(x), fp8(self.n, self.k))
+            return BothRows(x, quantize(x)), FrontMatrix(fp8(self.n, self.k), rest)
+        return quantize(x), fp8(self.n, self.k)
+
+
+def multiply(x: Any, weight: Any) -> Any:
+    """What a step does: groups round their results for the next product where they can."""
+    if isinstance(weight, FrontMatrix):
+        return front_linear(x, weight)
+    return grouped_linear(x, weight, rounds=True) if isinstance(x, torch.Tensor) else linear(x, weight)
+
+
+def _values(result: Any) -> torch.Tensor:
+    return result.dequantize() if isinstance(result, Fp8Rows) else result.float()
 
 
 def products(shape: ModelShape) -> dict[str, Product]:

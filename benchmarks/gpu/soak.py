@@ -29,6 +29,7 @@ from triptych.engine.api import Engine
 from triptych.words import FinishReason, Request, SamplingParams
 
 _EVERY = 50  # steps between two checks
+_TELL = 15.0  # seconds between two lines of progress
 
 
 def main() -> None:
@@ -88,6 +89,7 @@ def load(engine: Engine, given: argparse.Namespace, random: np.random.Generator)
     done: Counter[str] = Counter()
     memory: list[int] = []
     deadline = time.monotonic() + given.seconds
+    told = time.monotonic()
     step = 0
     while loop.busy or time.monotonic() < deadline:
         step += 1
@@ -123,6 +125,10 @@ def load(engine: Engine, given: argparse.Namespace, random: np.random.Generator)
         if step % _EVERY == 0:
             engine.check_integrity()
             memory.append(torch.cuda.memory_allocated())
+        if time.monotonic() > told + _TELL:
+            told = time.monotonic()
+            left, preempted = max(0, round(deadline - told)), loop.stats().cache["preemptions"]
+            print(f"{left} s left, {step} steps, {len(live)} live, {preempted} preempted, {dict(done)}", flush=True)
     engine.check_integrity()
     third = max(1, len(memory) // 3)
     done["allocated_mib_early"] = max(memory[third : 2 * third], default=0) >> 20

@@ -476,7 +476,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "step_tokens"):
+        for name in ("max_running", "max_waiting", "step_tokens", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         if self.device not in get_args(Device):

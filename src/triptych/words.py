@@ -110,10 +110,13 @@ class SamplingParams:
         _int_in("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
         _int_in("logprobs", self.logprobs, 0, 20, optional=True)
         _int_in("n", self.n, 1, 128)
-        if len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
         if isinstance(self.stop, str):  # each of its letters would be one
             raise RequestError(f"stop is one string, {self.stop!r}.", "Put it into a tuple.", param="stop")
+        several = isinstance(self.stop, tuple | list)
+        if not several or len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
+            raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        if not isinstance(self.grammar, Grammar | None):
+            raise RequestError(f"grammar must be a Grammar, not {type(self.grammar).__name__}.", param="grammar")
         for token in self.stop_token_ids:
             _int_in("stop_token_ids", token, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():

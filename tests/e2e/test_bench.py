@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from live_server import Server
+
+from triptych.cli import bench as bench_command
 
 Triptych = Callable[..., Any]
 TRAFFIC = ("coding-agent", "--requests", "12", "--scale", "0.02", "--arrivals", "closed:3", "--speed", "1000")
@@ -75,6 +80,85 @@ def test_settings_of_this_process_are_compared_in_turns(triptych: Triptych, tmp_
     gain = objective["gains_of_first"][second]
     assert gain["gain"] > 0 and gain["gain_95"][0] <= gain["gain"] <= gain["gain_95"][1]
     assert "<svg" in page.read_text() and second in page.read_text()
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Ctrl-C as soon as so many requests have ended, also where a shell made the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def arm(wanted: int) -> None:
+        ended = 0
+
+        @contextmanager
+        def progress(total: int) -> Iterator[Callable[[], None]]:
+            def advance() -> None:
+                nonlocal ended
+                ended += 1
+                if ended == wanted:
+                    signal.raise_signal(signal.SIGINT)
+
+            yield advance
+
+        monkeypatch.setattr(bench_command, "_progress", progress)
+
+    yield arm
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    triptych: Triptych, server: Server, tmp_path: Path, interrupted_after: Callable[[int], None]
+) -> None:
+    kept, page = tmp_path / "run.json", tmp_path / "page.html"
+    for number, side in enumerate((("--kv-memory", "256MiB"), ("--url", server.url))):
+        interrupted_after(4)
+        done = triptych("bench", *TRAFFIC, *side, "--seed", str(number), "--out", str(kept), "--report", str(page))
+        assert (done.returncode, done.stderr) == (130, "triptych: Interrupted.\n")
+        found = json.loads(kept.read_text())
+        [rows] = found["rows"].values()
+        ended = found["requests"]
+        assert 4 <= ended == len(rows) < 12, "answers that came with the fourth are kept too"
+        assert all(row["output_tokens"] > 0 and row["error"] is None for row in rows)
+        sentence = f"Interrupted; these figures are of the {ended} of 12 requests that had ended."
+        assert found["cut_short"] == sentence
+        assert done.stdout.startswith(sentence) and f"{ended} requests of" in done.stdout
+        assert f"<p class=cut>{sentence}" in page.read_text()
+
+
+def test_an_interrupt_before_the_first_answer_leaves_nothing_to_show(
+    triptych: Triptych, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(trial: object, contenders: object, requests: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "run_with_progress", interrupt)
+    done = triptych("bench", *TRAFFIC, "--out", str(tmp_path / "run.json"))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "triptych: Interrupted.\n")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_an_interrupt_among_settings_keeps_the_rounds_that_all_have_run(
+    triptych: Triptych, interrupted_after: Callable[[int], None]
+) -> None:
+    argv = ("rl-rollout", "--requests", "4", "--scale", "0.001", "--rounds", "3", "--json", "--kv-memory", "64MiB")
+    settings = (*argv, "--max-running", "4", "--against", "max_running=1")
+    interrupted_after(2 * 4 + 2)  # in the second round
+    done = triptych("bench", *settings)
+    assert done.returncode == 130, done.stderr
+    found = json.loads(done.stdout)
+    assert "of the 1 of 3 rounds" in found["cut_short"]
+    assert [one["requests"] for one in found["runs"].values()] == [4, 4] and found["paired"]["pairs"] == 4
+    assert all(len(one) == 1 for one in found["objective"]["rounds"].values())
+    interrupted_after(2)  # in the first round: there is no objective, but what was answered is shown
+    found = json.loads(triptych("bench", *settings).stdout)
+    [only] = found["runs"].values()
+    assert 2 <= only["requests"] <= 4 and "of 24 requests" in found["cut_short"]
+    assert "objective" not in found
+
+
+def test_a_contender_of_the_same_name_is_refused(triptych: Triptych, server: Server) -> None:
+    done = triptych("bench", "chat", "--url", server.url, "--against", server.url)
+    assert done.returncode == 2 and f"{server.url} would run twice" in done.stderr
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_runs(triptych: Triptych) -> None:

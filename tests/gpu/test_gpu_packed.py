@@ -78,6 +78,21 @@ def test_selection_of_decode_rows(kind: str, visible: list[int]) -> None:
         assert torch.equal(select.select_rows(queries, keys, topk), cases.best(own, keys.visible, topk))
 
 
+@pytest.mark.parametrize("visible", [[2048, 600, 1, 2000], [4096, 513, 4000], [33000, 2049, 0]])
+@pytest.mark.parametrize("programs", [1, 7, 132])
+def test_a_launch_selects_however_many_programs_a_row_has(visible: list[int], programs: int) -> None:
+    """Again and again, as the last program of a row leaves its counter as it was; the second row has ties only."""
+    hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
+    queries, keys = cases.index_case("fp8", visible, 64, 128, "cuda")
+    queries.weights[1] = 0
+    room = select.ordered_scores(queries, keys)
+    _, own = cases.index_errors(queries, keys, room[0])
+    for topk in (512, 1024, 512):
+        poison()
+        got = hopper.choose(queries, keys, room, topk, programs)
+        assert torch.equal(got, cases.best(own, keys.visible, topk))
+
+
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_selection_of_prefill_rows(kind: str) -> None:
     queries, keys = cases.index_case(kind, [3000, 2500], 64, 128, "cuda")
@@ -90,7 +105,7 @@ def test_selection_of_prefill_rows(kind: str) -> None:
     assert same >= 0.999 * want.numel(), "scores that differ by rounding may change places at the end"
 
 
-@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "equal", "tiny"])
+@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "runs", "equal", "tiny"])
 @pytest.mark.parametrize("total", [2048, 4096, 8192, 262144])
 @pytest.mark.parametrize("k", [512, 1024])
 def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
@@ -104,6 +119,8 @@ def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int
         values = torch.arange(total, device="cuda").float().repeat(4, 1)
     elif name == "clustered":
         values[:, :1200] += 100
+    elif name == "runs":
+        values = values[:, ::64].repeat_interleave(64, 1)
     elif name == "equal":
         values = values * 0 + torch.arange(4, device="cuda").unsqueeze(1) - 2
     elif name == "tiny":

@@ -11,8 +11,8 @@ from torch import Tensor
 from triptych.kernels.linear import portable
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
-from triptych.kernels.mhc.ref import MhcSite
-from triptych.kernels.mhc.triton import mhc_first
+from triptych.kernels.mhc.ref import MhcSite, Residual, Uncollapsed
+from triptych.kernels.mhc.triton import mhc_first, mhc_rows
 from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
@@ -71,7 +71,7 @@ def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Ten
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])
-@pytest.mark.parametrize("rows", [1, 4, 7, 16, 64, 260, 600])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 32, 64, 100, 260, 600])
 @pytest.mark.parametrize("run", [grouped_linear, portable.grouped_linear], ids=("own", "portable"))
 def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
@@ -90,9 +90,10 @@ def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int,
 
 
 @pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
-def test_grouped_linears_lose_nothing_of_rows_of_any_size(size: float) -> None:
+@pytest.mark.parametrize("rows", [5, 40, 128])
+def test_grouped_linears_lose_nothing_of_rows_of_any_size(rows: int, size: float) -> None:
     """Rows whose values differ by many powers of two, against float64."""
-    weight, x = fp8(8, 1024, 4096), torch.randn(5, 8, 4096, device="cuda") * size
+    weight, x = fp8(8, 1024, 4096), torch.randn(rows, 8, 4096, device="cuda") * size
     x = (x * 2.0 ** torch.randint(-12, 1, x.shape, device="cuda")).to(torch.bfloat16)
     want = torch.einsum("rgk,gnk->rgn", x.double(), weight.dequantize().double()).flatten(1)
     got = grouped_linear(x, weight)
@@ -138,6 +139,23 @@ def test_mixtures(name: str, rows: int) -> None:
     # where a sum of limited precision is a little off, a hidden value may lie an e4m3 step off; of many rows the shared
     # expert's gate and up are bf16 too
     agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2 if rows <= 96 else 2e-2)
+
+
+@pytest.mark.parametrize("name", ["flash", "pro"])
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_mixture_collapses_the_streams_of_a_single_row(name: str, hashed: bool) -> None:
+    router, moe, shared = _layer(name, hashed)
+    dim, fast, tokens = DIMS[name][0], tiled(moe), torch.tensor([7], device="cuda")
+    fn, base, scale = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
+    site, norm = MhcSite(fn / 64, base, scale, 20, 1e-6, 1e-6), torch.randn(dim, device="cuda")
+    y, streams = torch.randn(1, dim, device="cuda"), torch.randn(1, 4, dim, device="cuda")
+    post, comb = torch.rand(1, 4, device="cuda"), torch.rand(1, 4, 4, device="cuda") / 4
+    before = Residual(streams.to(torch.bfloat16), post, comb)
+    x, *want = mhc_rows(y.to(torch.bfloat16), before, site, norm)
+    halfway, *got = mhc_rows(y.to(torch.bfloat16), before, site._replace(leaves=True), norm)
+    assert isinstance(x, Tensor) and isinstance(halfway, Uncollapsed)
+    agree(lambda: moe_rows(halfway, tokens, router, fast, shared), moe_rows(x, tokens, router, fast, shared))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", DIMS)

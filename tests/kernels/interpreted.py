@@ -13,8 +13,11 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
+from triptych.kernels.linear.pairs import parted
 from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
+from triptych.kernels.mhc.ref import Residual, Uncollapsed
+from triptych.kernels.moe.alone import route_one
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.sorted import place_and_round
@@ -43,6 +46,9 @@ def main() -> None:
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
+    for hashed in (False, True):
+        print(json.dumps({"what": f"router that collapses, {hashed}", "ok": collapsed(hashed), "error": 0.0}))
+    print(json.dumps({"what": "rows in pairs", "ok": paired(), "error": 0.0}))
     for rounded in (rounded_site, rounded_query):
         print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
     index.SCORES = 256  # a few rows at a time
@@ -92,6 +98,41 @@ def routed(rows: int, hashed: bool) -> bool:
     ok = ok and sorted(pair for _, pair in listed) == list(range(rows * k)) and torch.equal(experts[whole], ids[whole])
     ok = ok and all(size <= most for _, _, size in used)
     return ok and torch.equal(rounded.dequantize()[whole], fake_quant_fp8(x.float())[whole])
+
+
+def collapsed(hashed: bool) -> bool:
+    """True if a router that collapses the streams of its row itself finds what one finds that gets the row."""
+    draw, dim = torch.Generator().manual_seed(8), 640
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=draw)
+
+    table = torch.stack([torch.randperm(20, generator=draw)[:3] for _ in range(9)]) if hashed else None
+    router = Router(randn(20, dim) / 16, None if hashed else randn(20), table, 3, 1.5)
+    site, norm = inputs._site(draw)._replace(fn=randn(24, 4 * dim) / 16), randn(dim)
+    before = Residual(randn(1, 4, dim).to(torch.bfloat16), randn(1, 4), randn(1, 4, 4) / 4)
+    y, tokens, counters = randn(1, dim).to(torch.bfloat16), torch.tensor([4]), torch.zeros(21, dtype=torch.int32)
+    x, *want = mhc.mhc_rows(y, before, site, norm)
+    halfway, *got = mhc.mhc_rows(y, before, site._replace(leaves=True), norm)
+    assert isinstance(x, torch.Tensor) and isinstance(halfway, Uncollapsed)
+    *lists, rounded = route_one(halfway, tokens, router, counters)
+    *others, other = route_few(x, tokens, router, 8, 3, counters)
+    ok = all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(lists, others, strict=True))
+    ok = ok and all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
+    return ok and _same(rounded, other) and not counters.any()
+
+
+def paired() -> bool:
+    """True if two e4m3 numbers are a bf16 number, which one alone is not, unless it is far below the largest."""
+    draw, rows, width = torch.Generator().manual_seed(5), 3, 2048
+    x = torch.randn(rows, width, generator=draw) * 2.0 ** torch.randint(-12, 1, (rows, width), generator=draw)
+    x = x.to(torch.bfloat16)
+    values, scales = parted(x)
+    parts = values.view(2, rows, -1, 128).double() * scales.T.double().unsqueeze(2)
+    high, low = parts.flatten(2)
+    largest = x.double().view(rows, -1, 128).abs().amax(2).repeat_interleave(128, 1)
+    off = (high + low / 16 - x.double()).abs() / largest
+    return bool((off < 2.0**-19).all()) and not torch.equal(high.to(torch.bfloat16), x)
 
 
 def rounded_site(rows: int) -> bool:

@@ -160,10 +160,10 @@ def index_errors(queries: IndexQueries, keys: PagedEntries, ordered: Tensor) -> 
 
 
 def tops_are_right(ordered: Tensor, tops: Tensor, visible: Tensor) -> bool:
-    """Whether `tops` are the highest of each 16 of what a row sees of ordered scores [B, 16 n]."""
+    """Whether `tops` are the highest of each 8 of what a row sees of ordered scores [B, 8 n]."""
     seen = torch.arange(ordered.shape[1], device=ordered.device) < visible.unsqueeze(1)
-    highest = ordered.masked_fill(~seen, -(1 << 31)).view(len(ordered), -1, 16).amax(2)
-    there = seen.view(len(ordered), -1, 16).any(2)
+    highest = ordered.masked_fill(~seen, -(1 << 31)).view(len(ordered), -1, 8).amax(2)
+    there = seen.view(len(ordered), -1, 8).any(2)
     return torch.equal(tops[there], highest[there])
 
 
@@ -177,10 +177,10 @@ def best(scores: Tensor, visible: Tensor, k: int) -> Tensor:
 
 
 def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [B, 16 n] as integers of the same order, and the highest of each 16."""
+    """Scores [B, 8 n] as integers of the same order, and the highest of each 8."""
     bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
     out = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).contiguous()
-    return out, out.view(len(out), -1, 16).amax(2).contiguous()
+    return out, out.view(len(out), -1, 8).amax(2).contiguous()
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -90,17 +90,24 @@ def test_a_package_that_does_not_load_leaves_our_kernel(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    ("visible", "who"), [([3] * 8, "ours"), ([2000] * 32, "ours"), ([2100], "ours"), ([2100] * 32, "vendor")]
+    ("heads", "visible", "who"),
+    [
+        (128, [3] * 8, "ours"),
+        (128, [2000] * 32, "ours"),
+        (128, [2100], "ours"),
+        (128, [2100] * 32, "vendor"),
+        (64, [2100] * 32, "ours"),
+    ],
 )
 def test_each_call_goes_where_its_shape_was_measured_faster(
-    visible: list[int], who: str, monkeypatch: pytest.MonkeyPatch
+    heads: int, visible: list[int], who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     import packed_cases as cases
 
     from triptych.kernels.attend_rows import triton, vendor
 
-    case = cases.decode_case("hca", visible, 64, FORM, 512, "cpu")
+    case = cases.decode_case("hca", visible, heads, FORM, 512, "cpu")
     assert not vendor.serves(*case[:2]), "it needs a Hopper GPU"
     monkeypatch.setattr(vendor, "serves", lambda *given: True)
     monkeypatch.setattr(vendor, "by_flash_mla", lambda *given: "vendor")

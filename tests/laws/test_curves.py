@@ -161,24 +161,76 @@ def test_rows_of_one_commit_are_one_table(curves: ModuleType, monkeypatch: pytes
             {**flash, "op": "attend csa", "batch": 64, "us": 50.0, "floor_us": 7.5, "by_flash_mla_us": 44.0},
         ], missing=["flash experts x 1", "flash attend csa x 128", "pro experts x 1"]),
         table_row("2026-01-03", "new", [
-            {**flash, "op": "experts", "batch": 1, "us": 39.5, "floor_us": 24.8},
+            {**flash, "op": "experts", "batch": 1, "us": 39.5, "floor_us": 24.8, "marlin_us": 59.4},
             {**flash, "op": "attend csa", "batch": 1, "us": 7.5, "floor_us": 0.1, "by_flash_mla_us": 16.0},
         ]),
     ])  # fmt: skip
-    marlin = {**flash, "op": "experts", "batch": 1, "us": 59.4, "by": "Marlin"}
-    write(tmp_path / "gpu_peers.jsonl", [{"time": "2026-01-01", "table": [marlin]}])
     page = curves.kernels.page()
     assert "| CSA, window and chosen entries, any context | ours | **7.5** | – | – | 50.0 | – |" in page, (
         "the newest, bold if first"
     )
     assert "|  | floor | 1.2 (16%) | – | – | 7.5 (15%) | – |" in page, "nothing takes less than a launch"
     assert "|  | with FlashMLA | 16.0 | – | – | 44.0 | – |" in page
+    assert "|  | FlashMLA's call alone | not in this run | – | – | not in this run | – |" in page
     assert "|  | goal | ≤ 8 |  |  | ≤ 22 |  |" in page
-    assert "| router, routed and shared experts | ours | **39.5** |" in page and "|  | Marlin † | 59.4 |" in page
+    assert "| router, routed and shared experts | ours | **39.5** |" in page
+    assert "|  | Marlin, routed experts alone | 59.4 |" in page
     assert "2 of the 3 cases" in page and "2 of 3 goals" in page
     assert "Not measured: 2 cases, flash attend csa x 128, pro experts x 1." in " ".join(page.split())
     assert "99.0" not in page and "## V4-Pro\n\nNot measured at this commit" in page
     assert page.count("- one NVIDIA H200; commit new;") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ({"op": "attend csa", "us": 75.0, "by_flash_mla_us": 61.0, "engine": "FlashMLA"}, "level"),
+        ({"op": "attend csa", "us": 75.0, "by_flash_mla_us": 61.0, "engine": "ours"}, "behind"),
+        ({"op": "attend csa", "us": 61.0, "by_flash_mla_us": 75.0, "engine": "FlashMLA"}, "level"),
+        ({"op": "attend csa", "us": 61.0, "flash_mla_us": 40.0}, "alone"),
+        ({"op": "select fp8", "us": 14.0, "by_deep_gemm_us": 13.7, "deep_gemm_us": 9.0}, "level"),
+        ({"op": "select fp8", "us": 14.0, "by_deep_gemm_us": 13.5, "deep_gemm_us": 9.0}, "behind"),
+        ({"op": "select mxfp4", "us": 14.0}, "alone"),
+        ({"op": "experts", "us": 45.0, "marlin_us": 59.0}, "level"),
+        ({"op": "linear o_b", "us": 45.0}, "alone"),
+        ({"op": "linear o_b", "us": 45.0, "deep_gemm_us": 20.0}, "behind"),
+        ({"op": "mhc_rows", "us": 45.0}, "alone"),
+    ],
+)
+def test_cases_are_counted_by_what_the_engine_uses(curves: ModuleType, line: dict[str, Any], what: str) -> None:
+    assert curves.kernels.is_behind(line) is {"level": False, "behind": True, "alone": None}[what]
+
+
+def test_cases_in_which_a_vendor_takes_less_are_named(
+    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
+    pro = {"model": "pro", "context": "8K", "floor_us": 1.0}
+    parts = {"scores_us": 6.0, "topk_us": 9.0, "deep_gemm_scores_us": 4.0}
+    keys, attend = {**pro, "op": "select fp8"}, {**pro, "op": "attend hca"}
+    write(tmp_path / "gpu_table.jsonl", [
+        table_row("2026-01-01", "new", [
+            {**keys, "batch": 8, "us": 20.0, "by_deep_gemm_us": 10.0, "deep_gemm_us": 7.5, **parts, "agrees": 1.0},
+            {**keys, "batch": 1, "us": 15.0, "by_deep_gemm_us": 10.0, "deep_gemm_us": 7.0, **parts, "agrees": 0.992},
+            {**keys, "batch": 32, "us": 10.2, "by_deep_gemm_us": 10.0, "deep_gemm_us": 8.0},
+            {**attend, "batch": 64, "us": 30.0, "by_flash_mla_us": 20.0, "flash_mla_us": 15.0, "engine": "FlashMLA"},
+            {**attend, "batch": 32, "us": 18.0, "by_flash_mla_us": 19.0, "flash_mla_us": 15.0, "engine": "FlashMLA"},
+        ]),
+    ])  # fmt: skip
+    page = curves.kernels.page()
+    flat = " ".join(page.split())
+    assert "| Pro, index, FP8 keys, 8K | 1: 15.0 / 10.0 (+50%), 8: 20.0 / 10.0 (+100%) |" in page
+    assert "**Attention**" not in page, "reasons are given for what is behind"
+    assert "in 1 of 2 cases, elsewhere at least 99.2% of them (Pro, index, FP8 keys, 8K, 1 rows)" in flat
+    assert "our top-k takes 9.0 to 9.0 us of the time, vLLM's 3.0 to 3.5" in flat
+    assert "| HCA, window and all entries, 8K | ours | – | – | 18.0 | 30.0 | – |" in page
+    assert "|  | with FlashMLA | – | – | **19.0** | **20.0** | – |" in page, "bold is what the engine uses"
+    assert (
+        "though ours takes less, us of ours / of it: Pro, HCA, window and all entries, 8K, 32 rows: 18.0 / 19.0."
+        in flat
+    )
+    assert "|  | with DeepGEMM and top-k | 10.0 | 10.0 | 10.0 | – | – |" in page
+    assert "3 of the 5 cases" in flat
 
 
 def table_row(time: str, commit: str, table: list[dict[str, Any]], missing: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from triptych.cli import generate as command
-from triptych.cli.generate import Prompt, print_all, read_prompts, read_text, run_to_json, stream_to_terminal
+from triptych.cli.generate import Prompt, json_text, print_all, read_prompts, read_text, run_to_json, stream_to_terminal
 from triptych.errors import ConfigError, RequestError
 from triptych.words import Delta, FinishReason, SamplingParams, Usage
 
@@ -130,6 +130,12 @@ def test_json_is_one_object_with_everything() -> None:
     assert (answer["source"], answer["index"], answer["text"]) == ("a.txt", 0, "ba0")
     assert (answer["token_ids"], answer["finish_reason"], answer["logprobs"]) == ([5, 6], "stop", None)
     assert answer["usage"]["cached_tokens"] == 1024
+
+
+def test_json_survives_an_output_of_few_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, shown in (("utf-8", '"ü"'), ("latin-1", r'"\u00fc"')):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert json_text("ü") == shown
 
 
 def test_the_command_is_registered() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from triptych import __version__
@@ -31,6 +36,30 @@ def test_ctrl_c_ends_a_command_with_one_word(
 
     monkeypatch.setattr("triptych.cli.replay._trace", interrupted)
     assert run(capsys, "replay", "chat") == (130, "", "triptych: Interrupted.\n")
+
+
+def test_output_of_few_letters_gets_question_marks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('purpose = "für 日本"', encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    assert main(["profile", "show", str(tmp_path / "own.toml")]) == 0
+    assert 'purpose = "für ??"'.encode("latin-1") in written.getvalue()
+
+
+def test_closed_output_swallows_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["replay", "chat", "--memory", "1"]) == 2
+    with sys.stdout as swallowing:
+        swallowing.write("nobody reads this")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    """In a process of its own: what Python still holds for standard output would fail again at its end."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "triptych", "plan"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "triptych: No space left on device.\n")
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "eval", "profile"])
@@ -65,6 +94,7 @@ def test_each_command_has_help_that_opens_with_its_listed_line(capsys: pytest.Ca
         (["doctor", "--kernel-backend", "cuda"], "'cuda' is not one of 'auto', 'ref', 'cpu'"),
         (["serve", "--port", "many"], "'--port'"),
         (["generate", "tiny", "one", "two"], "two"),
+        (["generate", "--model", "tiny", "x"], "Write its value without it: triptych generate"),
     ],
 )
 def test_usage_errors_are_one_sentence_with_a_remedy(
@@ -75,7 +105,7 @@ def test_usage_errors_are_one_sentence_with_a_remedy(
     assert out == ""
     assert err.startswith("triptych: ") and err.count("\n") == 1
     assert sentence in err
-    assert "Did you mean" in err or "See: triptych " in err
+    assert "Did you mean" in err or "See: triptych " in err or "Write its value" in err
 
 
 @pytest.mark.parametrize(
@@ -88,8 +118,17 @@ def test_usage_errors_are_one_sentence_with_a_remedy(
         (["bench", "chat", "--out", "."], "--out . cannot be written: it is a directory. Name a file in it."),
         (["bench", "chat", "--report", "no/such/page.html"], "--report no/such/page.html cannot be written: there is"),
         (["bench", "chat", "--ttft", "0"], "--ttft must be a positive number of seconds, not 0.0."),
-        (["bench", "chat", "--price", "nan"], "--price must not be negative, as nan is."),
+        (["bench", "chat", "--ttft", "inf"], "--ttft must be a positive number of seconds, not inf."),
+        (["bench", "chat", "--price", "nan"], "--price must be a number of dollars an hour, not nan."),
+        (["plan", "--price", "inf"], "--price must be a number of dollars an hour, not inf."),
+        (["profile", "fit", "chat", "--price", "-1"], "--price must be a number of dollars an hour, not -1.0."),
+        (["bench", "chat", "--scale", "1e300"], "--scale must be above 0 and at most 1000, not 1e+300."),
+        (["bench", "chat", "--speed", "inf"], "--speed must be above 0 and at most 1e+12, not inf."),
         (["bench", "chat", "--url", "127.0.0.1:9"], "http://127.0.0.1:9 lists no models: Connection refused. Start it"),
+        (["bench", "chat", "--url", "http://[::1"], "'http://[::1' is no address of a server. For instance:"),
+        (["bench", "chat", "--url", "http://127.0.0.1:99999"], "'http://127.0.0.1:99999' is no address of a server."),
+        (["eval", "retrieval", "--url", ""], "'' is no address of a server."),
+        (["chat", "http://[::1"], "'http://[::1' is no address of a server."),
         (["eval", "retrieval", "--heat-map", "no/such/map.png"], "there is no directory no/such."),
         (["profile", "compare", "--out", "."], "--out . cannot be written: it is a directory."),
         (["profile", "fit", "chat", "--tpot", "-1"], "--tpot must be a positive number of seconds, not -1.0."),

@@ -50,7 +50,7 @@ def test_json_is_data_and_agrees_with_itself(capsys: pytest.CaptureFixture[str])
         (("--tp", "0"), "--tp 0 is impossible: a group has one device or more. The nearest that works is --tp 1."),
         (("--tp", "3"), "--tp 3 is impossible: 8 devices are no multiple of it."),
         (("--hardware-file", "no.toml"), "Hardware file no.toml cannot be read: No such file or directory."),
-        (("--price", "nan"), "--price must not be negative, as nan is."),
+        (("--price", "nan"), "--price must be a number of dollars an hour, not nan."),
         (("--gpus", "0"), "--gpus must be at least 1"),
         (("--utilisation", "2"), "--utilisation must be a share"),
         (("--plot", "x.pdf"), "must end in .png or .svg"),

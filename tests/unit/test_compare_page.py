@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from triptych.config import EngineConfig
+from triptych.cache.geometry import CacheGeometry
+from triptych.config import EngineConfig, ModelShape
 from triptych.engine.profiles import PROFILES
+from triptych.planner.models import TINY_CONFIG
+from triptych.workload import compare as comparison
 from triptych.workload.clients import Counts
-from triptych.workload.compare import SETUPS, Compared, requests_of
+from triptych.workload.compare import SETUPS, Compared, Plan, Setup, compare, requests_of
 from triptych.workload.compare_page import write_comparison
 from triptych.workload.load import Timing
 from triptych.workload.load_report import Slo
 from triptych.workload.objectives import objective_for
-from triptych.workload.trials import Contender
+from triptych.workload.simulate import MachineCosts, StepCosts
+from triptych.workload.trials import Contender, Trial, keep_whole_rounds
 
 
 def contender(name: str, slower: float) -> Contender:
@@ -68,6 +72,40 @@ def test_rounds_follow_each_other_when_they_are_pooled() -> None:
     assert len(pooled) == 18 and len({timing.session for timing in pooled}) == 18
     assert pooled[6].intended == pytest.approx(2.0) and pooled[12].intended == pytest.approx(2.0 + 2.2)
     assert [timing.first for timing in pooled[6:12]] == pytest.approx([1.1] * 6)
+
+
+def test_after_an_interrupt_only_rounds_that_all_have_run_are_compared() -> None:
+    whole, torn, late = (contender(name, 1.0) for name in ("whole", "torn", "late"))
+    torn.torn, late.rounds = True, late.rounds[:2]
+    assert keep_whole_rounds([whole, torn, late]) == 2
+    assert [len(one.rounds) for one in (whole, torn, late)] == [2, 2, 2] and not torn.torn
+    alone = contender("alone", 1.0)
+    alone.rounds, alone.torn = alone.rounds[:1], True
+    assert keep_whole_rounds([alone, contender("other", 1.0)]) == 0
+    assert len(alone.rounds) == 1 and alone.torn, "nothing is dropped where no round is whole"
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_an_interrupted_comparison_keeps_its_whole_rounds(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(trial: Trial, contenders: list[Contender], on_done: object) -> None:
+        for one in contenders:
+            one.rounds = contender(one.name, 1.0).rounds[:rounds]
+        contenders[0].rounds.append([])
+        contenders[0].torn = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "run_trial", interrupted)
+    costs = MachineCosts(StepCosts(step=0.01, decode=0.001, prompts=0.02, prompt=0.0, prefill=0.0005, context=0.02))
+    plan = Plan("tiny", costs, {"chat": {}, "mixed": {"max_running": 4}}, rounds=5)
+    geometry = CacheGeometry.of(ModelShape.from_file(TINY_CONFIG))
+    setup = Setup(8, 0.02, "closed:2", "28MiB", "")
+    if not rounds:
+        with pytest.raises(KeyboardInterrupt):
+            compare("chat", setup, plan, geometry)
+        return
+    found = compare("chat", setup, plan, geometry)[1].to_dict()
+    assert found["cut_short"] is True
+    assert [len(one["objective"]) for one in found["profiles"].values()] == [2, 2]
 
 
 @pytest.mark.parametrize("name", SETUPS)

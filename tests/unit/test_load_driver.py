@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from triptych.errors import ConfigError
 from triptych.words import TokenIds
+from triptych.workload.address import Address, address_of
 from triptych.workload.clients import AnswerError, Counts, OverHttp, Piece
 from triptych.workload.load import Load, LoadSettings, Timing, scaled
 from triptych.workload.load_page import write_page
@@ -239,9 +241,12 @@ def test_streams_are_read_whole_or_in_chunks_of_any_size(size: int) -> None:
     [
         (b"HTTP/1.1 429 Too Many\r\n\r\nslow down", "answered 429: slow down"),
         (OK + b"\r\n" + events({"error": {"message": "broke"}}), "broke"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\nff\r\nshort", "did not answer"),
-        (b"", "did not answer"),
-        (b"nonsense\r\n\r\n", "did not answer"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nff\r\nshort", "did not answer: it closed the connection."),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n", "did not answer: it closed the connection."),
+        (OK, "did not answer: it closed the connection."),
+        (b"", "did not answer: it closed the connection."),
+        (b"nonsense\r\n\r\n", "did not answer: what it sent is no HTTP."),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "did not answer: what it sent is no HTTP."),
     ],
 )
 def test_what_is_no_answer_is_said(reply: bytes, sentence: str) -> None:
@@ -250,9 +255,43 @@ def test_what_is_no_answer_is_said(reply: bytes, sentence: str) -> None:
     assert sentence in str(refused.value)
 
 
-def test_addresses_are_checked() -> None:
-    with pytest.raises(ConfigError, match="is no address"):
-        OverHttp("ftp://x", "m", decode=None)
+def test_a_server_that_is_gone_is_said() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def ask() -> None:
+        async for _ in OverHttp(f"127.0.0.1:{port}", "m", decode=None).ask(["a"], 2, "s"):
+            pass
+
+    with pytest.raises(AnswerError, match=rf"^127.0.0.1:{port} did not answer: Connection refused\.$"):
+        asyncio.run(ask())
+
+
+def test_an_open_stream_that_ends_without_an_end_is_no_answer() -> None:
+    """Where neither length nor chunks say what is missing, its last event does."""
+    with pytest.raises(AnswerError, match="did not answer: it closed the connection"):
+        served(OK + b"\r\n" + events({"choices": [{"text": "x"}]}).removesuffix(b"data: [DONE]\n\n"))
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("localhost:8000/v1/", Address(False, "localhost", 8000, "")),
+        ("https://x.org/api/v1", Address(True, "x.org", None, "/api")),
+        ("http://[::1]:80", Address(False, "::1", 80, "")),
+    ],
+)
+def test_addresses_as_people_type_them(url: str, found: Address) -> None:
+    assert address_of(url) == found
+    assert address_of(found.base) == found
+    assert found.here is (found.host != "x.org")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "", "http://", "http://[::1", "x:y", "http://x:99999", "http://x:-1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no address of a server"):
+        OverHttp(url, "m", decode=None)
 
 
 def timing(session: str, first: float, total: float, error: str | None = None) -> Timing:

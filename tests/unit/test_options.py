@@ -15,9 +15,11 @@ from triptych.words import SamplingParams
 
 def test_sizes_may_be_text_and_directories_paths() -> None:
     given = {"kv_memory": "64MiB", "host_memory": 1 << 20, "disk": Path("/tmp/x"), "ttl": 5, "step_tokens": None}
+    given |= {"disk_memory": None, "max_running": None}
     config = EngineConfig.from_options(**options_of(given))
     assert (config.cache.kv_memory, config.cache.host_memory) == (64 << 20, 1 << 20)
     assert (config.cache.disk, config.cache.ttl, config.step_tokens) == ("/tmp/x", 5, None)
+    assert (config.cache.disk_memory, config.max_running) == (64 << 30, 16), "None is the default"
 
 
 def test_what_is_no_option_is_left_to_who_knows_them() -> None:
@@ -41,6 +43,27 @@ def test_a_value_of_another_type_is_one_sentence(option: str, value: Any, senten
     with pytest.raises(ConfigError) as caught:
         options_of({option: value})
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_threads_are_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"threads must be at least 1, not {count}"):
+        EngineConfig.from_options(threads=count)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"stop": None}, "stop must be at most 16 non-empty strings."),
+        ({"stop": 3}, "stop must be at most 16 non-empty strings."),
+        ({"stop": ("a", "")}, "stop must be at most 16 non-empty strings."),
+        ({"grammar": "start: x"}, "grammar must be a Grammar, not str."),
+    ],
+)
+def test_sampling_values_of_another_type_are_one_sentence(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**given)
+    assert str(caught.value) == sentence
 
 
 def test_a_stop_string_alone_is_not_taken_for_its_letters() -> None:

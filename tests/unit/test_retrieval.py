@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from triptych.cli.main import main
+from triptych.cli.talker import RemoteTalker
 from triptych.errors import ConfigError
 from triptych.text.chat import Message, Role
 from triptych.text.tokenizer import Tokenizer
@@ -116,6 +124,77 @@ def test_wrong_settings_are_refused_by_name() -> None:
     server = OverHttp("http://127.0.0.1:9", "tiny", model.encode, model.decode, timeout=2)
     with pytest.raises(ConfigError, match="cannot be reached"):
         server.ask([Message(Role.USER, "hello")], "1")
+
+
+@contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """The address of a server that answers one request with `reply`."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection, connection.makefile("rb") as sent:
+                length = 0
+                while (line := sent.readline()).strip():
+                    name, _, value = line.lower().partition(b":")
+                    length = int(value) if name == b"content-length" else length
+                sent.read(length)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join()
+
+
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence", "models"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached: SSH-2.0", "lists no models: SSH-2.0"),
+        (b"", "cannot be reached: Remote end closed connection without response", "lists no models: Remote end closed"),
+        (OK + b"<html>", "is no JSON", "is no list of models"),
+        (OK + b"[1]", "is no chat completion", "is no list of models"),
+        (OK + b'{"choices": [], "data": [3]}', "is no chat completion", "is no list of models"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n{}", "cannot be reached", "lists no models"),
+    ],
+)
+def test_what_is_no_server_of_models_is_said(
+    capsys: pytest.CaptureFixture[str], reply: bytes, sentence: str, models: str
+) -> None:
+    model = Reader()
+    with answering(reply) as url, pytest.raises(ConfigError, match=re.escape(sentence)):
+        OverHttp(url, "tiny", model.encode, model.decode, timeout=9).ask([Message(Role.USER, "hello")], "1")
+    with answering(reply) as url:
+        assert main(["bench", "chat", "--url", url]) == 2
+    assert models in capsys.readouterr().err
+    with answering(reply) as url, pytest.raises(ConfigError, match=r"is no such server|No server answers"):
+        asyncio.run(RemoteTalker(url).start())
+
+
+def test_an_evaluation_that_is_cut_short_shows_what_was_answered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(Reader):
+        def __init__(self, error: BaseException) -> None:
+            super().__init__()
+            self._error = error
+
+        def ask(self, messages: Sequence[Message], value: str) -> Answer:
+            if len(self.seen) == 7:
+                raise self._error
+            return super().ask(messages, value)
+
+    for error, status in ((KeyboardInterrupt(), 130), (ConfigError("It went away."), 2)):
+        monkeypatch.setattr("triptych.cli.eval._server", lambda url, model, error=error: Dying(error))
+        assert main(["eval", "retrieval", "--url", "x", "--lengths", "1K", "--json"]) == status
+        out, err = capsys.readouterr()
+        found = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+        assert found["cut_short"] is True and len(found["rows"]) == 7
+        assert found["summary"][0]["alone"] == 1.0 and found["summary"][0]["together"] is None
+        assert err == ("triptych: Interrupted.\n" if status == 130 else "triptych: It went away.\n")
 
 
 def test_an_engine_without_tokenizer_is_refused() -> None:

@@ -227,6 +227,22 @@ def test_faults_are_named_by_their_path(messages: list[Any], param: str, sentenc
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize("encoding", [PlainEncoding(), default_encoding()])
+def test_a_schema_that_is_nested_too_deeply_is_refused(tokenizer: Tokenizer, encoding: ChatEncoding) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(450):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tools = parse_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
+    with pytest.raises(RequestError, match="nested too deeply"):
+        render_turns(
+            parse_turns([{"role": "user", "content": "x"}]),
+            tokenizer,
+            Style(functions=tools),
+            limit=99,
+            encoding=encoding,
+        )
+
+
 @pytest.mark.parametrize(
     ("tool", "param"),
     [

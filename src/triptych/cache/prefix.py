@@ -14,14 +14,20 @@ chain; a pin is counted once in each ancestor that had none, so that the number 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+
+import numpy as np
 
 from triptych.config import PAGE
 from triptych.words import TokenIds
 
 PAGE_ID_BYTES = PAGE * 4
+
+_LATEST = 1 << 22
+"""Tokens of all prompts whose keys are kept, at most, apart from the last one: 16 MiB, and 1 MiB of keys."""
 
 
 @dataclass(eq=False, slots=True)
@@ -121,22 +127,50 @@ def page_keys(parent: bytes, tokens: TokenIds) -> Iterator[bytes]:
         yield key
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Named:
+    """A prompt and the keys of its whole pages, at least one."""
+
+    root: bytes
+    tokens: TokenIds
+    keys: list[bytes]
+
+    def begins(self, tokens: TokenIds) -> bool:
+        """Whether its whole pages are the first of `tokens`. Of those that are not most differ in the last token."""
+        end = len(self.keys) * PAGE
+        if end > len(tokens) or self.tokens[end - 1] != tokens[end - 1]:
+            return False
+        return np.array_equal(self.tokens[:end], tokens[:end])
+
+
 class Names:
-    """Keys of waiting prompts' pages, worked out once for each: hashing a long prompt in each step would be dear."""
+    """Keys of waiting prompts' pages, worked out once for each: hashing a long prompt in each step would be dear. Those
+    of the latest prompts are kept, since the next ones are mostly longer ones of the same conversations."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[bytes, list[bytes]]] = {}
+        self._latest: deque[_Named] = deque(maxlen=32)
 
     def of(self, request_id: str, root: bytes, tokens: TokenIds) -> list[bytes]:
         """The keys of a request's whole pages, which follow `root`."""
         known = self._known.get(request_id)
         if known is None or known[0] != root:
-            known = self._known[request_id] = root, list(page_keys(root, tokens))
+            known = self._known[request_id] = root, self._keys(root, tokens)
         return known[1]
 
     def forget(self, request_id: str) -> None:
         """The request waits no more."""
         self._known.pop(request_id, None)
+
+    def _keys(self, root: bytes, tokens: TokenIds) -> list[bytes]:
+        older = (old.keys for old in self._latest if old.root == root and old.begins(tokens))
+        begun: list[bytes] = max(older, key=len, default=[])
+        keys = begun + list(page_keys(begun[-1] if begun else root, tokens[len(begun) * PAGE :]))
+        if len(keys) > len(begun):
+            self._latest.append(_Named(root, tokens, keys.copy()))
+            while sum(len(old.tokens) for old in self._latest) > max(_LATEST, len(tokens)):
+                self._latest.popleft()
+        return keys
 
 
 class PrefixTree:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import math
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import typer
 
-from triptych.cli.flags import EngineFlags, spread
+from triptych.cli.flags import EngineFlags, check_price, spread
 from triptych.cli.outfiles import check_file, write_file
 from triptych.errors import ConfigError, TriptychError, nearest, reason_of
 
@@ -62,9 +62,9 @@ class LoadFlags:
             raise ConfigError(f"--requests must be at least 1, not {self.requests}.")
         if self.rounds < 1:
             raise ConfigError(f"--rounds must be at least 1, not {self.rounds}.")
-        for name, value in (("--speed", self.speed), ("--scale", self.scale)):
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, not {value}.")
+        for name, value, highest in (("--speed", self.speed, 1e12), ("--scale", self.scale, 1e3)):
+            if not 0 < value <= highest:
+                raise ConfigError(f"{name} must be above 0 and at most {highest:g}, not {value}.")
         if self.text is not None and not self.text.is_dir():
             raise ConfigError(f"--text {self.text} is no directory.")
 
@@ -85,16 +85,15 @@ class ResultFlags:
     def check(self) -> None:
         """ConfigError for values out of range and files that cannot be written."""
         check_accepted(self.ttft, self.tpot)
-        if self.price is not None and not self.price >= 0:
-            raise ConfigError(f"--price must not be negative, as {self.price} is.")
+        check_price(self.price)
         check_file("--out", self.out)
         check_file("--report", self.report)
 
 
 def check_accepted(ttft: float, tpot: float) -> None:
-    """ConfigError for times that no request can keep."""
+    """ConfigError for times that no request can keep, or that all do."""
     for name, value in (("--ttft", ttft), ("--tpot", tpot)):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{name} must be a positive number of seconds, not {value}.")
 
 
@@ -135,35 +134,55 @@ def bench(
     """
     load.check()
     results.check()
+    _check_once([url, *(against or [])])
     about = {"workload": workload, "requests": load.requests, "seed": load.seed, "arrivals": load.arrivals}
     about |= {"speed": load.speed, "scale": load.scale, "clock": load.clock, "rounds": load.rounds}
     if url is None:
-        _show(*_in_process(workload, model or "tiny", load, engine, against or []), about, results)
-        return
-    if load.rounds > 1 or load.clock != "wall":
+        ran = _in_process(workload, model or "tiny", load, engine, against or [])
+    elif load.rounds > 1 or load.clock != "wall":
         raise ConfigError("--rounds and --clock are for engines of this process.", "Leave out --url.")
-    from triptych.workload.named import users
+    else:
+        asked = _Asked(model, key, tokenizer)
+        ran = _at_servers([url, *(against or [])], asked, load, requests_of(workload, load, load.seed))
+    _show(ran, about | {"cut_short": ran.cut}, results)
+    if ran.cut:
+        raise KeyboardInterrupt  # only now: what had been measured is shown and kept
 
-    run = _OverHttp(requests_of(workload, load, load.seed), users(load.arrivals), load)
-    runs = {one: run.over_http(one, model, key, tokenizer) for one in (url, *(against or []))}
-    _show(runs, None, about, results)
+
+def _check_once(names: list[str | None]) -> None:
+    """ConfigError for contenders of one name, whose figures would be taken for each other's."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} would run twice.", "To see how much runs differ, use --rounds, or run it again.")
 
 
-class _Ran(NamedTuple):
+class _Run(NamedTuple):
     """What one run gave."""
 
     timings: list[Timing]
     energy: Energy
 
 
-def _in_process(
-    workload: str, model: str, load: LoadFlags, engine: EngineFlags, against: list[str]
-) -> tuple[dict[str, _Ran], list[Contender] | None]:
-    """Run here: the flags' engine, and those whose options differ. Results by name; contenders if several."""
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What became of all runs, by name.
+
+    `compares`: whether several were asked for. `contenders`: settings of this process that are judged by whole rounds.
+    `cut`: what an interrupt has left, as a sentence; None if there was none.
+    """
+
+    runs: dict[str, _Run]
+    compares: bool
+    contenders: list[Contender] | None = None
+    cut: str | None = None
+
+
+def _in_process(workload: str, model: str, load: LoadFlags, engine: EngineFlags, against: list[str]) -> _Ran:
+    """Run here: the flags' engine, and those whose options differ."""
     from triptych.engine.profiles import settings_from_text
     from triptych.workload.load import LoadSettings
     from triptych.workload.named import users
-    from triptych.workload.trials import Contender, Trial
+    from triptych.workload.trials import Contender, Trial, keep_whole_rounds
 
     options = engine.options()
     others = [Contender(one, options | settings_from_text(one, "--against")) for one in against]
@@ -172,8 +191,29 @@ def _in_process(
     trial = Trial(
         model, lambda number: requests_of(workload, load, load.seed + number), settings, load.rounds, load.text
     )
-    run_with_progress(trial, contenders, load.requests)
-    return {one.name: _Ran(one.timings(), one.energy()) for one in contenders}, contenders if others else None
+    cut, whole = None, load.rounds
+    try:
+        run_with_progress(trial, contenders, load.requests)
+    except KeyboardInterrupt:
+        if not any(one.rounds for one in contenders):
+            raise  # before the first answer
+        whole = keep_whole_rounds(contenders) if others else 0
+        cut = _cut_by_rounds(whole, trial) if whole else _cut_by_requests(contenders, trial)
+    runs = {one.name: _Run(one.timings(), one.energy()) for one in contenders if one.rounds}
+    return _Ran(runs, bool(others), contenders if others and whole else None, cut)
+
+
+def _cut_by_rounds(whole: int, trial: Trial) -> str:
+    return f"Interrupted; these figures are of the {whole} of {trial.rounds} rounds that all contenders had ended."
+
+
+def _cut_by_requests(contenders: list[Contender], trial: Trial) -> str:
+    wanted = len(contenders) * sum(len(trial.requests(number)) for number in range(trial.rounds))
+    return _cut_after(sum(len(timings) for one in contenders for timings in one.rounds), wanted)
+
+
+def _cut_after(ended: int, wanted: int) -> str:
+    return f"Interrupted; these figures are of the {ended:,} of {wanted:,} requests that had ended."
 
 
 def run_with_progress(trial: Trial, contenders: list[Contender], requests: int) -> None:
@@ -188,33 +228,33 @@ def _flags_told(engine: EngineFlags) -> str:
     return " ".join(engine.arguments()).replace("--", "") or "defaults"
 
 
-def _show(
-    runs: dict[str, _Ran], contenders: list[Contender] | None, about: dict[str, Any], results: ResultFlags
-) -> None:
+def _show(ran: _Ran, about: dict[str, Any], results: ResultFlags) -> None:
     """Print the figures; write the files that were asked for. TriptychError if nothing was answered."""
     from triptych.workload.load_pairs import pair_lines, paired
     from triptych.workload.load_report import Slo, summary, table
 
-    slo = Slo(results.ttft, results.tpot)
-    figures = {name: summary(ran.timings, slo, results.price, ran.energy) for name, ran in runs.items()}
+    slo, runs = Slo(results.ttft, results.tpot), ran.runs
+    figures = {name: summary(one.timings, slo, results.price, one.energy) for name, one in runs.items()}
     first, *others = runs
     pairs = {other: paired(runs[first].timings, runs[other].timings) for other in others}
     found: dict[str, Any] = dict(about)
-    if not others:
-        found |= figures[first]
-    else:
+    if ran.compares:
         found |= {"runs": figures, "paired": pairs[others[0]] if len(others) == 1 else pairs}
+    else:
+        found |= figures[first]
     compared = [pair_lines(pair, first, other) for other, pair in pairs.items()]
-    if contenders:
-        found["objective"], told = _objective(contenders, about["workload"], slo)
+    if ran.contenders:
+        found["objective"], told = _objective(ran.contenders, about["workload"], slo)
         compared.append(told)
     if results.out is not None:
-        rows = {name: [_row(timing) for timing in ran.timings] for name, ran in runs.items()}
+        rows = {name: [_row(timing) for timing in one.timings] for name, one in runs.items()}
         write_file("--out", results.out, json.dumps({**found, "rows": rows}, indent=1) + "\n")
     if results.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        titles = [f"{name}\n" if others else "" for name in figures]
+        if ran.cut:
+            typer.echo(f"{ran.cut}\n")
+        titles = [f"{name}\n" if ran.compares else "" for name in figures]
         typer.echo("\n\n".join(title + table(one) for title, one in zip(titles, figures.values(), strict=True)))
         for text in compared:
             typer.echo("\n" + text)
@@ -223,7 +263,7 @@ def _show(
 
         shown = {name: (figures[name], runs[name].timings) for name in runs}
         write_page(results.report, shown, about | machine(), compared)
-    if any(one["failed"] == one["requests"] for one in figures.values()):
+    if not ran.cut and any(one["failed"] == one["requests"] for one in figures.values()):
         raise TriptychError("Every request failed.")
 
 
@@ -275,46 +315,62 @@ def requests_of(name: str, load: LoadFlags, seed: int) -> list[SessionRequest]:
 
 
 @dataclass(frozen=True, slots=True)
-class _OverHttp:
-    requests: list[SessionRequest]
-    closed: int
-    load: LoadFlags
+class _Asked:
+    """What servers are asked for: a model, with a key, lengths counted by a tokenizer."""
 
-    @property
-    def _temperature(self) -> float:
-        from triptych.workload.load import temperature_of
-
-        return temperature_of(self.requests)
-
-    def over_http(self, url: str, model: str | None, key: str | None, tokenizer: str | None) -> _Ran:
-        """Run against a server."""
-        from triptych.workload.clients import OverHttp
-
-        name = model or _served(url, key)
-        counting = _tokenizer(tokenizer or ("tiny" if name == "tiny" else "deepseek"))
-        client = OverHttp(url, name, counting.decode, key, temperature=self._temperature)
-        return asyncio.run(self._run(client, counting.encode, _meter(url)))
-
-    async def _run(self, client: Any, encode: Callable[[str], Any], meter: Meter) -> _Ran:
-        from triptych.workload.load import Load, LoadSettings
-        from triptych.workload.texts import Texts
-
-        longest = max(part.tokens for request in self.requests for part in (*request.prompt, request.output))
-        texts = Texts(encode, self.load.text, longest)
-        load = Load(client, texts, LoadSettings(self.load.speed, self.closed))
-        with _progress(len(self.requests)) as advance, meter:
-            timings = await load.run(self.requests, lambda timing: advance())
-        return _Ran(timings, meter.energy())
+    model: str | None
+    key: str | None
+    tokenizer: str | None
 
 
-def _meter(url: str | None) -> Meter:
-    """What counts the energy of an engine here (None) or of the server at `url`, if that is this machine."""
+def _at_servers(urls: list[str], asked: _Asked, load: LoadFlags, requests: list[SessionRequest]) -> _Ran:
+    """Send the same to one server after the other."""
+    runs: dict[str, _Run] = {}
+    try:
+        for url in urls:
+            _at_server(url, asked, load, requests, runs)
+    except KeyboardInterrupt:
+        if not runs:
+            raise  # before the first answer
+        ended = sum(len(run.timings) for run in runs.values())
+        return _Ran(runs, len(urls) > 1, cut=_cut_after(ended, len(urls) * len(requests)))
+    return _Ran(runs, len(urls) > 1)
+
+
+def _at_server(url: str, asked: _Asked, load: LoadFlags, requests: list[SessionRequest], runs: dict[str, _Run]) -> None:
+    """Adds what was answered to `runs`, also if it is interrupted."""
+    from triptych.workload.clients import OverHttp
+    from triptych.workload.load import Load, LoadSettings, temperature_of
+    from triptych.workload.named import users
+    from triptych.workload.texts import Texts
+
+    name = asked.model or _served(url, asked.key)
+    counting = _tokenizer(asked.tokenizer or ("tiny" if name == "tiny" else "deepseek"))
+    client = OverHttp(url, name, counting.decode, asked.key, temperature=temperature_of(requests))
+    longest = max(part.tokens for request in requests for part in (*request.prompt, request.output))
+    driver = Load(client, Texts(counting.encode, load.text, longest), LoadSettings(load.speed, users(load.arrivals)))
+    answered: list[Timing] = []
+    meter = _meter(url)
+
+    def done(timing: Timing) -> None:
+        answered.append(timing)
+        advance()
+
+    try:
+        with _progress(len(requests)) as advance, meter:
+            asyncio.run(driver.run(requests, done))
+    finally:
+        if answered:
+            runs[url] = _Run(sorted(answered, key=lambda timing: timing.intended), meter.energy())
+
+
+def _meter(url: str) -> Meter:
+    """What counts the energy of the server at `url`, if that is this machine."""
+    from triptych.workload.address import address_of
     from triptych.workload.energy import Meter
 
-    host = None if url is None else urlsplit(url if "://" in url else f"http://{url}").hostname
-    if host in (None, "localhost", "::1") or str(host).startswith("127."):
-        return Meter.of_this_machine()
-    return Meter((), f"{host} is another machine")
+    at = address_of(url)
+    return Meter.of_this_machine() if at.here else Meter((), f"{at.host} is another machine")
 
 
 @contextmanager
@@ -331,15 +387,19 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _served(url: str, key: str | None) -> str:
     """The name of the first model that a server lists."""
-    base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+    from triptych.workload.address import address_of
+
+    base = address_of(url).base
     request = urllib.request.Request(f"{base}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return str(json.load(response)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
             f"{base} lists no models: {reason_of(error)}.", "Start it, or name the model with --model."
         ) from None
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(f"What {base} answers is no list of models.", "Name the model with --model.") from None
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -12,7 +12,7 @@ import typer
 
 from triptych.cli.flags import EngineFlags, spread
 from triptych.cli.outfiles import PICTURE, check_file
-from triptych.errors import ConfigError, reason_of
+from triptych.errors import ConfigError, TriptychError, reason_of
 
 if TYPE_CHECKING:
     from triptych.workload.retrieval import Model, Row
@@ -57,14 +57,24 @@ def retrieval(
         raise ConfigError(f"--documents {documents} asks nothing.", "Use 1 or more.")
     check_file("--heat-map", heat_map, PICTURE)
     text = read_filler(filler) if filler is not None else None
-    from triptych.workload.retrieval import evaluate
+    from triptych.workload.retrieval import Report, evaluate
 
     target = _server(url, model) if url is not None else _in_process(model, engine, max(n for n, _ in plan))
-    report = evaluate(target, plan, filler=text, seed=seed, together=together, on_row=_Progress())
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+    progress = _Progress()
+    cut: BaseException | None = None
+    try:
+        evaluate(target, plan, filler=text, seed=seed, together=together, on_row=progress)
+    except (KeyboardInterrupt, TriptychError) as error:
+        if not progress.rows:
+            raise
+        cut = error  # what was answered until then is shown first
+    report = Report(target.name, tuple(progress.rows))
+    typer.echo(json.dumps(report.to_dict() | {"cut_short": cut is not None}, indent=2) if as_json else report.table())
     if heat_map is not None:  # last, so that a picture that fails takes no numbers with it
         report.heat_map(heat_map)
         print(f"Heat map in {heat_map}.", file=sys.stderr)
+    if cut is not None:
+        raise cut
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -111,14 +121,15 @@ def _server(url: str, model: str) -> Model:
 
 
 class _Progress:
-    """One line on a terminal that counts questions and right answers; silent in a pipe."""
+    """Keeps all rows; on a terminal one line counts questions and right answers."""
 
     def __init__(self) -> None:
-        self._asked = self._right = 0
+        self.rows: list[Row] = []
+        self._right = 0
 
     def __call__(self, row: Row) -> None:
-        self._asked += 1
+        self.rows.append(row)
         self._right += row.right
         if sys.stderr.isatty():
-            end = f"{self._right} of {self._asked} right, now at {row.length:,} tokens "
+            end = f"{self._right} of {len(self.rows)} right, now at {row.length:,} tokens "
             print(f"\r{end}", end="", file=sys.stderr, flush=True)

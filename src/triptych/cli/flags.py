@@ -6,6 +6,7 @@ Without it `serve`, `generate` and `chat` would each repeat every engine option,
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
@@ -168,6 +169,12 @@ class SamplingFlags:
         """Keyword arguments for SamplingParams."""
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         return given | {"stop": tuple(self.stop or ())}
+
+
+def check_price(price: float | None) -> None:
+    """ConfigError for what nobody pays."""
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price must be a number of dollars an hour, not {price}.")
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -69,13 +69,18 @@ def generate(
     loaded = Engine.load(name, **options)
     try:
         if as_json:
-            typer.echo(json.dumps(run_to_json(loaded, name, prompts, params), ensure_ascii=False, indent=2))
+            typer.echo(json_text(run_to_json(loaded, name, prompts, params)))
         elif len(prompts) == 1 and n == 1:
             stream_to_terminal(loaded, prompts[0], params)
         else:
             print_all(loaded, prompts, params)
     finally:
         loaded.close()
+
+
+def json_text(value: object) -> str:
+    """JSON that standard output can write: letters that it does not know are escaped."""
+    return json.dumps(value, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower(), indent=2)
 
 
 def read_prompts(words: Sequence[str], files: Sequence[Path]) -> tuple[str, list[Prompt]]:

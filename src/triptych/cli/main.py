@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from triptych import __version__
-from triptych.errors import ConfigError, RequestError, TriptychError, nearest
+from triptych.errors import ConfigError, RequestError, TriptychError, nearest, reason_of
 
 # subcommand -> what `triptych --help` says of it; each lives in the module of its name in this room
 COMMANDS = {
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 failed at run time, 2 a wrong flag, path, value or request, 130 interrupted.
     """
+    _take_any_text()
     try:
         status = typer.main.get_command(app).main(args=argv, prog_name="triptych", standalone_mode=False)
         if status == _INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
@@ -93,6 +97,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(_usage_sentence(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _say("Interrupted.", _INTERRUPTED)
+    except OSError as error:  # a full disk behind standard output, above all
+        _drop_output()
+        about = "" if error.filename is None else f"{error.filename}: "
+        return _say(f"{about}{reason_of(error)}.", 1)
+
+
+def _take_any_text() -> None:
+    """Standard output that knows fewer letters than a model gets question marks, and a closed one swallows all."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Forget what standard output still holds: writing it at the end of the process would fail again, with a trace."""
+    with suppress(OSError, ValueError):  # ValueError: it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_sentence(error: Any) -> str:
@@ -105,7 +127,10 @@ def _usage_sentence(error: Any) -> str:
         return text
     if type(error).__name__ == "NoSuchOption":
         text = f"{context.command_path} has no option {option}."
-        known = [name.lstrip("-") for parameter in context.command.params for name in parameter.opts]
+        names = [name for parameter in context.command.params for name in parameter.opts]
+        known = [name.lstrip("-") for name in names if name.startswith("-")]
+        if str(option).lstrip("-") in names:  # an argument, which has its name without dashes
+            return f"{text} Write its value without it: {context.command.get_usage(context).removeprefix('Usage: ')}"
         for close in get_close_matches(str(option).lstrip("-"), [*known, "help"], n=1):
             return f"{text} Did you mean --{close}?"
     return f"{text} See: {context.command_path} --help."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from triptych.cli.flags import spread
+from triptych.cli.flags import check_price, spread
 from triptych.cli.outfiles import PICTURE, check_file
 from triptych.errors import ConfigError
 
@@ -53,8 +53,7 @@ class MachineFlags:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         if not 0.0 < self.utilisation <= 1.0:
             raise ConfigError(f"--utilisation must be a share above 0 and at most 1, not {self.utilisation}.")
-        if self.price is not None and not self.price >= 0:
-            raise ConfigError(f"--price must not be negative, as {self.price} is.")
+        check_price(self.price)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from triptych.cli.bench import LoadFlags, check_accepted, machine, requests_of
-from triptych.cli.flags import spread
+from triptych.cli.flags import check_price, spread
 from triptych.cli.outfiles import PICTURE, check_file, write_file
 from triptych.engine.sizes import format_size, parse_size
 from triptych.errors import ConfigError, nearest
@@ -137,6 +137,7 @@ def fit(
     the shipped profiles, the Pareto front and one recommendation.
     """
     load.check()
+    check_price(where.price)
     check_accepted(ttft, tpot)
     check_file("--plot", plot, PICTURE)
     from triptych.engine.profiles import PROFILES, settings_from_text
@@ -205,16 +206,20 @@ def compare(
     from triptych.workload.compare_page import write_comparison
     from triptych.workload.verdicts import objective_lines
 
-    found = []
-    for one in run_comparisons(tuple(workloads or SETUPS), model, steps, rounds, seed, clock):
-        typer.echo(f"{one.workload}: {objective_lines(one.objective, one.rounds(), one.first)}")
-        for name, why in one.failed.items():
-            typer.echo(f"  {name:<40} cannot run: {why}")
-        found.append(one)
-        if out is not None:
-            write_file("--out", out, "".join(json.dumps(each.to_dict()) + "\n" for each in found))
-    if report is not None:  # last, so that a page that fails takes no numbers with it
-        write_comparison(report, found, {"rounds": rounds, "clock": clock, "seed": seed} | machine())
+    found: list[Compared] = []
+    try:
+        for one in run_comparisons(tuple(workloads or SETUPS), model, steps, rounds, seed, clock):
+            typer.echo(f"{one.workload}: {objective_lines(one.objective, one.rounds(), one.first)}")
+            for name, why in one.failed.items():
+                typer.echo(f"  {name:<40} cannot run: {why}")
+            if one.cut_short:
+                typer.echo(f"  Interrupted; {rounds} rounds were asked for.")
+            found.append(one)
+            if out is not None:
+                write_file("--out", out, "".join(json.dumps(each.to_dict()) + "\n" for each in found))
+    finally:  # last, so that a page that fails takes no numbers with it, and what was run before an interrupt is on it
+        if report is not None and found:
+            write_comparison(report, found, {"rounds": rounds, "clock": clock, "seed": seed} | machine())
 
 
 def run_comparisons(
@@ -226,7 +231,10 @@ def run_comparisons(
     clock: Literal["wall", "cpu"],
     without: tuple[str, ...] = (),
 ) -> Iterator[Compared]:
-    """Fit and run one workload after the other on this processor, behind a line that says what runs."""
+    """Fit and run one workload after the other on this processor, behind a line that says what runs.
+
+    An interrupt comes out of it as KeyboardInterrupt, after the workload whose finished rounds are still worth having.
+    """
     from rich.console import Console
 
     from triptych.cache.geometry import CacheGeometry
@@ -248,7 +256,10 @@ def run_comparisons(
         plan = Plan(model, costs, shipped, rounds, seed, clock, on_answer=told)
         for name in workloads:
             status.update(f"{name}: fit")
-            yield compare(name, SETUPS[name], plan, CacheGeometry.of(shape))[1]
+            one = compare(name, SETUPS[name], plan, CacheGeometry.of(shape))[1]
+            yield one
+            if one.cut_short:
+                raise KeyboardInterrupt
 
 
 def _world(where: WhereFlags) -> tuple[WorldOf, str, float | None]:

@@ -9,7 +9,6 @@ import json
 import socket
 import ssl
 import threading
-import urllib.parse
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from triptych.errors import ConfigError, RequestError, TriptychError
+from triptych.workload.address import address_of
 
 if TYPE_CHECKING:
     from triptych.engine.api import AsyncEngine
@@ -152,17 +152,7 @@ class RemoteTalker:
     def __init__(
         self, url: str, api_key: str | None = None, model: str | None = None, thinking: str | None = None
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise ConfigError(f"{url!r} is no address of a server.", "For instance: http://127.0.0.1:8000")
-        self._url = url
-        self._host, self._port = parts.hostname, port
-        self._secure = parts.scheme == "https"
-        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._url, self._address = url, address_of(url)
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -252,22 +242,23 @@ class RemoteTalker:
         try:
             with self._asking(connection, "GET", "/v1/models", None) as response:
                 return [str(entry["id"]) for entry in json.loads(response.read())["data"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, http.client.HTTPException):
             raise ConfigError(f"What is at {self._url} is no such server.", "Is the address right?") from None
         finally:
             connection.close()
 
     def _connection(self) -> http.client.HTTPConnection:
-        if self._secure:
-            return http.client.HTTPSConnection(self._host, self._port, context=ssl.create_default_context())
-        return http.client.HTTPConnection(self._host, self._port)
+        host, port = self._address.host, self._address.port
+        if self._address.secure:
+            return http.client.HTTPSConnection(host, port, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port)
 
     @contextlib.contextmanager
     def _asking(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: str | None
     ) -> Iterator[http.client.HTTPResponse]:
         try:
-            connection.request(method, self._base + path, body, self._headers)
+            connection.request(method, self._address.path + path, body, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "no answer"

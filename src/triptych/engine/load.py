@@ -47,6 +47,7 @@ from triptych.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BUNDLED = ("tiny",)
+_MOST_THREADS = 1024  # each would be one of this process
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "fp8": 0.5}
 """How far logits may lie apart because rows were batched otherwise; a wrong window moves them by more than 1."""
 
@@ -259,6 +260,8 @@ def _refuse_released(config: EngineConfig) -> None:
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
     """Compiled kernels split their work over threads of their own; the reference leaves that to the library."""
+    if (config.threads or 1) > _MOST_THREADS:
+        raise ConfigError(f"threads must be at most {_MOST_THREADS:,}, not {config.threads}.", "One per core is best.")
     if any(row.backend == "cpu" for row in kernels_for(config, device)):
         parallel.set_threads(config.threads)
     elif config.threads is not None:

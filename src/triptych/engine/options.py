@@ -35,8 +35,10 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in given.items():
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        kept = value is None or key in _PLAIN or key not in _hints()
-        found[key] = value if kept else typed(key, value, "load")
+        known = key in _hints()
+        if value is None and known:
+            continue
+        found[key] = typed(key, value, "load") if known and key not in _PLAIN else value
     return found
 
 

@@ -11,6 +11,7 @@ from triptych.cache.geometry import CacheGeometry
 from triptych.cache.store import RemoteStore, SegmentStore
 from triptych.cache.store.protocol import Store
 from triptych.config import CacheConfig, EngineConfig
+from triptych.errors import ConfigError
 
 LAYOUT = 2
 """Version of what the bytes of pages and snapshots mean; raise it when geometry or order of segments change."""
@@ -33,6 +34,8 @@ def open_stores(config: CacheConfig, fingerprint: bytes) -> tuple[Store, ...]:
     """The stores below device and host, fastest first. ConfigError if one cannot be used."""
     stores: list[Store] = []
     if config.disk is not None:
+        if not config.disk:  # which would be the directory where this was started
+            raise ConfigError("disk names no directory.", "Name one, or leave it out.")
         stores.append(SegmentStore(Path(os.path.expanduser(config.disk)), fingerprint, config.disk_memory))
     if config.remote is not None:
         stores.append(RemoteStore(config.remote, fingerprint))

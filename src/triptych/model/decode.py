@@ -17,7 +17,7 @@ from triptych.config import CSA_LAYER, CSA_RATIO, HCA_RATIO, SWA_LAYER, ModelSha
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
-from triptych.kernels.mhc.ref import Residual
+from triptych.kernels.mhc.ref import Residual, Uncollapsed
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Mxfp4Matrix
 from triptych.kernels.registry import KernelSet
 from triptych.kernels.select_rows.ref import IndexQueries
@@ -50,8 +50,12 @@ class Decoder:
         # streams are copies of rows of this table, so its dtype is theirs
         self.embed = weights.embed.to(numerics.dtype)
         self._fronts = [_front_weights(layer.attention, weights.shape, numerics.native) for layer in weights.layers]
+        native = numerics.native
         self._sites = [
-            layer.attn_site._replace(rounds=numerics.native and isinstance(layer.attention.front, FrontMatrix))
+            (
+                layer.attn_site._replace(rounds=native and isinstance(layer.attention.front, FrontMatrix)),
+                layer.ffn_site._replace(leaves=native and isinstance(layer.moe.experts.w13, Mxfp4Matrix)),
+            )
             for layer in weights.layers
         ]
 
@@ -68,11 +72,11 @@ class Decoder:
         y: Tensor | None = None
         for at, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if y is None:
-                x, *rest = k.mhc_first(batch.token_ids, self.embed, self._sites[at], layer.attn_norm)
+                x, *rest = k.mhc_first(batch.token_ids, self.embed, self._sites[at][0], layer.attn_norm)
             else:
-                x, *rest = k.mhc_rows(y, Residual(*rest), self._sites[at], layer.attn_norm)
+                x, *rest = k.mhc_rows(y, Residual(*rest), self._sites[at][0], layer.attn_norm)
             y = self._attention(x, layer, self._fronts[at], cache, step)
-            x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
+            x, *rest = k.mhc_rows(y, Residual(*rest), self._sites[at][1], layer.ffn_norm)
             y = self._moe(x, batch.token_ids, layer)
         hidden = k.mhc_last(y, Residual(*rest), self._w.hc_head, self._w.norm)
         return self.logits(hidden)
@@ -156,11 +160,12 @@ class Decoder:
         keys = entries._replace(pool=cache.index_keys)
         return self._k.select_rows(queries, keys, shape.index_topk)  # type: ignore[no-any-return]
 
-    def _moe(self, x: Tensor, token_ids: Tensor, layer: LayerWeights) -> Tensor:
+    def _moe(self, x: Tensor | Uncollapsed, token_ids: Tensor, layer: LayerWeights) -> Tensor:
         w = layer.moe
         if isinstance(w.experts.w13, Mxfp4Matrix):
             shared = (w.shared_w13, w.shared_w2)
             return self._k.moe_rows(x, token_ids, w.router, w.experts, shared)  # type: ignore[no-any-return]
+        assert isinstance(x, Tensor)
         return moe(x.float(), token_ids, w, self._k, self._n).to(x.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:

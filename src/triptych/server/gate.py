@@ -55,6 +55,10 @@ class Gate:
                     await self._pass(scope, receive, noting_send)
             except ClientLeft:
                 record.status = CLIENT_LEFT
+            except asyncio.CancelledError:
+                if not self._state.draining:
+                    raise
+                record.status = CLIENT_LEFT  # it read nothing while the server stopped; nobody else cancels requests
             except Exception as error:
                 fault = self._fault(error, record, limit.expired())
                 record.status = fault.status

@@ -34,8 +34,9 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready` is called with the base URL once requests are accepted.
 
-    The first signal drains: running requests may end within `options.drain_timeout`, new ones get 503. A second
-    signal stops at once. Raises ConfigError if the address cannot be had.
+    The first signal drains: running requests may end within `options.drain_timeout`, new ones get 503. A second one
+    ends them now, with an error event, and a third does not wait for that. Raises ConfigError if the address cannot
+    be had.
     """
     options = options or ServerOptions()
     listener = _listen(options.host, options.port)
@@ -77,7 +78,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _DrainingServer(uvicorn.Server):
-    """uvicorn closes its socket on the first signal; this one first lets running requests end."""
+    """uvicorn closes its socket on the first signal, and drops connections on the second, with a trace of each.
+
+    This one first lets running requests end, then ends them.
+    """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -94,20 +98,22 @@ class _DrainingServer(uvicorn.Server):
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second stops at once. uvicorn would re-raise it after an orderly end."""
+        """See `run_server`. uvicorn would re-raise the signal after an orderly end."""
         self._signals += 1
-        if self._signals > 1 or self._events is None:
+        if self._signals > 2 or self._events is None:
             self.should_exit = self.force_exit = True
-            return
-        name = signal.Signals(sig).name
-        self._events.call_soon_threadsafe(self._begin_drain, name)
+        elif self._signals == 2:
+            self._events.call_soon_threadsafe(self._state.hurry)
+        else:
+            self._events.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
         self._drain = asyncio.create_task(self._drain_then_exit(name))
 
     async def _drain_then_exit(self, name: str) -> None:
         timeout = self._state.options.drain_timeout
-        logger.info("%s: draining %d requests, %g s at most", name, self._state.in_flight, timeout)
+        running = self._state.in_flight
+        logger.info("%s: draining %d requests, %g s at most; again ends them at once", name, running, timeout)
         if not await self._state.drain(timeout):
             logger.warning("%d requests were still running and are ended", self._state.in_flight)
             await self._state.engine.stop()  # their streams end with an error event

@@ -36,7 +36,7 @@ class ServerState:
         self.responses = ResponseStore(options.store_memory)
         self.history = History(file=_history_file(engine), name=_tokenizer_name(engine))
         self.metrics = Metrics(engine)
-        self.draining = False
+        self.draining = self._hurried = False
         self.born = int(time.time())
         self._in_flight = 0
         self._threads = ThreadPoolExecutor(options.encode_threads, thread_name_prefix="triptych-encode")
@@ -91,9 +91,13 @@ class ServerState:
         """Refuse new requests and wait until none runs, `timeout` seconds at most. True if none is left."""
         self.draining = True
         deadline = time.monotonic() + timeout
-        while self._in_flight and time.monotonic() < deadline:
+        while self._in_flight and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
         return not self._in_flight
+
+    def hurry(self) -> None:
+        """Wait for no request any more."""
+        self._hurried = True
 
     def close(self) -> None:
         """Let the threads go."""

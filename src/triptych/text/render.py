@@ -75,10 +75,16 @@ def render_turns(
     salt: str = "",
     encoding: ChatEncoding | None = None,
 ) -> Prompt:
-    """The prompt that asks for the next assistant turn. Raises ContextTooLong beyond `limit` tokens."""
+    """The prompt that asks for the next assistant turn.
+
+    Raises ContextTooLong beyond `limit` tokens, RequestError for what cannot be spelled.
+    """
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
         raise RequestError("This model's tokenizer names no BOS or EOS token, which chat needs.")
-    spelled = (encoding or default_encoding()).spell(turns, style)
+    try:
+        spelled = (encoding or default_encoding()).spell(turns, style)
+    except RecursionError:  # of DeepSeek's package beyond 128 levels, of our own beyond some hundreds
+        raise RequestError("A schema or an argument of a tool is nested too deeply.", "Use fewer levels.") from None
     outline = _Outline(spelled, turns, style)
     writer = _Writer(spelled, tokenizer, limit)
     for turn, start, end in outline.said:

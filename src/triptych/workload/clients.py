@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 from zlib import crc32
 
 import numpy as np
 
-from triptych.errors import ConfigError, TriptychError
+from triptych.errors import TriptychError, reason_of
 from triptych.words import CacheHints, SamplingParams, TokenIds
+from triptych.workload.address import address_of
 
 if TYPE_CHECKING:
     from triptych.engine.async_engine import AsyncEngine
@@ -108,12 +109,10 @@ class OverHttp:
     """A server of the OpenAI completions API; prompts are text. Needs nothing beyond Python."""
 
     def __init__(self, url: str, model: str, decode: Any, key: str | None = None, *, temperature: float = 0.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url {url!r} is no address of a server.", "For example http://127.0.0.1:8000.")
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        at = address_of(url)
+        self._secure, self._host = at.secure, at.host
+        self._port = at.port or (443 if at.secure else 80)
+        self._path = f"{at.path}/v1/completions"
         self._key, self._decode, self._temperature = key, decode, temperature
         self.name = model
 
@@ -143,8 +142,8 @@ class OverHttp:
                             yield Piece(choice["text"], 1)  # servers send a chunk per token, give or take one
                     if event.get("usage"):
                         yield Piece(counts=_counts(event["usage"]))
-        except (OSError, TimeoutError, EOFError, ValueError, LookupError) as error:  # also what is no HTTP
-            raise AnswerError(f"{self._host}:{self._port} did not answer: {error or 'timed out'}.") from None
+        except (OSError, EOFError, ValueError, LookupError) as error:
+            raise AnswerError(f"{self._host}:{self._port} did not answer: {_why(error)}.") from None
 
     async def _events(self, body: bytes) -> AsyncIterator[dict[str, Any]]:
         context = ssl.create_default_context() if self._secure else None
@@ -165,10 +164,25 @@ class OverHttp:
             writer.close()
 
 
+def _why(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it closed the connection"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ConnectionError) and error.errno:  # asyncio's own text names the address once more
+        return os.strerror(error.errno)
+    return reason_of(error) if isinstance(error, OSError) else "what it sent is no HTTP"
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line. EOFError if the connection ends before it does."""
+    return await reader.readuntil(b"\n")
+
+
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    status = int((await reader.readline()).split()[1])
+    status = int((await _line(reader)).split()[1])
     headers: dict[str, str] = {}
-    while (line := (await reader.readline()).decode("latin-1").strip()) != "":
+    while (line := (await _line(reader)).decode("latin-1").strip()) != "":
         name, _, value = line.partition(":")
         headers[name.strip().lower()] = value.strip()
     return status, headers
@@ -177,7 +191,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
     """What arrives, as it arrives."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        while size := int((await reader.readline()).split(b";")[0], 16):
+        while size := int((await _line(reader)).split(b";")[0], 16):
             yield (await reader.readexactly(size + 2))[:-2]
         return
     while piece := await reader.read(1 << 16):
@@ -185,13 +199,18 @@ async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Asy
 
 
 async def _server_sent(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    rest = b""
+    """The events of a stream. EOFError if it ends without its last one: the server went away."""
+    rest, done = b"", False
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             data = line.strip().removeprefix(b"data:").strip()
-            if line.startswith(b"data:") and data != b"[DONE]":
+            if data == b"[DONE]":
+                done = True
+            elif line.startswith(b"data:"):
                 yield json.loads(data)
+    if not done:
+        raise EOFError
 
 
 def _counts(usage: dict[str, Any]) -> Counts:

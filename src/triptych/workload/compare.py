@@ -18,7 +18,7 @@ from triptych.workload.named import retimed, users, workload
 from triptych.workload.objectives import Objective, objective_for
 from triptych.workload.sessions import SessionRequest
 from triptych.workload.simulate import MachineCosts
-from triptych.workload.trials import Contender, Trial, run_trial
+from triptych.workload.trials import Contender, Trial, keep_whole_rounds, run_trial
 from triptych.workload.verdicts import best, gain, geometric, values
 
 
@@ -73,7 +73,10 @@ FIT_DRAWS = 4
 
 
 def compare(name: str, setup: Setup, plan: Plan, geometry: CacheGeometry) -> tuple[Fit, Compared]:
-    """Fit settings to the workload `name`, then run all profiles on it. The first one is what the fit recommends."""
+    """Fit settings to the workload `name`, then run all profiles on it. The first one is what the fit recommends.
+
+    An interrupt ends it after the rounds that all profiles have run; KeyboardInterrupt if there is none.
+    """
     objective = objective_for(name)
     memory = parse_size(setup.memory, "memory")
     seen = [requests_of(name, setup, plan.seed + FIT_SEED + number) for number in range(FIT_DRAWS)]
@@ -93,8 +96,14 @@ def compare(name: str, setup: Setup, plan: Plan, geometry: CacheGeometry) -> tup
         LoadSettings(SPEED, closed, plan.clock),
         plan.rounds,
     )
-    run_trial(trial, contenders, lambda profile, timing: plan.on_answer(name, profile))
-    return found, Compared(name, objective, plan.slo, found.profile.name, contenders, failed)
+    cut = False
+    try:
+        run_trial(trial, contenders, lambda profile, timing: plan.on_answer(name, profile))
+    except KeyboardInterrupt:
+        if not keep_whole_rounds(contenders):
+            raise
+        cut = True
+    return found, Compared(name, objective, plan.slo, found.profile.name, contenders, failed, cut)
 
 
 def requests_of(name: str, setup: Setup, seed: int) -> list[SessionRequest]:
@@ -113,7 +122,7 @@ def _cannot_start(one: Outcome, geometry: CacheGeometry, memory: int) -> bool:
 
 @dataclass(slots=True)
 class Compared:
-    """One workload's trial. `failed`: why a contender could not run at all, by name."""
+    """One workload's trial. `failed`: why a contender could not run at all, by name. `cut_short`: by an interrupt."""
 
     workload: str
     objective: Objective
@@ -121,6 +130,7 @@ class Compared:
     first: str
     contenders: Sequence[Contender]
     failed: Mapping[str, str]
+    cut_short: bool = False
 
     def rounds(self) -> dict[str, list[float]]:
         """The objective by contender and round."""
@@ -159,6 +169,7 @@ class Compared:
             "measured_best": best(self.objective, rounds),
             "profiles": profiles,
             "refused": dict(self.failed),
+            "cut_short": self.cut_short,
             "gains": gains,
         }
 

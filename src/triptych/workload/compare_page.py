@@ -97,8 +97,9 @@ def _verdicts(one: Compared) -> list[str]:
     rows += [f"<tr><td>{html.escape(name)}<td colspan=6>{html.escape(why)}" for name, why in one.failed.items()]
     slo = f" SLO: {one.slo.ttft:g} s to the first token, {one.slo.tpot:g} s for each further one."
     meaning = one.objective.meaning + (slo if "SLO" in one.objective.meaning else "")
+    cut = f"<p class=cut>Interrupted after {len(rounds[one.first])} rounds." if one.cut_short else ""
     table = f"<div class=wide><table>{''.join(rows)}</table></div>"
-    return [f"<h2>{html.escape(one.workload)}</h2><p>{html.escape(meaning)}</p>{table}"]
+    return [f"<h2>{html.escape(one.workload)}</h2>{cut}<p>{html.escape(meaning)}</p>{table}"]
 
 
 def _details(one: Compared) -> list[str]:

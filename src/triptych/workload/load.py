@@ -85,7 +85,10 @@ class Load:
     async def run(
         self, requests: Sequence[SessionRequest], on_done: Callable[[Timing], None] = lambda timing: None
     ) -> list[Timing]:
-        """Send all; returns their timings in order of intended time."""
+        """Send all; returns their timings in order of intended time.
+
+        `on_done` gets each as it ends: whoever cancels this has no others.
+        """
         sessions: dict[str, list[SessionRequest]] = {}
         for request in requests:
             sessions.setdefault(f"{request.tenant}/{request.session}", []).append(request)

@@ -20,7 +20,7 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;paddin
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,.set td{text-align:left}h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
 figure{margin:1em 0}figcaption{color:#555;font-size:.9em}svg{width:100%;min-width:640px;height:auto}
-.wide,figure,pre{overflow-x:auto}.wide td{white-space:nowrap}
+.cut{border-left:4px solid #e76f51;padding-left:.6em}.wide,figure,pre{overflow-x:auto}.wide td{white-space:nowrap}
 """
 _ROWS = (
     ("time to first token, s", "ttft_s"),
@@ -40,9 +40,11 @@ def write_page(
 ) -> None:
     """Write `runs`, (figures, timings) by name, to `path`. ConfigError if it fails.
 
-    `about`: settings and machine; `compared`: what the runs say of each other, as for a terminal.
+    `about`: settings and machine, and as `cut_short` what an interrupt has left, if one came; `compared`: what the runs
+    say of each other, as for a terminal.
     """
-    body = [figures_table(name, found) for name, (found, _) in runs.items()]
+    body = [f"<p class=cut>{html.escape(about['cut_short'])}"] if about.get("cut_short") else []
+    body += [figures_table(name, found) for name, (found, _) in runs.items()]
     if compared:
         body += ["<h2>Against each other</h2>", *(f"<pre>{html.escape(text)}</pre>" for text in compared)]
     body += plots(runs)

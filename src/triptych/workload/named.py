@@ -71,7 +71,7 @@ def retimed(requests: Sequence[SessionRequest], arrivals: str, seed: int = 0) ->
     for request in requests:
         sessions.setdefault(request.session, []).append(request)
     starts = _poisson(amount, seed) if kind == "poisson" else None
-    users = [0.0] * int(amount) if kind == "closed" else []
+    users = [0.0] * min(int(amount), len(sessions)) if kind == "closed" else []
     moved: list[SessionRequest] = []
     for session in sessions.values():
         begin = session[0].time

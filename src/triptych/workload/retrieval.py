@@ -10,6 +10,7 @@ recall): so the same document arrives many times and the prefix cache is measure
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -29,6 +30,7 @@ from triptych.text.chat import Message, Role, render
 from triptych.tiny.corpus import SOURCES, documents, held_out
 from triptych.tiny.facts import Fact, draw_facts
 from triptych.words import SamplingParams, TokenIds
+from triptych.workload.address import address_of
 
 if TYPE_CHECKING:
     from triptych.engine.api import Engine
@@ -134,7 +136,7 @@ class OverHttp:
     """Any server of the OpenAI chat API. Lengths are counted with the given tokenizer, not with the server's."""
 
     def __init__(self, url: str, model: str, encode: Encode, decode: Decode, timeout: float = 3600.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._url = f"{address_of(url).base}/v1/chat/completions"
         self.name, self.encode, self.decode, self._timeout = model, encode, decode, timeout
 
     def ask(self, messages: Sequence[Message], value: str) -> Answer:
@@ -150,14 +152,22 @@ class OverHttp:
         except urllib.error.HTTPError as error:
             detail = error.read().decode(errors="replace")[:300]
             raise ConfigError(f"{self._url} answered {error.code}: {detail}") from None
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ConfigError(
                 f"{self._url} cannot be reached: {reason_of(error)}.", "Start it with triptych serve."
             ) from None
-        usage = reply.get("usage") or {}
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        text = reply["choices"][0]["message"]["content"] or ""
-        return Answer(text, usage.get("prompt_tokens", 0), cached, time.perf_counter() - begun)
+        except ValueError:
+            raise ConfigError(f"What {self._url} answers is no JSON.", "Is the address right?") from None
+        return self._read(reply, time.perf_counter() - begun)
+
+    def _read(self, reply: Any, seconds: float) -> Answer:
+        try:
+            usage = reply.get("usage") or {}
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            text = reply["choices"][0]["message"]["content"] or ""
+            return Answer(text, usage.get("prompt_tokens", 0), cached, seconds)
+        except (LookupError, TypeError, AttributeError):
+            raise ConfigError(f"What {self._url} answers is no chat completion.", "Is the address right?") from None
 
 
 def standard_filler() -> str:
@@ -257,18 +267,22 @@ class Report:
             axes.figure.colorbar(image, label="share of questions")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON data, with the accuracies spelled out."""
+        """Everything as JSON data, with the accuracies spelled out; what was not asked is null."""
         summary = [
             {
                 "length": n,
-                "alone": self.accuracy(n, mode="alone"),
-                "together": self.accuracy(n, mode="together"),
-                "by_depth": [self.accuracy(n, depth=d) for d in DEPTHS],
+                "alone": _known(self.accuracy(n, mode="alone")),
+                "together": _known(self.accuracy(n, mode="together")),
+                "by_depth": [_known(self.accuracy(n, depth=d)) for d in DEPTHS],
                 "indexer_recall": self.recall(n),
             }
             for n in self.lengths()
         ]
         return {"model": self.model, "summary": summary, "rows": [asdict(r) | {"right": r.right} for r in self.rows]}
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value
 
 
 def _percent(value: float) -> str:

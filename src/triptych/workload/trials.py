@@ -24,12 +24,21 @@ from triptych.workload.texts import Texts
 
 @dataclass(slots=True)
 class Contender:
-    """Engine options by name, as Engine.load takes them, and what came out: timings by round."""
+    """Engine options by name, as Engine.load takes them, and what came out: timings by round.
+
+    `torn`: an interrupt ended the last of these rounds.
+    """
 
     name: str
     options: Mapping[str, Any]
     rounds: list[list[Timing]] = field(default_factory=list)
     energies: list[Energy] = field(default_factory=list)
+    torn: bool = False
+
+    def add(self, answered: Sequence[Timing], energy: Energy) -> None:
+        """One more round."""
+        self.rounds.append(sorted(answered, key=lambda timing: timing.intended))
+        self.energies.append(energy)
 
     def energy(self) -> Energy:
         """What all rounds took together."""
@@ -71,29 +80,54 @@ class Trial:
 def run_trial(
     trial: Trial, contenders: Sequence[Contender], on_done: Callable[[str, Timing], None] = lambda name, timing: None
 ) -> None:
-    """Fill in the rounds of all contenders; `on_done` gets the contender's name and each answered request."""
+    """Fill in the rounds of all contenders; `on_done` gets the contender's name and each answered request.
+
+    KeyboardInterrupt reaches the caller, and what had been answered is then the contender's last round.
+    """
     for number in range(trial.rounds):
         requests = trial.requests(number)
         for contender in random.Random(f"order {number}").sample(contenders, len(contenders)):
-            timings, energy = _turn(trial, contender, requests, on_done)
-            contender.rounds.append(timings)
-            contender.energies.append(energy)
+            _turn(trial, contender, requests, on_done)
+
+
+def keep_whole_rounds(contenders: Sequence[Contender]) -> int:
+    """After an interrupt: drop what not all have run, for a fair comparison. Returns the number of rounds left.
+
+    0 if there is no whole round: then all that was answered stays.
+    """
+    whole = min(len(one.rounds) - one.torn for one in contenders)
+    for one in contenders if whole else ():
+        del one.rounds[whole:], one.energies[whole:]
+        one.torn = False
+    return whole
 
 
 def _turn(
     trial: Trial, contender: Contender, requests: Sequence[SessionRequest], on_done: Callable[[str, Timing], None]
-) -> tuple[list[Timing], Energy]:
+) -> None:
     engine, meter = AsyncEngine.load(trial.model, **contender.options), Meter.of_this_machine()
     longest = max(part.tokens for request in requests for part in (*request.prompt, request.output))
+    answered: list[Timing] = []
 
-    async def run() -> list[Timing]:
+    def done(timing: Timing) -> None:
+        answered.append(timing)
+        on_done(contender.name, timing)
+
+    async def run() -> None:
         await engine.start()
         try:
             texts = Texts(engine.tokenizer.encode, trial.folder, longest)
             load = Load(InProcess(engine, temperature_of(requests)), texts, trial.settings)
             with meter:
-                return await load.run(requests, lambda timing: on_done(contender.name, timing))
+                await load.run(requests, done)
         finally:
             await engine.stop()
 
-    return asyncio.run(run()), meter.energy()
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        if answered:
+            contender.torn = True
+            contender.add(answered, meter.energy())
+        raise
+    contender.add(answered, meter.energy())

@@ -51,8 +51,9 @@ def lock_directory(directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise ConfigError(
-            f"The disk cache directory {directory} cannot be used: {error.strerror}.",
+            f"The disk cache directory {directory} cannot be used: {reason}.",
             "Name a directory that this user may read and write.",
         ) from error
     try:

@@ -204,7 +204,9 @@ class RemoteStore:
             answer = ask()
         except self._gone as error:
             self._down_until = self._clock() + RETRY_S
-            self._faults.report("gone", f"The cache server {self.url} does not answer and is left alone: {error}.")
+            self._faults.report(
+                "gone", f"The cache server {self.url} does not answer and is left alone: {str(error).rstrip('.')}."
+            )
             return None
         except (self._error, OSError, ValueError) as error:  # full, read-only, wrong user, closed meanwhile
             self._faults.report("refused", f"The cache server {self.url} refuses: {error}.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -106,6 +107,19 @@ class SegmentStore:
         coming = max(0, self._segment_bytes - self._open.end) if self._open else 0
         with self._write_lock:
             self._reclaim_down_to(self._quota - coming, carry=False)
+        self._compare_quota_with_disk()
+
+    def _compare_quota_with_disk(self) -> None:
+        """Say so where the disk will be full first: then nothing new is stored, as room is only made for the quota."""
+        room = shutil.disk_usage(self.directory).free + sum(segment.end for segment in self._segments.values())
+        if room < self._quota:
+            logger.warning(
+                "The disk cache %s may take %.1f GiB, but there is room for %.1f: once the disk is full, nothing new "
+                "is stored. Lower --disk-memory.",
+                self.directory,
+                self._quota / 2**30,
+                room / 2**30,
+            )
 
     def put(self, key: ObjectKey, payload: Sequence[Buffer]) -> bool:
         """See `Store.put`."""

@@ -1,4 +1,4 @@
-"""Attention for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches, or in one for many step rows.
+"""Attention for NVIDIA GPUs, straight from packed or bfloat16 caches, in two launches, or in one where a split has all.
 
     keys of a row    | window rows from the ring | entries: the chosen ones, or all visible ones |
     its splits        [------ span ------][------ span ------][------ span ------][-- rest --]
@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention, WindowRows
@@ -190,8 +191,8 @@ def _launch(
 ) -> None:
     """Both launches into `out` [R, H, c].
 
-    A stride of 0 stands for step rows, whose window is a stretch of a flat workspace; of a single split of theirs the
-    first launch writes the result itself. An eps of 0 stands for queries that are normed and rotated already.
+    A stride of 0 stands for step rows, whose window is a stretch of a flat workspace. Of a single split the first
+    launch writes the result itself. An eps of 0 stands for queries that are normed and rotated already.
     """
     flat, raw = window.stride == 0, queries.eps > 0
     rows, heads, dim = out.shape
@@ -202,7 +203,7 @@ def _launch(
         most += entries.most if ids is None else ids.shape[1]
     t = tiling or _usual(queries, window, out, most)
     splits = triton.cdiv(most, t.span)
-    whole = flat and splits == 1 and not t.fixed
+    whole = splits == 1 and not t.fixed
     part = out if whole else torch.empty(rows, splits, heads, dim, device=out.device)
     stats = attention.sink if whole else torch.empty(2, rows, splits, heads, device=out.device)
     cos, sin = queries.angles
@@ -234,9 +235,11 @@ def _second_launch(sums: tuple[Any, ...], meta: dict[str, Any], out: Tensor, spl
         return
     width = min(triton.next_power_of_2(dim), 128 if rows * heads < 1024 else 512)
     most = triton.next_power_of_2(splits)
+    early = is_hopper(out.device)
     _combine[(triton.cdiv(dim, width), heads, rows)](
-        *sums, **meta, WIDTH=width, SPLITS=most, TAKEN=min(most, 2048 // width), num_warps=1
-    )
+        *sums, **meta, WIDTH=width, SPLITS=most, TAKEN=min(most, 2048 // width), EARLY=early, num_warps=1,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
 
 
 def _usual(queries: Queries, window: RingRows, out: Tensor, most: int) -> Tiling:
@@ -263,7 +266,7 @@ def _first_launch(t: Tiling) -> Any:
 def _choices(t: Tiling, window: RingRows, dim: int, rope: int) -> dict[str, Any]:
     """What only Triton's own kernel is compiled for."""
     if not t.warps:
-        return {"num_warps": 8}
+        return {"num_warps": 4}  # beside those of its other warpgroups
     return {
         "PACKED": isinstance(window.ring, PackedRows),
         "WIDE": INTERPRETED or window.ring.dtype == torch.float32,
@@ -364,20 +367,24 @@ def _combine(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     TAKEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Dims [WIDTH] of one head of one row: the splits' sums, TAKEN in flight, by their weights; then rotated back.
 
-    One warp, whose vectors are all of one layout: nothing goes through shared memory.
+    One warp, whose vectors are all of one layout: nothing goes through shared memory. EARLY: the launch does not wait
+    for the end of the one before, so its programs do.
     """
     r, h, start = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * WIDTH
     d = start + tl.arange(0, WIDTH)
     _, _, total = extent(r, positions_ptr, lowest_ptr, visible_ptr, chosen_count, MODE, REACH, FLAT)
     used = tl.cdiv(total, span)
     line = r * splits * heads + h
+    sink = tl.load(sink_ptr + h) * 1.4426950408889634
+    if EARLY:  # all else that is read here was there before the first launch
+        gdc_wait()
     s = tl.arange(0, SPLITS)
     peaks = tl.load(peak_ptr + line + s * heads, mask=s < used, other=-1.0e30)
     weights = tl.load(weight_ptr + line + s * heads, mask=s < used, other=0.0)
-    sink = tl.load(sink_ptr + h) * 1.4426950408889634
     highest = tl.maximum(tl.max(peaks, 0), sink)
     weight = tl.sum(weights * tl.exp2(peaks - highest), 0) + tl.exp2(sink - highest)
     acc = tl.zeros([WIDTH], tl.float32)
@@ -388,10 +395,16 @@ def _combine(
             x = tl.load(part_ptr + row * DIM + d, mask=there & (d < DIM), other=0.0)
             acc += x * factor
     if start + WIDTH > DIM - ROPE and RAW:
-        even, odd = tl.split(tl.reshape(acc, [WIDTH // 2, 2]))
-        pair = start // 2 + tl.arange(0, WIDTH // 2) - (DIM - ROPE) // 2
-        turns = (pair >= 0) & (pair < ROPE // 2)
-        cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=turns, other=1.0)
-        sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=turns, other=0.0)
-        acc = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [WIDTH])
+        acc = _turned_back(acc, cos_ptr + r * (ROPE // 2), sin_ptr + r * (ROPE // 2), start - (DIM - ROPE), ROPE, WIDTH)
     tl.store(out_ptr + (r * heads + h) * DIM + d, (acc / weight).to(out_ptr.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _turned_back(x, cos_ptr, sin_ptr, start, ROPE: tl.constexpr, WIDTH: tl.constexpr):
+    """x [WIDTH] rotated back where it is in the ROPE dims, `start` behind whose first it begins."""
+    even, odd = tl.split(tl.reshape(x, [WIDTH // 2, 2]))
+    pair = start // 2 + tl.arange(0, WIDTH // 2)
+    turns = (pair >= 0) & (pair < ROPE // 2)
+    cos = tl.load(cos_ptr + pair, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + pair, mask=turns, other=0.0)
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [WIDTH])

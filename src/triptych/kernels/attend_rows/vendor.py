@@ -34,9 +34,10 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows, Rows
 
 _VALUES, _SCALES = 576, 8  # bytes of an entry of 512 dims, 64 of them rotated
+_NEVER = 1 << 62
 _FEWEST_ROWS = {
-    64: ((2048, 96), (1 << 62, 32)),
-    128: ((128, 64), (384, 32), (2048, 16), (1 << 62, 4)),
+    64: ((1 << 62, _NEVER),),
+    128: ((1024, _NEVER), (2048, 64), (1 << 62, 32)),
 }
 """By heads: entries that a row reads at most, and from how many rows on FlashMLA is faster."""
 _MOST_ROWS = 256  # of the plan, which one warp group makes
@@ -126,7 +127,7 @@ def _known(queries: Queries, rows: Rows) -> bool:
 def faster(heads: int, rows: int, reach: int) -> bool:
     """Whether FlashMLA with its launches around it beats our own kernels where a row reads at most `reach` entries.
 
-    As measured on an H200 (benchmarks/results/gpu_attention.jsonl), by 7 us or more: what it gained alone was up to
+    As measured on an H200 (docs/kernels.md), by 7 us or more: what it gained alone was up to
     6 us more a call than what was left of it between the other kernels of a decode step.
     """
     return rows >= next(least for most, least in _FEWEST_ROWS[heads] if reach <= most)

@@ -153,7 +153,7 @@ def products(
             _fetch(w, x, ws, xs, bar, tile * TALL, (first + s * KS) * 128, s, KS, False, N)
         f_ptr += tile * TALL // 128 * DEPTH
         acc = _rounded_part(w, f_ptr, x, s_ptr, ws, xs, bar, tile * TALL, first, rows, DEPTH, PART, N, KS, STAGES, TALL)
-        _gather(acc, part_ptr, count_ptr, out_ptr, rows, tile, 0, split, OUT, SPLIT, LATENT != OUT)
+        gather(acc, part_ptr, count_ptr, out_ptr, rows, tile, 0, split, OUT, SPLIT, LATENT != OUT)
     else:
         piece -= TILES * SPLIT
         tile, split = piece // (2 * SPLIT), piece % (2 * SPLIT)
@@ -162,11 +162,11 @@ def products(
             _fetch(rest, wide, ws, xs, bar, tile * TALL, (first + s * KS) * 64, s, KS, True, N)
         part_ptr += TILES * SPLIT * TALL * N
         more = _bf16_part(rest, wide, ws, xs, bar, tile * TALL, first, PART, N, KS, STAGES, TALL)
-        _gather(more, part_ptr, count_ptr + TILES, out_ptr, rows, tile, LATENT, split, OUT, 2 * SPLIT, False)
+        gather(more, part_ptr, count_ptr + TILES, out_ptr, rows, tile, LATENT, split, OUT, 2 * SPLIT, False)
 
 
 @gluon.jit
-def _gather(
+def gather(
     acc, part_ptr, count_ptr, out_ptr, rows, tile, n0, split,
     OUT: gl.constexpr, SPLIT: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip

@@ -66,15 +66,15 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling) -> Tensor:
     latent, depth = weight.shape
     n, tall = max(8, triton.next_power_of_2(rows)), tiling.tall
     tiles, more = latent // tall, triton.cdiv(columns - latent, tall)
-    split = _parts(tiles + 2 * more, depth // 128, out.device)  # an output in bf16 takes twice the bytes
+    split = parts(tiles + 2 * more, depth // 128, out.device)  # an output in bf16 takes twice the bytes
     steps = depth // 128 // split
     blocks = math.gcd(steps, tiling.blocks)
     programs = (tiles + 2 * more) * split
     part = torch.empty(programs * tall * n if split > 1 or more else 0, dtype=torch.float32, device=out.device)
-    w = _blocks(weight.values, tall)
+    w = blocks_of(weight.values, tall)
     products[(programs,)](
-        *(w, weight.scales, w if rest is None else _blocks(rest, tall)),
-        *(_blocks(x.values, n), x.scales.contiguous(), w if plain is None else _blocks(plain, n)),
+        *(w, weight.scales, w if rest is None else blocks_of(rest, tall)),
+        *(blocks_of(x.values, n), x.scales.contiguous(), w if plain is None else blocks_of(plain, n)),
         *(out, part, counters(out.device), rows),
         K=depth,
         OUT=columns,
@@ -89,7 +89,7 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling) -> Tensor:
     return out
 
 
-def _parts(tiles: int, blocks: int, device: torch.device) -> int:
+def parts(tiles: int, blocks: int, device: torch.device) -> int:
     """Into how many parts columns are cut, so that programs fill the GPU."""
     split = 1
     while tiles * split < PROGRAMS * multiprocessors(device) and blocks % (2 * split) == 0 and blocks // split > 4:
@@ -97,7 +97,7 @@ def _parts(tiles: int, blocks: int, device: torch.device) -> int:
     return split
 
 
-def _blocks(matrix: Tensor, rows: int) -> TensorDescriptor:
+def blocks_of(matrix: Tensor, rows: int) -> TensorDescriptor:
     """To copy 128 bytes of each of `rows` rows of a matrix; rows that it lacks are zero."""
     size = matrix.element_size()
     return TensorDescriptor.from_tensor(matrix, [rows, 128 // size], gl.NVMMASharedLayout(128, 8 * size))

@@ -10,20 +10,23 @@ than Hopper to portable.py.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import few_rows, portable, ref, whole
+from triptych.kernels.linear import few_rows, pairs, portable, ref, whole
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
-_MANY = 96  # rows from which on dequantising a matrix for the library's product pays
+_TILES = 32  # and those up to which tiles of many.py do
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 
@@ -76,9 +79,11 @@ def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor
     out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
     if rows <= _FEW_WHOLE:
         return _whole(x.flatten(1), weight, out)
-    if rows <= _MANY and rank % 128 == 0:
+    if rows <= _TILES and rank % 128 == 0:
         return _grouped(x.flatten(1), weight, out)
     x = x.to(torch.bfloat16)
+    if rows <= pairs.MOST and rank % 128 == 0 and out.dtype == x.dtype:
+        return pairs.grouped(x.flatten(1), weight, out)
     y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(rows, groups, rank).transpose(0, 1))
     return y.to(out.dtype)
@@ -147,18 +152,14 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    n = 8 if rows <= 8 else 16
-    chunks, tiles, blocks = triton.cdiv(rows, n), columns // 64, depth // 128
-    warps = 2 if n == 8 else 4
-    want = (4 if warps == 4 else 8) * multiprocessors(x.device)
-    split = 1
-    while tiles * chunks * split < want and blocks % (2 * split) == 0 and blocks // split > 4:
-        split *= 2
+    n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
+    split = few_rows.parts(tiles, blocks, x.device)
+    stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
-    whole.products[(chunks, tiles, split)](
-        *(x, weight.values.view(torch.int32), weight.scales, out, out if scales is None else scales, part),
-        *(counters(x.device), rows, x.stride(0)),
+    whole.products[(tiles * split,)](
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, n)),
+        *(out, out if scales is None else scales, part, counters(x.device), rows),
         K=depth,
         OUT=columns,
         ROUND=rounds,
@@ -166,10 +167,18 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         SPLIT=split,
         TALL=min(128, rank),
         N=n,
-        WARPS=warps,
-        num_warps=warps,
+        KS=stage,
+        STAGES=min(few_rows.TILING.stages, blocks // split // stage),
+        num_warps=4,
     )
     return out
+
+
+def _halves(x: Tensor, rows: int) -> TensorDescriptor:
+    """To copy blocks of 128 columns of up to `rows` rows of x in halves of 128 bytes."""
+    count, width = x.shape
+    layout = gl.NVMMASharedLayout(128, 16, rank=3)
+    return TensorDescriptor(x, [width // 64, count, 64], [64, width, 1], [2, rows, 64], layout)
 
 
 def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:

@@ -31,14 +31,14 @@ def mhc_head(streams: Tensor, head: MhcHead) -> Tensor:
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_rows."""
-    site = site._replace(rounds=False)
+    site = site._replace(rounds=False, leaves=False)
     x, streams, post, comb = _by_rows(lambda some, *rest: usual.mhc_rows(some, Residual(*rest), site, norm), y, *before)
     return x, streams, post, comb
 
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_first."""
-    site = site._replace(rounds=False)
+    site = site._replace(rounds=False, leaves=False)
     x, streams, post, comb = _by_rows(lambda ids: usual.mhc_first(ids, embed, site, norm), token_ids)
     return x, streams, post, comb
 

@@ -17,7 +17,8 @@ from triptych.kernels.quant.matrices import BothRows, quantize_rows
 class MhcSite(NamedTuple):
     """Weights of one site. fn [(2+n)n, n*d], base [(2+n)n], scale [3], all float32; eps and iterations of Sinkhorn.
 
-    rounds: products read x rounded, too; whole sites may hand over BothRows.
+    rounds: products read x rounded, too; whole sites may hand over BothRows. leaves: a mixture of experts reads x and
+    can collapse the streams itself; whole sites may hand over Uncollapsed.
     """
 
     fn: Tensor
@@ -27,6 +28,7 @@ class MhcSite(NamedTuple):
     eps: float
     norm_eps: float
     rounds: bool = False
+    leaves: bool = False
 
 
 class MhcHead(NamedTuple):
@@ -97,7 +99,21 @@ class Residual(NamedTuple):
     comb: Tensor
 
 
-SiteRows = tuple[Tensor | BothRows, Tensor, Tensor, Tensor]
+class Uncollapsed(NamedTuple):
+    """The first half of a site: new streams, and what slices of them add to its maps (share, see mhc/sites.py).
+
+    post and comb are still empty: who collapses the streams fills them.
+    """
+
+    streams: Tensor
+    share: Tensor
+    site: MhcSite
+    norm: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+SiteRows = tuple[Tensor | BothRows | Uncollapsed, Tensor, Tensor, Tensor]
 """x, and the Residual's three."""
 
 

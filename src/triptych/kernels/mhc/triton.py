@@ -16,7 +16,7 @@ from torch import Tensor
 from triptych.kernels.gpu import rounds_rows
 from triptych.kernels.mhc import many, sites
 from triptych.kernels.mhc.few import expand_narrow
-from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual, SiteRows
+from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual, SiteRows, Uncollapsed
 from triptych.kernels.quant.matrices import BothRows, Fp8Rows, empty_rows
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -96,6 +96,8 @@ def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor
     return out
 
 
+_MIX_WARPS = 4
+"""Every warp of a program repeats the Sinkhorn iterations, and more than one on a quarter of a multiprocessor wait."""
 _APART = 256  # rows up to which a program of its own for Sinkhorn shortens the step more than it costs
 _MANY = 512  # rows that fill the GPU with tiles of many.py
 _SLICE = 32  # dims of each stream that one program expands
@@ -105,13 +107,22 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool) -> SiteRows:
-    rows, n, dim = before.streams.shape
+    rows, n, _ = before.streams.shape
     assert n == 4, "the programs of a whole site are written for four streams"
     if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
         return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
     streams, share = _expand(y, ids, before, site.fn, first=first)
+    post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
+    halfway = Uncollapsed(streams, share, site, norm, post, comb)
+    leaves = site.leaves and rows == 1 and streams.dtype == torch.bfloat16
+    return halfway if leaves else collapse(halfway), streams, post, comb
+
+
+def collapse(halfway: Uncollapsed) -> Tensor | BothRows:
+    """The second half of a site: its x. Fills post and comb."""
+    streams, share, site, norm, post, comb = halfway
+    rows, n, dim = streams.shape
     x, slices = streams.new_empty(rows, dim), share.shape[1]
-    post, comb = torch.empty(rows, n, device=x.device), torch.empty(rows, n, n, device=x.device)
     apart = rows <= _APART
     rounds = site.rounds and rounds_rows(x.device, dim)
     rounded = empty_rows(rows, dim, x.device) if rounds else Fp8Rows(x, post)
@@ -125,9 +136,9 @@ def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor,
         SLICES=triton.next_power_of_2(slices),
         MAPS=share.shape[2],
         DIM=triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=_MIX_WARPS,
     )
-    return BothRows(x, rounded) if rounds else x, streams, post, comb
+    return BothRows(x, rounded) if rounds else x
 
 
 def _expand(y: Tensor, ids: Tensor, before: Residual, fn: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:

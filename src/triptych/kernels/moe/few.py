@@ -4,10 +4,10 @@
     down   w2 of all of them, and the sum over a row's experts
 
 The first programs are the shared expert's (shared.py). Each of the others has 64 rows of weights or 128 (TILES) and up
-to eight pairs of one expert, mostly one such piece: programs that stayed for more were slower, however the pieces were
-shared out. Whoever finishes last what another step needs whole, a group of 128 hidden values or all experts of a row,
-does that step; sums are in a fixed order, so results do not depend on who that was. Counters are back at zero
-afterwards.
+to eight pairs of one expert, of many rows several such pieces one after the other (RUN): then it takes its pairs'
+rows once, and the next piece's weights are on their way before the last one's sums are done. Whoever finishes last what
+another step needs whole, a group of 128 hidden values or all experts of a row, does that step; sums are in a fixed
+order, so results do not depend on who that was. Counters are back at zero afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from triptych.kernels.moe.shared import shared_down, shared_up
-from triptych.kernels.moe.stream import begin, factor_layout, multiply, rows_in_slots, rows_layout, stages
+from triptych.kernels.moe.stream import begin, multiply, rows_in_slots, rows_layout, scales_of_rows, stages
 from triptych.kernels.quant.e4m3 import scale_of
 
 
@@ -25,17 +25,17 @@ from triptych.kernels.quant.e4m3 import scale_of
 def up(
     x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values, scales, top_ptr, x, shared_w, shared_scale_ptr, sums_ptr,
     h_ptr, hq_ptr, hs_ptr, count_ptr, rows, pairs, tiles, limit, shared,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, TILES: gl.constexpr, KS: gl.constexpr,
-    STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
+    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, RUN: gl.constexpr, TILES: gl.constexpr,
+    KS: gl.constexpr, STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Hidden values of 32 TILES columns and up to 8 pairs of one expert, or, first, those of the shared expert for
-    `shared` times SHARED_ROWS rows.
+    """Hidden values of RUN times 32 TILES columns and up to 8 pairs of one expert, or, first, those of the shared
+    expert for `shared` times SHARED_ROWS rows.
 
     x [rows, DIM] e4m3, xs [DIM / 128, rows]. tile [.., 3] int32: expert (-1: none), first place in `order`, pairs. A
     pair is row * TOPK + choice. values and scales are descriptors of w13's tiles, in blocks of KS; x and shared_w of x
     and of the shared w13. h float32 [pairs, INNER] and sums, see shared_up, are scratch; hq [pairs + rows, INNER] e4m3
     and hs [INNER / 128, pairs + rows] are results, the shared expert's behind all others."""
-    PIECES: gl.constexpr = INNER // (32 * TILES)
+    RUNS: gl.constexpr = INNER // (32 * TILES * RUN)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, 8, 32])
     others = shared * (INNER // 32 * PARTS)
     if gl.program_id(0) < others:
@@ -46,35 +46,37 @@ def up(
     else:
         ws, es, bar = stages(KS, TILES, STAGES)
         it = 0
-        for item in range(gl.program_id(0) - others, tiles * PIECES, gl.num_programs(0) - others):
-            tile = item // PIECES
+        for item in range(gl.program_id(0) - others, tiles * RUNS, gl.num_programs(0) - others):
+            tile = item // RUNS
             expert, first, count = _entry(tile_ptr, tile)
             if expert >= 0:
-                at = expert * (INNER // 32) + item % PIECES * TILES
-                begin(values, scales, ws, es, bar, at, KS, TILES, STAGES)
+                start = item % RUNS * RUN
+                row = (expert * RUNS * RUN + start) * TILES
+                begin(values, scales, ws, es, bar, it, row, KS, TILES, STAGES)
                 jh = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows_layout(TILES))))
                 ph = gl.load(order_ptr + first + jh, mask=jh < count, other=0)
+                fs = scales_of_rows(xs_ptr, rows, order_ptr + first, count, DIM, KS, TOPK, TILES)
                 xs = rows_in_slots(x_ptr, ph // TOPK, jh < count, DIM, TILES)
                 fence_async_shared()  # by those who wrote x, before the barrier
                 gl.thread_barrier()
-                F: gl.constexpr = factor_layout(TILES, KS)
-                jf = gl.arange(0, 8, gl.SliceLayout(1, F))
-                pf = gl.load(order_ptr + first + jf, mask=jf < count, other=0) // TOPK
-                factor_ptr = xs_ptr + pf[:, None] + gl.arange(0, KS, gl.SliceLayout(0, F))[None, :] * rows
-                n0 = item % PIECES * (32 * TILES)
                 m = gl.arange(0, 64 * TILES, gl.SliceLayout(1, MMA))
-                top = gl.load(top_ptr + expert * (2 * INNER) + n0 + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER)
+                top_at = top_ptr + expert * (2 * INNER) + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER
                 jo = gl.arange(0, 8, gl.SliceLayout(0, MMA))
                 po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
                 gates = gl.load(gate_ptr + po, mask=jo < count, other=0.0)
-                acc = multiply(
-                    values, scales, ws, es, bar, it, at, xs, factor_ptr, rows, top, DIM, KS, TILES, STAGES, MMA
-                )
-                it += DIM // 128 // KS
-                _finish(
-                    acc, po, jo < count, gates, n0, shared + tile, limit,
-                    h_ptr, hq_ptr, hs_ptr, count_ptr, first, order_ptr, count, pairs + rows, INNER, TILES,
-                )  # fmt: skip
+                for i in range(RUN):
+                    n0 = (start + i) * (32 * TILES)
+                    top = gl.load(top_at + n0)
+                    next_row = gl.where(i + 1 < RUN, row + TILES, -1)
+                    acc = multiply(
+                        values, scales, ws, es, bar, it, row, next_row, xs, fs, top, DIM, KS, TILES, STAGES, MMA
+                    )
+                    it += DIM // 128 // KS
+                    row += TILES
+                    _finish(
+                        acc, po, jo < count, gates, n0, shared + tile, limit,
+                        h_ptr, hq_ptr, hs_ptr, count_ptr, first, order_ptr, count, pairs + rows, INNER, TILES,
+                    )  # fmt: skip
 
 
 @gluon.jit
@@ -123,15 +125,15 @@ def _finish(
 def down(
     hq_ptr, hs_ptr, tile_ptr, order_ptr, values, scales, top_ptr, h, shared_w, shared_scale_ptr,
     each_ptr, out_ptr, count_ptr, rows, pairs, tiles, shared,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, TILES: gl.constexpr, KS: gl.constexpr,
-    STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
+    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, RUN: gl.constexpr, TILES: gl.constexpr,
+    KS: gl.constexpr, STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """64 TILES columns of w2 for the pairs of a tile, into each [pairs + PARTS * rows, DIM] float32.
+    """RUN times 64 TILES columns of w2 for the pairs of a tile, into each [pairs + PARTS * rows, DIM] float32.
 
     The last of a row's experts adds them up, in the order of the row's choices and the shared expert last, into out
     [rows, DIM]. h is the descriptor of the shared expert's rows of hq.
     """
-    PIECES: gl.constexpr = DIM // (64 * TILES)
+    RUNS: gl.constexpr = DIM // (64 * TILES * RUN)
     others = shared * (DIM // 64 * PARTS)
     if gl.program_id(0) < others:
         N: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, SHARED_ROWS, 32])
@@ -148,34 +150,35 @@ def down(
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, 8, 32])
         ws, es, bar = stages(KS, TILES, STAGES)
         it = 0
-        for item in range(gl.program_id(0) - others, tiles * PIECES, gl.num_programs(0) - others):
-            tile = item // PIECES
+        for item in range(gl.program_id(0) - others, tiles * RUNS, gl.num_programs(0) - others):
+            tile = item // RUNS
             expert, first, count = _entry(tile_ptr, tile)
             if expert >= 0:
-                at = expert * (DIM // 64) + item % PIECES * TILES
-                begin(values, scales, ws, es, bar, at, KS, TILES, STAGES)
+                start = item % RUNS * RUN
+                row = (expert * RUNS * RUN + start) * TILES
+                begin(values, scales, ws, es, bar, it, row, KS, TILES, STAGES)
                 jh = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows_layout(TILES))))
                 ph = gl.load(order_ptr + first + jh, mask=jh < count, other=0)
+                fs = scales_of_rows(hs_ptr, pairs + rows, order_ptr + first, count, INNER, KS, 1, TILES)
                 xs = rows_in_slots(hq_ptr, ph, jh < count, INNER, TILES)
                 fence_async_shared()
                 gl.thread_barrier()
-                F: gl.constexpr = factor_layout(TILES, KS)
-                jf = gl.arange(0, 8, gl.SliceLayout(1, F))
-                pf = gl.load(order_ptr + first + jf, mask=jf < count, other=0)
-                stride = pairs + rows
-                factor_ptr = hs_ptr + pf[:, None] + gl.arange(0, KS, gl.SliceLayout(0, F))[None, :] * stride
-                n0 = item % PIECES * (64 * TILES)
-                top = gl.load(top_ptr + expert * DIM + n0 + gl.arange(0, 64 * TILES, gl.SliceLayout(1, MMA)))
+                top_at = top_ptr + expert * DIM + gl.arange(0, 64 * TILES, gl.SliceLayout(1, MMA))
                 jo = gl.arange(0, 8, gl.SliceLayout(0, MMA))
                 po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
                 j8 = gl.arange(0, 8, gl.SliceLayout(1, _sum_layout(TILES)))
                 t8 = gl.load(order_ptr + first + j8, mask=j8 < count, other=0) // TOPK
-                acc = multiply(
-                    values, scales, ws, es, bar, it, at, xs, factor_ptr, stride, top, INNER, KS, TILES, STAGES, MMA
-                )
-                it += INNER // 128 // KS
-                _keep(acc, po, jo < count, each_ptr, n0, DIM)
-                _add(t8, j8 < count, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, TILES)
+                for i in range(RUN):
+                    n0 = (start + i) * (64 * TILES)
+                    top = gl.load(top_at + n0)
+                    next_row = gl.where(i + 1 < RUN, row + TILES, -1)
+                    acc = multiply(
+                        values, scales, ws, es, bar, it, row, next_row, xs, fs, top, INNER, KS, TILES, STAGES, MMA
+                    )
+                    it += INNER // 128 // KS
+                    row += TILES
+                    _keep(acc, po, jo < count, each_ptr, n0, DIM)
+                    _add(t8, j8 < count, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, TILES)
 
 
 @gluon.jit

@@ -92,7 +92,7 @@ def score_rows(
         if CHOOSE:
             tl.debug_barrier()
             if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
-                _choose(
+                choose(
                     part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, 0, rows,
                     scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, True,
                 )  # fmt: skip
@@ -112,7 +112,7 @@ def choose_rows(
     One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
     first, and no result on that: its products are its own, and a row's are added in the order of its choices.
     """
-    _choose(
+    choose(
         part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, tl.program_id(0), rows,
         scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
     )  # fmt: skip
@@ -126,7 +126,12 @@ def choose_rows(
 def _logits(x_ptr, gate_ptr, r, e, rows, count, dim, d):
     """Products [experts, rows] of columns d."""
     w = tl.load(gate_ptr + e[:, None] * dim + d[None, :], mask=(e < count)[:, None], other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0)
+    return exact_products(w, tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0))
+
+
+@triton.jit
+def exact_products(w, x):
+    """w [experts, columns] float32 times x [rows, columns] of bf16 values: [experts, rows]."""
     x = tl.trans(x.to(tl.bfloat16))
     high = _first_bits(w)
     middle = _first_bits(w - high)
@@ -155,7 +160,7 @@ def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
 
 
 @triton.jit
-def _choose(
+def choose(
     part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows, scaling,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     ALONE: tl.constexpr,

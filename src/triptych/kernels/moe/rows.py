@@ -10,7 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.moe import few
+from triptych.kernels.moe.alone import route_one
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.shared import gates_and_ups, parts_of, plain
@@ -20,6 +22,9 @@ from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 _PAIRS = 8
 """Pairs of one expert that a program multiplies by; those beyond them are another program's."""
 
+_MANY = 192
+"""Rows from which on what a program does once for its pairs' rows, half of its time, is shared by several pieces."""
+
 _SHARED_ROWS = 64
 """Rows that a program of the shared expert multiplies by, at most."""
 
@@ -28,22 +33,27 @@ _COUNTERS = 1 << 16
 
 
 class Tiling(NamedTuple):
-    """Of a launch: tiles of 64 weight rows a program, blocks of 128 columns a stage, stages, at most."""
+    """Of a launch, at most: tiles of 64 weight rows at a time, blocks of 128 columns a stage, stages, and how often a
+    program has so many rows, one after the other."""
 
     tiles: int
     blocks: int
     stages: int
+    run: int = 1
 
 
-UP = DOWN = Tiling(1, 4, 2)
+FEW = Tiling(1, 4, 2)
 """More stages, or more rows a program, leave room for fewer programs on a multiprocessor, and were slower."""
+
+MANY = Tiling(1, 4, 2, run=4)
+"""Longer runs share what is left at the end less evenly. With 16 pairs a program there would be fewer, and slower."""
 
 UP_ONE = Tiling(1, 2, 2)
 """Of a single row, for whose programs there is room all at once, with so little shared memory for each."""
 
 
 def moe_rows_on_gpu(
-    x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
+    x: Tensor | Uncollapsed, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
 ) -> Tensor:
     """See ref.moe_rows; x bfloat16, 1 to some hundred rows, experts in tiles. Neither synchronises nor depends on what
     is routed."""
@@ -52,23 +62,26 @@ def moe_rows_on_gpu(
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
     assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
-    rows, dim = x.shape
+    rows, dim = (1, x.streams.shape[2]) if isinstance(x, Uncollapsed) else x.shape
     inner, k, count = w2.shape[2], router.experts_per_token, w2.shape[0]
-    pairs, dev = rows * k, x.device
+    pairs, dev = rows * k, w2.values.device
     tiles = min(pairs, pairs // _PAIRS + min(pairs, count))
     tall = max(8, min(_SHARED_ROWS, triton.next_power_of_2(rows)))
     extra = triton.cdiv(rows, tall)
     most = min(tiles, _expected(rows, k, count))
     counters = _counters(dev)
-    x = x.contiguous()
-    weights, tile, order, rounded = route_few(x, token_ids, router, _PAIRS, tiles, counters[0])
+    if isinstance(x, Uncollapsed):
+        weights, tile, order, rounded = route_one(x, token_ids, router, counters[0])
+    else:
+        weights, tile, order, rounded = route_few(x.contiguous(), token_ids, router, _PAIRS, tiles, counters[0])
     sums = torch.empty(parts_of(dim), 2, rows, inner, dtype=torch.float32, device=dev)
     hidden = torch.empty(pairs, inner, dtype=torch.float32, device=dev)
     hq = torch.empty(pairs + rows, inner, dtype=torch.float8_e4m3fn, device=dev)
     hs = torch.empty(inner // 128, pairs + rows, dtype=torch.float32, device=dev)
+    usual = MANY if rows >= _MANY else FEW
     shape = dict(DIM=dim, INNER=inner, TOPK=k, SHARED_ROWS=tall)
-    tiling, shape_up = _stages(UP if rows > 1 else UP_ONE, dim, tall)
-    few.up[(extra * parts_of(dim) * inner // 32 + most * inner // (32 * tiling.tiles),)](
+    tiling, shape_up = _stages(usual if rows > 1 else UP_ONE, dim, tall, inner // 32)
+    few.up[(extra * parts_of(dim) * inner // 32 + most * inner // (32 * tiling.tiles * tiling.run),)](
         *(_bytes(rounded.values), rounded.scales, tile, order, weights),
         *(*descriptors(w13, tiling.tiles, tiling.blocks), w13.tops),
         *(plain(rounded.values, tall), gates_and_ups(shared13.values), shared13.scales, sums, hidden, _bytes(hq), hs),
@@ -77,9 +90,9 @@ def moe_rows_on_gpu(
         **shape_up,
     )
     each = torch.empty(pairs + parts_of(inner) * rows, dim, dtype=torch.float32, device=dev)
-    out = torch.empty_like(x)
-    tiling, shape_down = _stages(DOWN, inner, tall)
-    few.down[(extra * parts_of(inner) * dim // 64 + most * dim // (64 * tiling.tiles),)](
+    out = torch.empty(rows, dim, dtype=torch.bfloat16, device=dev)
+    tiling, shape_down = _stages(usual, inner, tall, dim // 64)
+    few.down[(extra * parts_of(inner) * dim // 64 + most * dim // (64 * tiling.tiles * tiling.run),)](
         *(_bytes(hq), hs, tile, order, *descriptors(w2, tiling.tiles, tiling.blocks), w2.tops),
         *(plain(hq[pairs:], tall), plain(shared2.values, 64), shared2.scales),
         *(each, out, counters[2], rows, pairs, tiles, extra),
@@ -89,15 +102,17 @@ def moe_rows_on_gpu(
     return out
 
 
-def _stages(most: Tiling, columns: int, tall: int) -> tuple[Tiling, dict[str, int]]:
-    """A launch's tiling of matrices with so many columns. The shared expert's stages, of 64 rows of weights and `tall`
-    of x, take no more shared memory than those of the others and their eight rows, if that is enough for two."""
+def _stages(most: Tiling, columns: int, tall: int, pieces: int) -> tuple[Tiling, dict[str, int]]:
+    """A launch's tiling of matrices of so many columns and pieces of 64 rows. The shared expert's stages, of 64 rows of
+    weights and `tall` of x, take no more shared memory than those of the others, their eight rows and the scales of
+    these, if that is enough for two."""
     blocks = blocks_of(columns, most.blocks)
-    tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks))
-    memory = columns * _PAIRS + tiling.stages * blocks * most.tiles * TILE_BYTES
+    run = math.gcd(most.run, pieces // most.tiles)
+    tiling = Tiling(most.tiles, blocks, min(most.stages, columns // 128 // blocks), run)
+    memory = columns * _PAIRS + columns // 4 + tiling.stages * blocks * most.tiles * TILE_BYTES
     parts = parts_of(columns)
     shared = min(max(2, memory // ((64 + tall) * 128)), columns // 128 // parts)
-    meta = dict(TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
+    meta = dict(RUN=run, TILES=most.tiles, KS=blocks, STAGES=tiling.stages, PARTS=parts, SHARED_STAGES=shared)
     return tiling, dict(num_warps=4 * most.tiles, maxnreg=_registers(memory), **meta)
 
 

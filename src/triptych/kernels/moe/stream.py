@@ -60,7 +60,7 @@ def _more(tiles):
 
 
 @gluon.constexpr_function
-def factor_layout(tiles, blocks):
+def _factor_layout(tiles, blocks):
     """[8, blocks] float32 scales of rows: a thread has those of the two rows that it has of the result."""
     deep = [[1, 0]] + [[0, 1 << i] for i in range(blocks.bit_length() - 1)]
     lanes = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
@@ -149,32 +149,32 @@ def stages(KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def begin(values, scales, ws, es, bar, row, KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
-    """The first chunks of the first row tiles on their way, as many as there are stages."""
+def begin(values, scales, ws, es, bar, it, row, KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
+    """The first chunks of row tiles [row, row + TILES) on their way, as many as there are stages; `it` came before."""
     for s in gl.static_range(STAGES):
-        _fetch(values, scales, ws, es, bar, row, s, s, KS, TILES)
+        _fetch(values, scales, ws, es, bar, row, s, (it + s) % STAGES, KS, TILES)
 
 
 @gluon.jit
 def multiply(
-    values, scales, ws, es, bar, it, row, xs, factor_ptr, stride, top,
+    values, scales, ws, es, bar, it, row, next_row, xs, fs, top,
     K: gl.constexpr, KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """sum over K of row tiles [row, row + TILES) times x -> float32 [64 TILES, 8]; its first chunks are on their way.
+    """sum over K of row tiles [row, row + TILES) times x -> float32 [64 TILES, 8]; its first chunks are on their way,
+    and those of `next_row` are then, unless it is -1. `it` chunks of KS blocks came before.
 
-    `it` chunks of KS blocks came before.
-    xs [K / 128, 8, 128] e4m3 in shared memory, in slots; factor_ptr [8, KS] point to the scales of x's first blocks,
-    which are `stride` apart, in factor_layout; top [64 TILES] are the rows' largest codes. No more STAGES than chunks.
+    xs [K / 128, 8, 128] e4m3 in shared memory, in slots, and fs [.., 8, KS] float32, the scales of x's blocks, see
+    scales_of_rows; top [64 TILES] are the rows' largest codes. No more STAGES than chunks.
     """
     CHUNKS: gl.constexpr = K // 128 // KS
     A: gl.constexpr = gl.SliceLayout(0, MMA)
     acc = gl.zeros([64 * TILES, 8], gl.float32, MMA)
     zero = gl.zeros([64 * TILES, 8], gl.float32, MMA)
-    factors = gl.load(factor_ptr)
     for chunk in range(0, CHUNKS):
         s = (it + chunk) % STAGES
         mbarrier.wait(bar.index(s), ((it + chunk) // STAGES) & 1)
         shift = shifts(es.index(s), TILES, KS)
+        factors = fs.index(chunk).load(_factor_layout(TILES, KS))
         before = zero
         for step in gl.static_range(KS):
             a = expand(ws.index(s).slice(step * 32, 32, 1), shift, step, KS, TILES, MMA)
@@ -188,9 +188,9 @@ def multiply(
         gl.thread_barrier()
         if chunk + STAGES < CHUNKS:
             _fetch(values, scales, ws, es, bar, row, chunk + STAGES, s, KS, TILES)
+        elif next_row >= 0:
+            _fetch(values, scales, ws, es, bar, next_row, chunk + STAGES - CHUNKS, s, KS, TILES)
         last = gl.convert_layout(nth(factors, KS - 1, KS), A, assert_trivial=True)
-        factor_ptr += KS * stride
-        factors = gl.load(factor_ptr, mask=chunk + 1 < CHUNKS, other=0.0)
         part = warpgroup_mma_wait(0, deps=[before])
         acc += part * last[None, :]
     raised = (gl.maximum(top.to(gl.int32) - 6, 1) << 23).to(gl.float32, bitcast=True)
@@ -215,6 +215,31 @@ def rows_in_slots(x_ptr, row, wanted, K: gl.constexpr, TILES: gl.constexpr):
         x = gl.permute(gl.reshape(x, [SOME, 8, 4, 4, 2, 4]), (0, 1, 3, 4, 2, 5))  # c, i, h -> i, h, c
         room.index(at).store(gl.reshape(x, [SOME * 8, 128]))
     return room._reinterpret(gl.float8e4nv, [K // 128, 8, 128], gl.NVMMASharedLayout(128, 8))
+
+
+@gluon.jit
+def scales_of_rows(
+    ptr, stride, order_ptr, count, K: gl.constexpr, KS: gl.constexpr, TOPK: gl.constexpr, TILES: gl.constexpr
+):
+    """Scales of the rows order[j] / TOPK, j < count <= 8, in shared memory [chunks, 8, KS] float32, by chunks of KS
+    blocks; ptr [K / 128, stride]."""
+    CHUNKS: gl.constexpr = _power_of_two(K // 128) // KS
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 1], [4 // KS, 8, KS], [4 * TILES, 1, 1], [2, 1, 0])
+    room = gl.allocate_shared_memory(gl.float32, [CHUNKS, 8, KS], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    c = gl.arange(0, CHUNKS, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    b = gl.arange(0, KS, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    row = gl.load(order_ptr + j, mask=j < count, other=0) // TOPK
+    block = gl.expand_dims(c[:, None] * KS, 2) + gl.expand_dims(b[None, :], 1)
+    there = (block < K // 128) & gl.expand_dims((j < count)[None, :], 2)
+    room.store(gl.load(ptr + block * stride + gl.expand_dims(row[None, :], 2), mask=there, other=0.0))
+    return room._reinterpret(gl.float32, [CHUNKS, 8, KS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.constexpr_function
+def _power_of_two(count):
+    """The least one that is no less."""
+    return 1 << (count - 1).bit_length()
 
 
 @gluon.constexpr_function

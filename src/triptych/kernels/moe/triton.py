@@ -18,6 +18,8 @@ from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper
 from triptych.kernels.linear.triton import linear
+from triptych.kernels.mhc.ref import Uncollapsed
+from triptych.kernels.mhc.triton import collapse
 from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of
@@ -106,8 +108,16 @@ def experts(
     return add_up(each, rows, x.dtype)
 
 
-def moe_rows(x: Tensor, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]) -> Tensor:
+def moe_rows(
+    x: Tensor | Uncollapsed, token_ids: Tensor, router: Router, moe: Experts, shared: tuple[Matrix, Matrix]
+) -> Tensor:
     """See ref.moe_rows. Experts in tiles, which are for Hopper, take two launches behind the router for few rows."""
+    if isinstance(x, Uncollapsed):
+        if isinstance(moe.w13, Mxfp4Matrix) and moe.w13.tops is not None:
+            return moe_rows_on_gpu(x, token_ids, router, moe, shared)
+        whole = collapse(x)
+        assert isinstance(whole, Tensor)
+        x = whole
     if not x.is_cuda or not isinstance(moe.w13, Mxfp4Matrix):
         return ref.moe_rows(x, token_ids, router, moe, shared)
     tiled = moe.w13.tops is not None

@@ -1,8 +1,8 @@
-"""Weights of few rows, streamed from memory straight into the registers in which the tensor cores want them.
+"""Weights of few rows in the registers in which the tensor cores want them, expanded on the way.
 
 A product's columns may be summed in any order, as long as both operands agree on it. The order here is one in which
-each thread's fragment of m16n8k16 is contiguous in memory: of 128 columns a thread holds 32 in a row. So nothing goes
-through shared memory, and each weight is read once, by 16-byte loads:
+each thread's fragment of m16n8k16 is contiguous in memory: of 128 columns a thread holds 32 in a row. So each weight is
+read once, by 16-byte loads:
 
     thread c of 4, columns 32c + 4t + 2h + j   ->   slot 16t + 8h + 2c + j of the 128
 
@@ -40,22 +40,11 @@ def mma_layout(warps):
 
 
 @gluon.constexpr_function
-def weight_layout(words, warps, tiles=1):
-    """Weights [16 * warps * tiles, 4, words] int32: a thread has two rows of each tile of 16 of its warp, and of each
-    `words`, 8 of FP8."""
-    deep = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    rows = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    more = [[16 * warps << i, 0, 0] for i in range(tiles.bit_length() - 1)]
-    return gl.DistributedLinearLayout([*deep, [8, 0, 0], *more], lanes, rows, [], [16 * warps * tiles, 4, words])
-
-
-@gluon.constexpr_function
-def row_layout(n, warps):
-    """Activations [n, 4, 32] in f16, the same in every warp."""
-    deep = [[0, 0, 1 << i] for i in range(5)] + [[8 << i, 0, 0] for i in range((n // 8).bit_length() - 1)]
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [n, 4, 32])
+def weight_layout():
+    """Words [64, 32], 128 columns of FP8 weights, in four warps: a thread has eight in a row of two rows."""
+    mine = [[0, 1], [0, 2], [0, 4], [8, 0]]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(mine, lanes, [[16, 0], [32, 0]], [], [64, 32])
 
 
 @gluon.jit

@@ -31,9 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
-from triptych.kernels.select_rows.triton import place_of, rounded_e2m1, signs_of
+from triptych.kernels.select_rows.queries import rounded_queries
+from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.weigh import (
     in_order,
     pair_layout,
@@ -75,73 +77,23 @@ def gathered(keys: PagedEntries) -> Gathered:
     return out
 
 
-def score(
-    prepared: tuple[Tensor, Tensor], weights: Tensor, keys: PagedEntries, ready: Gathered, out: tuple[Tensor, Tensor],
-    stretch: int,
-) -> None:  # fmt: skip
-    """Ordered scores and their tops, `out`, of queries [R, heads, 128] e4m3 and their powers of two [R, heads]."""
-    q, power = prepared
-    values = TensorDescriptor.from_tensor(ready.values.flatten(0, 1), [_KEYS, 128], gl.NVMMASharedLayout(128, 8))
+def score(queries: IndexQueries, keys: PagedEntries, ready: Gathered, out: tuple[Tensor, Tensor]) -> None:
+    """Ordered scores and their tops, `out`."""
     rows, total = out[0].shape
-    stretch = triton.cdiv(stretch, _BLOCK) * _BLOCK
+    assert isinstance(keys.pool, PackedRows)
+    q, power = rounded_queries(queries, 1 if keys.pool.format.kind == "fp8" else 2)
+    values = TensorDescriptor.from_tensor(ready.values.flatten(0, 1), [_KEYS, 128], gl.NVMMASharedLayout(128, 8))
+    # many rows share a stretch, so that their queries are worth loading
+    share = triton.cdiv(total, max(1, 3 * multiprocessors(q.device) // rows))
+    stretch = min(8192, triton.cdiv(share, _BLOCK) * _BLOCK)
     scores[(triton.cdiv(total, stretch), triton.cdiv(rows, ROWS))](
-        *(q, power, weights, weights.stride(0), values, ready.factors, ready.factors.shape[1], keys.seq, keys.visible),
-        *(*out, total, q.shape[1], stretch, rows),
+        *(q, power, queries.weights, queries.weights.stride(0), values, ready.factors, ready.factors.shape[1]),
+        *(keys.seq, keys.visible, *out, total, queries.count, stretch, rows),
         STAGES=2,
         ROWS=ROWS,
         num_warps=4,
         maxnreg=128,
     )
-
-
-@triton.jit
-def prepare(
-    q_ptr,
-    q_row,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    power_ptr,
-    count,
-    heads,
-    ROUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Queries of ROWS rows as e4m3 that lack a power of two a head: rotated, by Hadamard too, and rounded to e2m1."""
-    h = tl.arange(0, HEADS)
-    d = tl.arange(0, DIM)
-    bits = d[:, None] & d[None, :]
-    bits = bits ^ (bits >> 4)
-    bits = bits ^ (bits >> 2)
-    bits = bits ^ (bits >> 1)
-    signs = signs_of(bits)
-    pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
-    turns = pair >= 0
-    mine = (h < heads)[:, None]
-    for n in range(ROWS):
-        r = tl.minimum(tl.program_id(0) * ROWS + n, count - 1).to(tl.int64)
-        x = tl.load(q_ptr + r * q_row + h[:, None] * DIM + d[None, :], mask=mine, other=0.0).to(tl.float32)
-        if ROPE > 0:
-            cos = tl.load(cos_ptr + r * (ROPE // 2) + pair, mask=turns, other=1.0)[None, :]
-            sin = tl.load(sin_ptr + r * (ROPE // 2) + pair, mask=turns, other=0.0)[None, :]
-            even, odd = tl.split(tl.reshape(x, [HEADS, DIM // 2, 2]))
-            x = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
-        power = tl.full([HEADS], 0, tl.int32)
-        if ROUNDS:
-            x = tl.dot(x.to(tl.bfloat16), signs) * (DIM**-0.5)
-            x, power = rounded_e2m1(x.to(tl.bfloat16).to(tl.float32), HEADS, DIM)
-            power -= 6
-        else:
-            most = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
-            power = tl.maximum((most >> 23) - 135 + ((most & 0x7FFFFF) > 0x600000).to(tl.int32), -100)
-            x = x * ((127 - power) << 23).to(tl.float32, bitcast=True)[:, None]
-        place = out_ptr + (r * heads + h)[:, None] * DIM + place_of(d, KIND)[None, :]
-        tl.store(place, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=mine)
-        tl.store(power_ptr + r * heads + h, power, mask=h < heads)
 
 
 @triton.jit
@@ -233,7 +185,7 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
     fence_async_shared()
     gl.thread_barrier()
     out_ptr += r.to(gl.int64) * total + begin
-    tops_ptr += r.to(gl.int64) * (total // 16) + begin // 16
+    tops_ptr += r.to(gl.int64) * (total // 8) + begin // 8
     lies = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L))
     x = gl.zeros([KEYS, 128], gl.float32, layout=MMA)
     for turn in range(turns):
@@ -276,7 +228,7 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
                     fetch(keys, keys_s.index(tile % STAGES), bar.index(tile % STAGES), ahead, KEYS)
             for p in gl.static_range(ROWS // 2):
                 _keep(
-                    out_ptr + (2 * p * total + at), tops_ptr + (2 * p * (total // 16) + at // 16),
+                    out_ptr + (2 * p * total + at), tops_ptr + (2 * p * (total // 8) + at // 8),
                     kept[p], kept[ROWS // 2 + p], kept[ROWS + p], kept[ROWS + ROWS // 2 + p],
                     sees_s.index(p), at, total,
                 )  # fmt: skip
@@ -291,7 +243,7 @@ def _side_by_side():
 
 @gluon.jit
 def _keep(out_ptr, tops_ptr, a, b, c, d, sees, at, total):
-    """Write ordered scores [64, 2] of four tiles, of the block that begins at `at`, and the highest of each 16 keys.
+    """Write ordered scores [64, 2] of four tiles, of the block that begins at `at`, and the highest of each 8 keys.
 
     `sees` [2] in shared memory is how many keys the rows see."""
     L: gl.constexpr = _side_by_side()
@@ -305,11 +257,11 @@ def _keep(out_ptr, tops_ptr, a, b, c, d, sees, at, total):
     place = gl.expand_dims(row * total + 4 * lies, 2) + tile
     some, _ = gl.broadcast(gl.expand_dims(left > 0, 2), order)
     gl.store(out_ptr + place, order, mask=some)
-    top = gl.max(gl.reshape(gl.max(order, 2), [16, 4, 2]), 1)
+    top = gl.max(gl.reshape(gl.max(order, 2), [32, 2, 2]), 1)
     T: gl.constexpr = top.type.layout
-    group = gl.arange(0, 16, layout=gl.SliceLayout(1, T))[:, None]
+    group = gl.arange(0, 32, layout=gl.SliceLayout(1, T))[:, None]
     its = gl.arange(0, 2, layout=gl.SliceLayout(0, T))[None, :]
-    gl.store(tops_ptr + (its * (total // 16) + group), top, mask=top > -2147483648)
+    gl.store(tops_ptr + (its * (total // 8) + group), top, mask=top > -2147483648)
 
 
 @gluon.jit

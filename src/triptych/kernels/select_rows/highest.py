@@ -1,7 +1,7 @@
 """The k highest of each row's ordered scores, by one program a row, on any GPU; narrow.py does it on Hopper.
 
     scores   s s s s s s s s s s s s s s s s ...     n of them, as integers that sort like the floats
-    groups   [  top  ] [  top  ] [  top  ] ...       of 4, 16 or 64, so that a few thousand of them cover the row
+    groups   [  top  ] [  top  ] [  top  ] ...       of 4, 8 or 32, so that a few thousand of them cover the row
 
 The k-th highest of the groups' tops is a lower bound of the k-th highest score, because k groups have a score that is
 not below it. Groups below the bound are out; what the others hold above it is little more than k. Among these the
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
 
-GROUP = 16
+GROUP = 8
 """Scores that share one of the `tops`."""
 
 
@@ -39,7 +39,7 @@ def highest(scores: Tensor, tops: Tensor, visible: Tensor, k: int) -> Tensor:
     # scores or groups searched at once; all steps in which groups grow leave at least k of them. The sixteen warps of
     # few rows search twice as many, so that rows that just outgrow `room` need no groups yet
     listed = 2 * room if alone and total > room else room
-    while total > 64 * listed:
+    while total > 32 * listed:
         listed *= 2
     scratch = torch.empty(rows, 2 * room + 4 * wide, dtype=torch.int32, device=scores.device)
     _highest[(rows,)](
@@ -144,14 +144,14 @@ def _expand(
 
 @triton.jit
 def _group_tops(scores_ptr, tops_ptr, i, n, size):
-    """The highest of each group i of `size` scores (1, 4, 16 or 64) of the first n."""
+    """The highest of each group i of `size` scores (1, 4, 8 or 32) of the first n."""
     low = tl.full([], -2147483648, tl.int32)
     source = scores_ptr
     many = n
-    if size >= 16:
+    if size >= 8:
         source = tops_ptr
-        many = tl.cdiv(n, 16)
-    if (size == 1) | (size == 16):
+        many = tl.cdiv(n, 8)
+    if (size == 1) | (size == 8):
         x = tl.load(source + i, mask=i < many, other=low)
     else:
         x = tl.load(source + 4 * i, mask=4 * i < many, other=low)
@@ -178,7 +178,7 @@ def _highest(
     r = tl.program_id(0).to(tl.int64)
     n = tl.load(visible_ptr + r).to(tl.int32)
     scores_ptr += r * total
-    tops_ptr += r * (total // 16)
+    tops_ptr += r * (total // 8)
     out_ptr += r * k
     lowest = tl.full([], -2147483648, tl.int32)
     if n <= k:
@@ -196,7 +196,7 @@ def _highest(
         # a lower bound of the k-th highest in 17 bits, from the highest of each group
         scratch_ptr += r * (2 * ROOM + 2 * GROUPS)
         list_ptr = scratch_ptr + 2 * ROOM
-        size = tl.where(n <= 4 * LISTED, 4, tl.where(n <= 16 * LISTED, 16, 64))
+        size = tl.where(n <= 4 * LISTED, 4, tl.where(n <= 8 * LISTED, 8, 32))
         x = _group_tops(scores_ptr, tops_ptr, i, n, size)
         bound = _kth(x, k, 6)
         above = ((x >= bound) & (i < tl.cdiv(n, size))).to(tl.int32)
@@ -205,9 +205,9 @@ def _highest(
         fits = found <= GROUPS
         tl.store(list_ptr + place, i, mask=(above > 0) & (place < GROUPS))
         tl.debug_barrier()
-        if size == 64:
+        if size == 32:
             found = _expand(
-                tops_ptr, list_ptr, tl.minimum(found, GROUPS), tl.cdiv(n, 16), bound,
+                tops_ptr, list_ptr, tl.minimum(found, GROUPS), tl.cdiv(n, 8), bound,
                 list_ptr + GROUPS, scratch_ptr, 4, 4, PART, GROUPS,
             )  # fmt: skip
             fits = fits & (found <= GROUPS)
@@ -215,7 +215,7 @@ def _highest(
             tl.debug_barrier()
         found = _expand(
             scores_ptr, list_ptr, tl.minimum(found, GROUPS), n, bound,
-            scratch_ptr + ROOM, scratch_ptr, tl.minimum(size, 16), 16, PART, ROOM,
+            scratch_ptr + ROOM, scratch_ptr, tl.minimum(size, 8), 8, PART, ROOM,
         )  # fmt: skip
         tl.debug_barrier()
         _choose(scores_ptr, scratch_ptr, tl.where(fits, found, ROOM + 1), n, k, out_ptr, ROOM)

@@ -1,9 +1,12 @@
-"""Selection of decode rows for NVIDIA GPUs, straight from packed or bfloat16 keys, in three launches.
+"""Selection of decode rows for NVIDIA GPUs, straight from packed or bfloat16 keys.
 
-    queries  rotated, by Hadamard too, and rounded                  (with the scores where hopper.py cannot serve)
+    queries  rotated, by Hadamard too, and rounded
     scores   programs of a row's stretch of keys multiply and weigh; each score is written as an integer of the same
-             order, and with it the highest of each 16 of them; chunk.py does it for many rows that share their keys
-    highest  highest.py or narrow.py: the k highest of a row
+             order, and with it the highest of each 8 of them
+    highest  the k highest of a row
+
+Two launches do it anywhere: queries and scores by the kernel below, and highest.py. On Hopper hopper.py does all in one
+for rows that may be of different sequences, and queries.py, chunk.py and narrow.py for many that share their keys.
 
 FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
 room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0, or on Hopper as
@@ -30,6 +33,7 @@ from triptych.kernels.select_rows.ref import IndexQueries
 
 _TILE = 128  # keys of one product
 _ALONE = 128  # rows that may all be of different sequences, as those of a decode step are
+_COUNTED = 1 << 15  # rows at once at most: hopper.py counts the programs of each that are done
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 _GATHERED = 1 << 27  # and of keys side by side at most: more than three sequences of a million tokens
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -55,50 +59,61 @@ def _some_at_a_time(
     queries: IndexQueries, keys: PagedEntries, topk: int, step: int, *, rounded: bool = False
 ) -> Tensor:
     """Ids of `step` rows after the other; `rounded` as in ordered_scores."""
-    rows = len(queries.heads)
+    rows, step = len(queries.heads), min(step, _COUNTED)
     ready = _gathered(queries, keys) if step > _ALONE and (queries.rounds or rounded) else None
     if rows <= step:
-        scores, tops = ordered_scores(queries, keys, rounded=rounded, ready=ready)
-        return highest(scores, tops, keys.visible, topk)
+        return _chosen(queries, keys, topk, ready, rounded=rounded)
     out = torch.empty(rows, topk, dtype=torch.int32, device=queries.heads.device)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         some = keys._replace(seq=keys.seq[part], visible=keys.visible[part])
         angles = (queries.angles[0][part], queries.angles[1][part])
         mine = queries._replace(heads=queries.heads[part], angles=angles, weights=queries.weights[part])
-        scores, tops = ordered_scores(mine, some, rounded=rounded, ready=ready)
-        out[part] = highest(scores, tops, some.visible, topk)
+        out[part] = _chosen(mine, some, topk, ready, rounded=rounded)
     return out
 
 
+def _chosen(queries: IndexQueries, keys: PagedEntries, topk: int, ready: Any, *, rounded: bool) -> Tensor:
+    """Ids of all rows; in one launch where hopper.py can serve."""
+    if ready is None and (queries.rounds or rounded) and _on_hopper(queries, keys.pool):
+        room = _room(queries, keys)
+        if importlib.import_module("triptych.kernels.select_rows.narrow").fits(room[0].shape[1], topk):
+            hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
+            return hopper.choose(queries, keys, room, topk)  # type: ignore[no-any-return]
+    scores, tops = ordered_scores(queries, keys, rounded=rounded, ready=ready)
+    return highest(scores, tops, keys.visible, topk)
+
+
+def _room(queries: IndexQueries, keys: PagedEntries) -> tuple[Tensor, Tensor]:
+    """For the ordered scores of all rows, in whole tiles, and their tops."""
+    assert keys.most is not None
+    rows, total, device = len(queries.heads), _whole_tiles(keys.most), queries.heads.device
+    scores = torch.empty(rows, total, dtype=torch.int32, device=device)
+    return scores, torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
+
+
 def ordered_scores(
-    queries: IndexQueries,
-    keys: PagedEntries,
-    stretch: int | None = None,
-    *,
-    rounded: bool = False,
-    ready: Any = None,
+    queries: IndexQueries, keys: PagedEntries, *, rounded: bool = False, ready: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, T] as int32 that sort like the floats, and the highest of each 16; T = most, in whole tiles.
+    """Scores [B, T] as int32 that sort like the floats, and the highest of each 8; T = most, in whole tiles.
 
     What a row does not see is unspecified. `rounded`: queries may be taken as e4m3, because they are on its grid, or
-    because keys have been rounded as much.
+    because keys have been rounded as much. `ready` are the keys side by side, if they are.
     """
-    assert keys.most is not None
-    rows, heads, dim = len(queries.heads), queries.count, queries.dim
-    device = queries.heads.device
-    total = _whole_tiles(keys.most)
-    scores = torch.empty(rows, total, dtype=torch.int32, device=device)
-    tops = torch.empty(rows, total // GROUP, dtype=torch.int32, device=device)
-    if stretch is None:
-        stretch = _stretch(rows, total, 3 * multiprocessors(device))
-    raw = queries.heads[:, -heads * dim :]
-    cos, sin = queries.angles
+    out = scores, tops = _room(queries, keys)
+    rows, total = scores.shape
     pool = keys.pool
     if _on_hopper(queries, pool) and (queries.rounds or rounded):
         ready = ready or _gathered(queries, keys)
-        _hopper_scores(raw, queries, keys, ready, (scores, tops), stretch)
-        return scores, tops
+        if ready is None:
+            importlib.import_module("triptych.kernels.select_rows.hopper").score(queries, keys, out)
+        else:
+            importlib.import_module("triptych.kernels.select_rows.chunk").score(queries, keys, ready, out)
+        return out
+    stretch = _stretch(rows, total, 3 * multiprocessors(scores.device))
+    heads, dim = queries.count, queries.dim
+    raw = queries.heads[:, -heads * dim :]
+    cos, sin = queries.angles
     kind = pool.format.kind if isinstance(pool, PackedRows) else "dense"
     if isinstance(pool, PackedRows):
         place = (pool.values, *pool.values.stride()[:2], pool.scales, *pool.scales.stride()[:2])
@@ -119,7 +134,7 @@ def ordered_scores(
         num_warps=4,
         num_stages=4 if kind == "fp8" else 3,
     )
-    return scores, tops
+    return out
 
 
 def select_packed(q: Tensor, weights: Tensor, keys: PagedEntries, topk: int, *, fixed: bool = False) -> Tensor:
@@ -161,51 +176,14 @@ def _gathered(queries: IndexQueries, keys: PagedEntries) -> Any:
 def _stretch(rows: int, total: int, programs: int) -> int:
     """Keys of a program where `programs` run at once: as many as keep all of them busy, once if that is not too long.
 
-    Shorter ones even out rows of unequal lengths; many rows share them, so that their queries are worth loading.
+    Shorter ones even out rows of unequal lengths.
     """
-    if rows > _ALONE:
-        return min(8192, _whole_tiles(triton.cdiv(total, max(1, programs // rows))))
     once = _whole_tiles(triton.cdiv(total, max(1, programs // rows)))
-    return once if once <= 6144 else 2048
+    return once if once <= 6144 or rows > _ALONE else 2048
 
 
 def _whole_tiles(most: int) -> int:
     return int(triton.cdiv(max(most, 1), _TILE)) * _TILE
-
-
-def _hopper_scores(
-    raw: Tensor, queries: IndexQueries, keys: PagedEntries, ready: Any, out: tuple[Tensor, Tensor], stretch: int
-) -> None:
-    """ordered_scores in two launches: queries as e4m3, then hopper.py or, where keys lie side by side, chunk.py."""
-    rows, heads, dim = len(raw), queries.count, queries.dim
-    cos, sin = queries.angles
-    q = torch.empty(rows, heads, dim, dtype=torch.uint8, device=raw.device)
-    power = torch.empty(rows, heads, dtype=torch.int32, device=raw.device)
-    assert isinstance(keys.pool, PackedRows)
-    kind = 1 if keys.pool.format.kind == "fp8" else 2
-    size = {"ROUNDS": queries.rounds, "DIM": dim, "ROPE": 2 * cos.shape[1], "KIND": kind}
-    if ready is not None:
-        chunk = importlib.import_module("triptych.kernels.select_rows.chunk")
-        chunk.prepare[(triton.cdiv(rows, 8),)](
-            raw, raw.stride(0), cos, sin, q, power, rows, heads, ROWS=8, HEADS=64, **size, num_warps=4
-        )
-        chunk.score((q, power), queries.weights, keys, ready, out, stretch)
-        return
-    # sixteen warps: short code for each, which a GPU whose caches hold other kernels must fetch first
-    _prepare[(rows, triton.cdiv(heads, 16))](
-        raw, raw.stride(0), cos, sin, q, power, heads, HEADS=16, **size, num_warps=16
-    )
-    hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
-    hopper.score((q, power), queries.weights, keys, out, stretch)
-
-
-@triton.jit
-def place_of(d, KIND: tl.constexpr):
-    """Where a query's dims lie: for MXFP4 keys in the order in which weigh.expanded expands those."""
-    if KIND == 1:
-        return d
-    else:
-        return d // 8 % 4 * 32 + d // 4 % 2 * 16 + d // 32 * 4 + d % 4
 
 
 @triton.jit
@@ -214,7 +192,7 @@ def _round_even(x):
 
 
 @triton.jit
-def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
+def _rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
     """x [HEADS, DIM] on the e2m1 grid, groups of 32: values divided by 2^(p_max - 6) and p_max [HEADS].
 
     2^p is a group's scale, p_max the largest of a row; so values are at most 6 * 2^6.
@@ -236,7 +214,7 @@ def rounded_e2m1(x, HEADS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def signs_of(i):
+def _signs_of(i):
     """1 of the even i, -1 of the odd ones, in bfloat16, by their bits."""
     return (((i & 1) << 15) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
@@ -272,42 +250,12 @@ def _queries(
         i = i ^ (i >> 2)
         i = i ^ (i >> 1)
         kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
-        signs = signs_of(i).to(kind)
+        signs = _signs_of(i).to(kind)
         x = tl.dot(x.to(tl.bfloat16).to(kind), signs, input_precision="ieee")
         x = (x * (DIM**-0.5)).to(tl.bfloat16).to(tl.float32)
-        x, power = rounded_e2m1(x, HEADS, DIM)
+        x, power = _rounded_e2m1(x, HEADS, DIM)
         power -= 6
     return x, power
-
-
-@triton.jit
-def _prepare(
-    q_ptr,
-    q_row,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    power_ptr,
-    heads,
-    ROUNDS: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Queries of a row as e4m3 that lack a power of two a head."""
-    r = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    turn = r * (ROPE // 2)
-    x, power = _queries(q_ptr + r * q_row, cos_ptr + turn, sin_ptr + turn, h, heads, ROUNDS, HEADS, DIM, ROPE, False)
-    if not ROUNDS:
-        bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
-        power = tl.maximum((bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), -100)
-        x = x * ((127 - power) << 23).to(tl.float32, bitcast=True)[:, None]
-    d = tl.arange(0, DIM)
-    out = out_ptr + (r * heads + h)[:, None] * DIM + place_of(d, KIND)[None, :]
-    tl.store(out, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=(h < heads)[:, None])
-    tl.store(power_ptr + r * heads + h, power, mask=h < heads)
 
 
 @triton.jit
@@ -396,5 +344,5 @@ def _scores(
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         order = tl.where(seen, order, -2147483648)
         tl.store(out_ptr + r * total + g, order)
-        top = tl.max(tl.reshape(order, [TILE // 16, 16]), 1)
-        tl.store(tops_ptr + r * (total // 16) + at // 16 + tl.arange(0, TILE // 16), top)
+        top = tl.max(tl.reshape(order, [TILE // 8, 8]), 1)
+        tl.store(tops_ptr + r * (total // 8) + at // 8 + tl.arange(0, TILE // 8), top)

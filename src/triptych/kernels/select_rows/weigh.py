@@ -118,6 +118,13 @@ def weight_of(power_ptr, weight_ptr, i, heads):
 
 
 @gluon.jit
+def lined_up(weight, power):
+    """weight_of of all 64 heads, each where a thread has it already."""
+    w = weight * ((127 + power) << 23).to(gl.float32, bitcast=True) * _UNSATURATED
+    return gl.reshape(gl.permute(gl.reshape(w, [4, 2, 4, 2]), (0, 2, 1, 3)), [64])
+
+
+@gluon.jit
 def weights_of(weights, WARPS: gl.constexpr):
     """Weights in shared memory [64] -> [4 of a quad, 16]: those of a thread's heads, in the order of its products."""
     w = weights._reinterpret(gl.float32, [4, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
@@ -211,7 +218,7 @@ def expanded(keys, scales, WARPS: gl.constexpr, MMA: gl.constexpr):
     """MXFP4 keys in shared memory [16 WARPS, 64] and codes of their scales [16 WARPS, 4] -> the left operand, e4m3.
 
     Each is over the largest scale of its key times 2^6: exponents are lowered by the distance of a group's scale, by 11
-    at most. A thread has a group of 32 dims, so dims lie in the order of triton.place_of.
+    at most. A thread has a group of 32 dims, so dims lie in the order of queries.made.
     """
     KEYS: gl.constexpr = 16 * WARPS
     code = scales.load(_code_layout(WARPS)).to(gl.int32)
