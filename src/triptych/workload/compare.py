@@ -38,7 +38,9 @@ class Setup:
 
 SETUPS = {
     "chat": Setup(80, 0.03, "closed:20", "28MiB", "more people than may run at once"),
-    "coding-agent": Setup(72, 0.03, "closed:16", "15MiB", "sixteen agents whose sessions do not all fit into the memory"),
+    "coding-agent": Setup(
+        72, 0.03, "closed:16", "15MiB", "sixteen agents whose sessions do not all fit into the memory"
+    ),
     "research-agent": Setup(60, 0.04, "closed:12", "10MiB", "contexts that fill the memory when few are held"),
     "rl-rollout": Setup(128, 0.005, "trace", "28MiB", "all samples of a training step at once"),
 }
