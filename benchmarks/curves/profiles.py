@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TITLE = "Endpoint profiles against each other"
+_OURS = "#1b7f6b"
 _TRIAL = ("requests", "scale", "arrivals", "kv_memory", "clock", "speed", "ttft", "tpot")
 _SETTINGS = ("max_running", "step_tokens", "deterministic")
 Row = Mapping[str, Any]
@@ -58,7 +59,7 @@ def curve() -> Curve:
         for axes, trial in zip(sheet.axes[0], trials, strict=True):
             _draw(axes, trial)
         notes = [
-            "Dots: how many times better the profile named above is, which `triptych profile fit` recommends; "
+            "Bars: how many times better the profile named above is, which `triptych profile fit` recommends; "
             "95 % intervals, by processor seconds."
         ]
         picture = sheet.finish(made_from, notes)
@@ -111,7 +112,8 @@ def _draw(axes: Axes, trial: Trial) -> None:
             continue
         low, high = one.found.low, one.found.high
         bounds = [[one.found.ratio - low], [min(high, 1e3) - one.found.ratio]]
-        axes.errorbar([place], [one.found.ratio], yerr=bounds, fmt="o", color="#1b7f6b", capsize=4)
+        axes.bar([place], [one.found.ratio - 1.0], bottom=1.0, width=0.6, color=_OURS)
+        axes.errorbar([place], [one.found.ratio], yerr=bounds, fmt=".", color="#111827", capsize=4)
     axes.axhline(1.0, color="#111827", linewidth=1)
     axes.set_yscale("log")
     marks = [0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0]
