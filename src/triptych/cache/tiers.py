@@ -172,7 +172,7 @@ class Tiers:
 
         All of them, not only those from index `fresh` on, which are new: a store may have given up the first pages of a
         session that lives on the device, and without these the others are worth nothing. While stores refuse, as a
-        full disk does, only the new ones are tried, or each turn of a long session would try all of it again.
+        broken disk does, only the new ones are tried, or each turn of a long session would try all of it again.
         `every`: all snapshots, not only the likely ones.
         """
         if not self.stores or not nodes:
