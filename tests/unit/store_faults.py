@@ -88,7 +88,7 @@ class FaultyFiles(Files):
 
     room: bytes that can still be written, whatever is removed; then ENOSPC, after what fits has been written.
     capacity: bytes that all files of a directory may have, `others` of them taken by somebody else; `reports`: whether
-    the file system says what is free, or has endless room until a write fails, as with a user's own limit.
+    the file system says how little is free, or only a write that fails does, as with a user's own limit.
     read_error, write_error: errno of every read, or of everything that changes the disk. die_at: number of the
     changing call that is cut short.
     """
@@ -115,9 +115,12 @@ class FaultyFiles(Files):
         return super().open(path, flags)
 
     def free(self, directory: Path) -> int:
-        if self.capacity is None or not self.reports:
-            return super().free(directory)
-        return max(0, self._left(directory))
+        free = super().free(directory)
+        if not self.reports:
+            return free
+        if self.room is not None:
+            free = min(free, self.room)
+        return free if self.capacity is None else max(0, min(free, self._left(directory)))
 
     def _left(self, directory: Path) -> int:
         assert self.capacity is not None

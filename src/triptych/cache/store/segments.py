@@ -336,8 +336,9 @@ class SegmentStore:
         self._segment_bytes = self._fitting(limit)
         # room for the coming segment and for what reclaiming carries over, which is at most half a segment
         ahead = max(self._segment_bytes, SUPERBLOCK_BYTES + record) + self._segment_bytes // 2
+        if ahead > self._quota:
+            self._faults.report("size", f"An object of {record} bytes is too large for the quota of {self.directory}.")
         if ahead > limit:
-            self._faults.report("size", f"An object of {record} bytes is too large for the room of {self.directory}.")
             return None
         self._close_open()
         if reclaim:
