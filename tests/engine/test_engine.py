@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,21 @@ def test_bad_prompts_are_refused_by_name(engine: Engine, prompt: list[object], p
 def test_a_string_instead_of_a_list_is_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match="list"):
         engine.generate("Once upon a time", GREEDY)
+
+
+@pytest.mark.parametrize("prompts", [[1, 2], np.array([1, 2]), 5, None])
+def test_one_prompt_instead_of_a_list_is_refused(engine: Engine, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="generate takes a list of prompts"):
+        engine.generate(prompts, GREEDY)
+
+
+def test_prompts_may_be_arrays_of_any_integers(engine: Engine) -> None:
+    ids = LONG[:140]
+    wanted = engine.generate([ids], GREEDY)[0].token_ids
+    for prompts in ([np.array(ids, np.int64)], np.array([ids], np.uint16), (prompt for prompt in [tuple(ids)])):
+        assert engine.generate(prompts, GREEDY)[0].token_ids == wanted
+    limit = SamplingParams(max_tokens=np.int64(2), temperature=0.0, seed=np.int32(1))  # type: ignore[arg-type]
+    assert engine.generate([ids], limit)[0].token_ids == wanted[:2]
 
 
 def test_params_of_another_type_are_refused(engine: Engine) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from triptych.engine.async_engine import AsyncEngine
 from triptych.engine.face import Face
@@ -21,6 +22,7 @@ from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.step_times import StepTime, timed_steps
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
+from triptych.values import integral
 from triptych.words import (
     NO_HINTS,
     CacheHints,
@@ -70,8 +72,8 @@ class Engine(Face):
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         hints: CacheHints = NO_HINTS,
     ) -> list[Output]:
@@ -79,14 +81,8 @@ class Engine(Face):
 
         `params` is one for all or one per prompt; `hints`, what is known about reuse, is one for all.
         """
-        if isinstance(prompts, str):
-            raise RequestError("generate takes a list of prompts.", "Wrap the string in a list.", param="prompts")
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
-        for one in each:
-            if not isinstance(one, SamplingParams):
-                raise RequestError(f"params must be SamplingParams, not {type(one).__name__}.", param="params")
+        prompts = _list_of_prompts(prompts)
+        each = _each(params, len(prompts))
         with self._lock:
             samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
@@ -99,7 +95,7 @@ class Engine(Face):
     ) -> Iterator[Delta]:
         """Continue one prompt, yielding text as it comes. Closing the iterator aborts."""
         with self._lock:
-            for _, delta in self._run(self._expand(prompt, params or SamplingParams(), hints)):
+            for _, delta in self._run(self._expand(prompt, params, hints)):
                 yield delta
 
     @contextmanager
@@ -146,9 +142,9 @@ class Engine(Face):
         self._loop.settle(_FLUSH_SECONDS)
         self._loop.close()
 
-    def _expand(self, prompt: Prompt, params: SamplingParams, hints: CacheHints) -> list[Sample]:
-        ids = self._encode(prompt)
-        return expand(f"r{next(self._ids)}", ids, params, self.tokenizer, hints=hints)
+    def _expand(self, prompt: Prompt, params: SamplingParams | None, hints: CacheHints) -> list[Sample]:
+        params = SamplingParams() if params is None else params
+        return expand(f"r{next(self._ids)}", self._encode(prompt), params, self.tokenizer, hints=hints)
 
     def _encode(self, prompt: Prompt) -> TokenIds:
         if not isinstance(prompt, str):
@@ -175,6 +171,27 @@ class Engine(Face):
         finally:
             for request_id in live:
                 self._loop.finish(request_id, FinishReason.ABORT)
+
+
+def _list_of_prompts(prompts: object) -> list[Prompt]:
+    """Whatever holds prompts as a list; RequestError for what is one prompt, or none."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        remedy = "Wrap the string in a list." if isinstance(prompts, str) else ""
+        raise RequestError("generate takes a list of prompts.", remedy, param="prompts")
+    several = list(prompts)
+    if several and integral(several[0]) is not None:
+        raise RequestError("generate takes a list of prompts.", "Wrap the token ids in a list.", param="prompts")
+    return several
+
+
+def _each(params: object, count: int) -> list[Any]:
+    """As many SamplingParams as there are prompts, unchecked: one for all, or one for each."""
+    if not isinstance(params, Iterable) or isinstance(params, Mapping):
+        return [params] * count
+    each = list(params)
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} SamplingParams.", param="params")
+    return each
 
 
 def _output(parts: list[Delta]) -> Output:

@@ -29,6 +29,9 @@ def expand(
     hints: CacheHints = NO_HINTS,
 ) -> list[Sample]:
     """The n samples of a request: as many requests with one prompt, which the first of them runs."""
+    for name, value, wanted in (("params", params, SamplingParams), ("hints", hints, CacheHints)):
+        if not isinstance(value, wanted):
+            raise RequestError(f"{name} must be {wanted.__name__}, not {type(value).__name__}.", param=name)
     if not len(prompt):
         raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
     if params.stop and tokenizer is None:
