@@ -39,6 +39,8 @@ class Room:
         self._unreported: tuple[float, int] | None = None  # when a limit was met that nobody reports, and bytes
         self._no_help: float | None = None
         self._told = False
+        self.lately = quota
+        """The limit when it was last asked for."""
 
     @property
     def helps(self) -> bool:
@@ -65,6 +67,7 @@ class Room:
             else:
                 self._unreported = None
         self._tell(limit)
+        self.lately = max(0, limit)
         return limit
 
     def met(self, held: int, wanted: int) -> None:

@@ -111,7 +111,8 @@ class SegmentStore:
         coming = max(0, self._segment_bytes - self._open.end) if self._open else 0
         with self._write_lock:
             self._reclaim_down_to(self._quota - coming, carry=False)
-            self._room.limit(self._held())  # only to say it now; a full disk is made way on when something comes
+            # on a full disk nothing is given up before something comes that wants its place
+            self._segment_bytes = self._fitting(self._room.limit(self._held()))
 
     def _fitting(self, limit: int) -> int:
         """Where a file ends in a store of `limit` bytes."""
@@ -186,6 +187,7 @@ class SegmentStore:
                 bytes_read=self._read,
                 damaged=self._damaged,
                 refused=self._refused,
+                bytes_room=self._room.lately,
             )
 
     def close(self) -> None:
