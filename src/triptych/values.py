@@ -66,6 +66,26 @@ def integers_in(name: str, values: object, low: int, high: int) -> tuple[int, ..
     return tuple(integer_in(name, value, low, high) for value in values)
 
 
+def weights_in(name: str, values: object, most_key: int, most: float) -> dict[int, float]:
+    """Numbers in [-most, most] by integers from 0 to `most_key`."""
+    if not isinstance(values, Mapping):
+        raise RequestError(f"{name} must map token ids to numbers, not be {values!r}.", param=name)
+    return {integer_in(name, key, 0, most_key): number_in(name, value, -most, most) for key, value in values.items()}
+
+
+def texts_in(name: str, values: object, most: int) -> tuple[str, ...]:
+    """At most `most` strings, none of them empty, of a list or a tuple."""
+    if isinstance(values, str):  # each of its letters would be one
+        raise RequestError(f"{name} is one string, {values!r}.", "Put it into a tuple.", param=name)
+    if (
+        not isinstance(values, tuple | list)
+        or len(values) > most
+        or any(not isinstance(t, str) or not t for t in values)
+    ):
+        raise RequestError(f"{name} must be at most {most} non-empty strings.", param=name)
+    return tuple(values)
+
+
 def token_ids(ids: object, *, vocab_size: int | None = None, param: str = "prompt") -> npt.NDArray[np.int32]:
     """A read-only int32 vector [n] of `ids`, a list or an array; RequestError if one is no integer or out of range."""
     import numpy as np  # here: what only reads settings stays light

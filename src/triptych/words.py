@@ -14,7 +14,7 @@ One request's positions in one step:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, TypeVar, get_args
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.errors import RequestError
-from triptych.values import integer_in, integers_in, number_in
+from triptych.values import integer_in, integers_in, number_in, texts_in, weights_in
 from triptych.values import token_ids as token_ids
 
 TokenIds = npt.NDArray[np.int32]
@@ -55,7 +55,8 @@ class Grammar:
 class SamplingParams:
     """How tokens are chosen. Temperature 0 is greedy. Invalid values raise RequestError naming the field.
 
-    `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
+    `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token; `prompt_logprobs` the same
+    for the tokens of the prompt, of which then all rows run, whatever is cached.
     `seed` makes one request's draws reproducible whatever shares its batch. `grammar`: what the answer must match.
     Stop strings count from the text `stop_after` on (where one is named) and up to the text `stop_until`: in what is
     said, say, and neither in thoughts nor in the arguments of calls.
@@ -75,6 +76,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
     stop_after: str = ""
@@ -91,14 +93,11 @@ class SamplingParams:
         self._number("frequency_penalty", -2.0, 2.0)
         self._whole("seed", -(2**63), 2**63 - 1, optional=True)
         self._whole("logprobs", 0, 20, optional=True)
+        self._whole("prompt_logprobs", 0, 20, optional=True)
         self._whole("n", 1, 128)
         self._set("stop_token_ids", integers_in("stop_token_ids", self.stop_token_ids, 0, 2**31 - 1))
-        self._set("logit_bias", _biases(self.logit_bias))
-        if isinstance(self.stop, str):  # each of its letters would be one
-            raise RequestError(f"stop is one string, {self.stop!r}.", "Put it into a tuple.", param="stop")
-        several = isinstance(self.stop, tuple | list)
-        if not several or len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        self._set("logit_bias", weights_in("logit_bias", self.logit_bias, 2**31 - 1, 100.0))
+        self._set("stop", texts_in("stop", self.stop, 16))
         if not isinstance(self.grammar, Grammar | None):
             raise RequestError(f"grammar must be a Grammar, not {type(self.grammar).__name__}.", param="grammar")
 
@@ -118,13 +117,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when the highest logit is taken and no random number is drawn."""
         return self.temperature == 0.0
-
-
-def _biases(raw: Mapping[int, float]) -> dict[int, float]:
-    if not isinstance(raw, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, not be {raw!r}.", param="logit_bias")
-    name = "logit_bias"
-    return {integer_in(name, i, 0, 2**31 - 1): number_in(name, bias, -100.0, 100.0) for i, bias in raw.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +245,7 @@ class Chunk:
     `replay_to`: 0, or the boundary g of a trapezoid: of the rows before g layer l runs only those it has to, from
     `geometry.trapezoid_start(g, layers, l)` on, to rebuild windows; a chunk that ends before g samples nothing.
     `samples`: the last row's logits are wanted.
+    `targets`: tokens that follow the first rows, whose log-probabilities are wanted, beside those of the `likeliest`.
     """
 
     request_id: str
@@ -267,6 +260,8 @@ class Chunk:
     snapshots: tuple[SnapshotWrite, ...] = ()
     samples: bool = False
     replay_to: int = 0
+    targets: TokenIds | None = None
+    likeliest: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.read_from <= self.start < self.end, (self.read_from, self.start, self.end)
@@ -322,6 +317,24 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens [n] from the second on: the first has none, for nothing is before it.
+
+    `lines` [n - 1, 2 + 2 N] float64: the token's own, its rank from 1 on, those of the N likeliest, and their ids.
+    """
+
+    token_ids: TokenIds
+    lines: npt.NDArray[np.float64]
+
+    def entries(self) -> Iterator[TokenLogprob]:
+        """One for each token from the second on."""
+        most = (self.lines.shape[1] - 2) // 2
+        for token, line in zip(self.token_ids[1:].tolist(), self.lines.tolist(), strict=True):
+            best = zip(map(int, line[2 + most :]), line[2 : 2 + most], strict=True)
+            yield TokenLogprob(token, line[0], tuple(one for one in best if one[1] > -np.inf))
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """The token drawn for one request in one step."""
@@ -348,7 +361,7 @@ class Delta:
     """What one sample of a request gained: text that is safe to show, the tokens behind it, and the end.
 
     `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta; so does
-    `stop`, the stop string that ended the sample, if one did.
+    `stop`, the stop string that ended the sample, if one did. `prompt_logprobs` come before all tokens, if at all.
     """
 
     index: int
@@ -359,6 +372,7 @@ class Delta:
     usage: Usage | None = None
     error: str | None = None
     stop: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

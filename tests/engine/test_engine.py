@@ -104,6 +104,26 @@ def test_logprobs_have_one_entry_per_token_best_first(engine: Engine) -> None:
         assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
 
 
+def test_prompt_logprobs_are_those_of_sampling_the_same_tokens() -> None:
+    engine = Engine.load("tiny", deterministic=True, step_tokens=64)
+    [out] = engine.generate([LONG[:150]], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=2))
+    assert out.prompt_logprobs == ()
+    text = (*LONG[:150].tolist(), *out.token_ids)
+    params = SamplingParams(max_tokens=1, n=2, prompt_logprobs=2)
+    first, second = engine.generate([text], params)
+    assert first.prompt_logprobs[0] is None and len(first.prompt_logprobs) == len(text)
+    assert first.prompt_logprobs[150:] == out.logprobs, "to the last bit"
+    assert second.prompt_logprobs is first.prompt_logprobs, "samples share their prompt"
+    [again] = engine.generate([text], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert [one and one.logprob for one in again.prompt_logprobs] == [
+        one and one.logprob for one in first.prompt_logprobs
+    ]
+    assert again.usage.cached_tokens == 0 and again.usage.recomputed_tokens == 128
+    [alone] = engine.generate([[5]], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert alone.prompt_logprobs == (None,)
+    engine.check_integrity()
+
+
 def test_closing_a_stream_aborts_and_frees_everything(engine: Engine) -> None:
     stream = engine.stream(LONG, SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True))
     for _, delta in zip(range(3), stream, strict=False):
@@ -175,9 +195,9 @@ def test_one_bad_prompt_among_good_ones_leaves_nothing_behind(engine: Engine) ->
 
 
 def test_nan_logits_fail_their_request_with_a_sentence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = engine._loop._runner
-    right = runner.logits
-    monkeypatch.setattr(runner, "logits", lambda plan: right(plan) * float("nan"))
+    model = engine._loop.model
+    right = model.head
+    monkeypatch.setattr(model, "head", lambda last, rows: right(last, rows) * float("nan"))
     with pytest.raises(TriptychError, match="no usable logits"):
         engine.generate([LONG], GREEDY)
     monkeypatch.undo()

@@ -22,6 +22,7 @@ from triptych.cache.policies import Below
 from triptych.cache.prefix import Branch, Node, Snapshot
 from triptych.cache.rates import Rates, TierRate
 from triptych.cache.store.protocol import ObjectKey
+from triptych.config import PAGE
 
 SAVING_BYTES = 64 << 20
 """Bytes on their way to stores at most: what is being saved cannot be evicted."""
@@ -146,6 +147,16 @@ class Tiers:
     def size(self, key: ObjectKey) -> int:
         """Bytes of an object."""
         return self._geometry.page_bytes if key.kind == "page" else self._geometry.snapshot_bytes
+
+    def found(self, chain: Sequence[Node], start: int) -> dict[str, int]:
+        """Tokens of [0, start) that a prompt uses for the first time since they came up, by tier."""
+        tiers: dict[str, int] = {}
+        for node in chain[: -(-start // PAGE)]:
+            if node.origin is not None:
+                tiers[node.origin] = tiers.get(node.origin, 0) + min(PAGE, start - node.end + PAGE)
+                node.origin = None
+        self.moved.tokens.update(tiers)
+        return tiers
 
     # ---- down
 

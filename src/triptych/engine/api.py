@@ -46,7 +46,8 @@ Prompt = str | Sequence[int] | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One finished sample. `logprobs` has one entry per token if they were asked for."""
+    """One finished sample. `logprobs` has one entry per token if they were asked for, `prompt_logprobs` one per token
+    of the prompt, of which the first is None: nothing is before it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Output:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 class Engine(Face):
@@ -88,7 +90,10 @@ class Engine(Face):
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
             for request_id, delta in self._run(samples):
                 parts[request_id].append(delta)
-        return [_output(parts[s.request.request_id]) for s in samples]
+        outputs: list[Output] = []
+        for sample in samples:
+            outputs.append(_output(parts[sample.request.request_id], outputs[-1] if sample.output.index else None))
+        return outputs
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, hints: CacheHints = NO_HINTS
@@ -194,8 +199,9 @@ def _each(params: object, count: int) -> list[Any]:
     return each
 
 
-def _output(parts: list[Delta]) -> Output:
-    last = parts[-1]
+def _output(parts: list[Delta], first: Output | None) -> Output:
+    """The sample that these deltas are; `first` has what samples of one prompt share."""
+    last, scored = parts[-1], parts[0].prompt_logprobs
     if last.error is not None:
         raise TriptychError(last.error)
     assert last.finish_reason is not None and last.usage is not None
@@ -206,4 +212,5 @@ def _output(parts: list[Delta]) -> Output:
         usage=last.usage,
         logprobs=tuple(one for part in parts for one in part.logprobs),
         index=last.index,
+        prompt_logprobs=(None, *scored.entries()) if scored is not None else first.prompt_logprobs if first else (),
     )

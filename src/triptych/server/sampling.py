@@ -21,7 +21,9 @@ _MOST_STOP_IDS = 256
 _LONGEST_STOP = 1024  # characters
 
 
-def sampling_params(fields: Fields, vocab_size: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling_params(
+    fields: Fields, vocab_size: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     """The SamplingParams of a request body. Raises RequestError naming the field."""
     numbers: dict[str, Any] = {
         name: value
@@ -38,6 +40,7 @@ def sampling_params(fields: Fields, vocab_size: int, *, max_tokens: int | None, 
         stop_token_ids=_stop_token_ids(fields, vocab_size),
         ignore_eos=fields.flag("ignore_eos"),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         n=n if (n := fields.integer("n")) is not None else 1,
         **numbers,
     )

@@ -158,7 +158,12 @@ FIELDS: dict[str, dict[str, Json]] = {
         "tokens": _list(_integer(0, 129279), 4_000_000),
         "return_token_strs": _FLAG,
     },
-    "/v1/completions": {"logprobs": _integer(0, 20), "return_token_ids": _FLAG},
+    "/v1/completions": {
+        "max_tokens": _integer(0, 2**31 - 1),
+        "logprobs": _integer(0, 20),
+        "prompt_logprobs": _integer(0, 20),
+        "return_token_ids": _FLAG,
+    },
     "/admin/update_weights": {
         "path": {"type": "string", "minLength": 1},
         "running": _one_of("drain", "abort", "recompute"),
