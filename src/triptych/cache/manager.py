@@ -166,8 +166,6 @@ class CacheManager:
             self._refused = (request_id, keep, self._changes)  # matching a long prompt in each step would be dear
             return None
         plan, source = self._plan(len(tokens), chain, room, whole)
-        if source is not None:
-            self.memory.hold(source)
         table = np.empty(pages_for(limit), np.int32)
         table[: len(chain)] = [node.page for node in chain]
         self.holdings[request_id] = Holding(
@@ -206,7 +204,7 @@ class CacheManager:
         return self._tenants.setdefault(salt, Tenant(salt))
 
     def _plan(self, length: int, chain: list[Node], room: int, whole: bool) -> tuple[ResumePlan, Snapshot | None]:
-        """The cheapest plan and the snapshot it restores, if holding that one leaves `room`."""
+        """The cheapest plan, and the snapshot that it restores and holds, if holding that one leaves `room`."""
         if whole:
             return self.planner.whole(length, len(chain) * PAGE), None
         source = next((node.snapshot for node in reversed(chain) if node.snapshot is not None), None)
@@ -216,6 +214,7 @@ class CacheManager:
         tiers = self.tiers.found(chain, plan.start)
         if plan.kind != "snapshot" or source is None:
             return plan.after(None, tiers), None
+        self.memory.hold(source)
         return plan.after(source.frames, tiers), source
 
     def _places(self, plan: ResumePlan, source: Snapshot | None, marks: tuple[int, ...]) -> dict[int, float]:
