@@ -161,6 +161,14 @@ def test_prompt_logprobs_as_vllm_has_them(http: httpx.Client, engine: FakeEngine
             {"1": one, str(i): {"logprob": -i / 1024, "rank": 2, "decoded_token": engine.tokenizer.decode([i])}}
             for i in (8, 7)
         ]
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    scored = http.post("/v1/chat/completions", json=chat | {"prompt_logprobs": 1}).json()
+    assert (
+        len(scored["prompt_logprobs"]) == scored["usage"]["prompt_tokens"] and scored["prompt_logprobs"][1]["1"] == one
+    )
+    assert "prompt_logprobs" not in http.post("/v1/chat/completions", json=chat).json()
+    wrong = http.post("/v1/chat/completions", json=chat | {"prompt_logprobs": 1, "stream": True})
+    assert wrong.status_code == 400 and "not streamed" in wrong.json()["error"]["message"]
     assert all("prompt_logprobs" not in choice for choice in http.post("/v1/completions", json=body).json()["choices"])
 
 

@@ -16,13 +16,12 @@ from triptych.server.http import error_body
 from triptych.server.logprobs import TextLogprobWriter, echoed, ranked
 from triptych.server.pieces import Answer, Content, Step
 from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, check_scores, sampling_params
 from triptych.server.wire import TextChoice, TextCompletion, WireUsage
 from triptych.text.tokenizer import Tokenizer
 from triptych.words import PromptLogprobs, TokenIds, Usage, token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
-_MOST_SCORES = 1 << 20  # log-probabilities of prompts in one answer, some hundred bytes each
 
 _OWN_FIELDS = {"prompt", "logprobs", "prompt_logprobs", "best_of", "echo", "return_token_ids"}
 FIELDS = FieldTable(
@@ -60,8 +59,6 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
         logprobs=logprobs,
         prompt_logprobs=max(wanted, default=None),
     )
-    if stream and params.prompt_logprobs is not None:
-        raise Unsupported("Log-probabilities of a prompt are not streamed.", "Leave stream out.", param="stream")
     if stream and plan.silent:
         raise Unsupported("max_tokens 0 leaves nothing to stream.", "Leave stream out.", param="stream")
     best_of = fields.integer("best_of")
@@ -77,8 +74,7 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
         )
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
-    if wanted:
-        _check_scores(sum(map(len, prompts)), 1 + max(wanted))
+    check_scores(params, sum(map(len, prompts)), stream)
     hints = cache_hints(fields, desk.salt)
     head = Head.new("cmpl", desk.model)
     return Ask(head, prompts, params, stream, include_usage, continuous_usage, hints, desk.salt, plan=plan)
@@ -88,17 +84,6 @@ def _plan(fields: Fields) -> _Plan:
     echo = fields.flag("echo")
     silent = echo and fields.integer("max_tokens") == 0
     return _Plan(echo, fields.flag("return_token_ids"), fields.integer("prompt_logprobs"), silent)
-
-
-def _check_scores(tokens: int, each: int) -> None:
-    """Refuse an answer that would be gigabytes of JSON."""
-    if tokens * each > _MOST_SCORES:
-        raise RequestError(
-            f"{each} log-probabilities for each of {tokens:,} prompt tokens are more than the {_MOST_SCORES:,} that "
-            "one answer may have.",
-            "Send fewer or shorter prompts, or ask for fewer of the likeliest tokens.",
-            param="prompt",
-        )
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:

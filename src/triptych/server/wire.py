@@ -172,14 +172,23 @@ class ChatChoice(Struct):
     logprobs: ChatLogprobs | None = None
 
 
+class RankedToken(Struct):
+    """A token in vLLM's `prompt_logprobs`; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatCompletion(Struct):
-    """A whole chat response."""
+    """A whole chat response. `prompt_logprobs`, as vLLM has them: by token id, for each token from the second on."""
 
     id: str
     created: int
     model: str
     choices: list[ChatChoice]
     usage: WireUsage
+    prompt_logprobs: list[dict[str, RankedToken] | None] | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -193,14 +202,6 @@ class TextLogprobs(Struct):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
-
-
-class RankedToken(Struct):
-    """A token in vLLM's `prompt_logprobs`; rank 1 is the likeliest."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
 
 
 class TextChoice(Struct):
