@@ -220,6 +220,28 @@ def test_options_that_cannot_work_are_sentences(options: dict[str, object], word
         Engine.load("tiny", **({"kv_memory": 64 << 20} | options))
 
 
+def test_an_engine_that_is_streaming_or_closed_says_so() -> None:
+    engine = Engine.load("tiny", kv_memory="64MiB")
+    stream = engine.stream("Once", GREEDY)
+    next(stream)
+    for ask in (lambda: engine.generate(["Once"], GREEDY), lambda: next(engine.stream("Once", GREEDY))):
+        with pytest.raises(
+            RequestError, match=r"A stream of this engine is open\. Close it, or take all of it, first\."
+        ):
+            ask()
+    stream.close()
+    assert len(engine.generate(["Once"], GREEDY)[0].token_ids) == 12
+    engine.close()
+    with pytest.raises(RequestError, match="The engine is closed"):
+        engine.generate(["Once"], GREEDY)
+
+
+@pytest.mark.parametrize("model", [None, 5])
+def test_what_is_no_model_is_said(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"A model is a directory or a bundled name, not .*\. Known: tiny\."):
+        Engine.load(model)
+
+
 def test_unknown_models_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="tiny"):
         Engine.load("tiney")

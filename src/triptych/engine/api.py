@@ -70,6 +70,8 @@ class Engine(Face):
         super().__init__(loaded)
         self._ids = itertools.count()
         self._lock = threading.Lock()
+        self._user: int | None = None  # the thread that has the lock
+        self._closed = False
         self.tokenizer = loaded.tokenizer
 
     def generate(
@@ -85,7 +87,7 @@ class Engine(Face):
         """
         prompts = _list_of_prompts(prompts)
         each = _each(params, len(prompts))
-        with self._lock:
+        with self._turn():
             samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
             for request_id, delta in self._run(samples):
@@ -99,7 +101,7 @@ class Engine(Face):
         self, prompt: Prompt, params: SamplingParams | None = None, *, hints: CacheHints = NO_HINTS
     ) -> Iterator[Delta]:
         """Continue one prompt, yielding text as it comes. Closing the iterator aborts."""
-        with self._lock:
+        with self._turn():
             for _, delta in self._run(self._expand(prompt, params, hints)):
                 yield delta
 
@@ -144,8 +146,23 @@ class Engine(Face):
 
     def close(self) -> None:
         """Finish the copies to lower tiers and let go of files. The engine cannot be used afterwards."""
+        self._closed = True
         self._loop.settle(_FLUSH_SECONDS)
         self._loop.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The loop for one caller alone: another thread waits, and who would wait for his own stream is told so."""
+        if self._closed:
+            raise RequestError("The engine is closed.", "Load it again.")
+        if self._user == threading.get_ident():
+            raise RequestError("A stream of this engine is open.", "Close it, or take all of it, first.")
+        with self._lock:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = None
 
     def _expand(self, prompt: Prompt, params: SamplingParams | None, hints: CacheHints) -> list[Sample]:
         params = SamplingParams() if params is None else params
