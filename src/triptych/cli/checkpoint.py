@@ -159,7 +159,7 @@ def render(report: CheckpointReport, console: Console) -> None:
         read = "all values" if report.values_checked else "names, shapes and dtypes; --values checks the numbers too"
         console.print(f"No problem found ({read}).", markup=False)
         return
-    console.print(f"{len(report.problems):,} problems:")
+    console.print(f"{len(report.problems):,} problem{'s' if len(report.problems) > 1 else ''}:")
     for problem in report.problems[:PROBLEMS_SHOWN]:
         console.print(f"  {problem}", markup=False, soft_wrap=True)
     if len(report.problems) > PROBLEMS_SHOWN:
