@@ -28,6 +28,7 @@ from gpu_launches import Launches  # noqa: E402
 from triptych.kernels import inputs  # noqa: E402
 from triptych.kernels.attend import triton as attend  # noqa: E402
 from triptych.kernels.attend_rows import triton as rows  # noqa: E402
+from triptych.kernels.compress.triton import compress  # noqa: E402
 from triptych.kernels.index import triton as index  # noqa: E402
 from triptych.kernels.linear import fixed as fixed_linears  # noqa: E402
 from triptych.kernels.linear import portable as linears  # noqa: E402
@@ -62,7 +63,7 @@ def operations() -> None:
                 getattr(importlib.import_module(f"triptych.kernels.{folder}.{file}"), row.op)(*given)
     turns = torch.randn(17, 32, device="cuda")
     query_rows(_normal(17, 8 * 128), 8, 128, (turns.cos(), turns.sin()), 1e-6)
-    chunks.test_long_groups_are_pooled(torch.Generator("cuda").manual_seed(1))
+    compress(*chunks.long_groups(None))
 
 
 def decode_attention() -> None:
