@@ -1,7 +1,8 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
     demotion   frames --gather--> stage --copies--> pinned host frames     gathered in the step's stream, then in `down`
-    fetch      host frames --copies--> stage --scatter--> frames           in `up`; stores fill pinned staging first
+    fetch      host frames --copies--> stage --scatter--> frames           in the stage's stream, beside other stages'
+               stores --> pinned staging --copies--> frames                in `up`
     save       frames --copies--> pinned staging --> store                 in `down`
 
 Order. What a step writes is enqueued in the compute stream, all steps in order. A demotion is gathered there before the
@@ -12,8 +13,9 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: the sum of a frame's words, each times a random odd number, modulo 2**64, is made where
 frames are gathered and compared where they come back, at a small part of the copy's time. One wrong word always changes
-it. From Python a copy costs as long as its page takes over the link, so pages that are neighbours on the host go
-together, and a batch is sorted for that.
+it. From Python a copy costs as long as its page takes over the link, and several times as long where threads ask for
+copies by turns, since each waits for the interpreter again. So a batch is asked for in one call; it is sorted, and pages
+that are neighbours on the host go together.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ _STAGES = 4  # buffers of that many frames, for each direction
 
 
 class _Stage:
-    """Device memory that frames pass through, and when it is free again."""
+    """Device memory that frames pass through, when it is free again, and for the way up a stream and an answer."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.frames = torch.empty(_BATCH, size, dtype=torch.uint8, device=device)
         self.filled, self.free = torch.cuda.Event(), torch.cuda.Event()
+        self.stream = torch.cuda.Stream(device)
+        self.same = torch.empty(_BATCH, dtype=torch.bool, pin_memory=device.type == "cuda")
 
 
 class GpuMover(Mover):
@@ -67,7 +71,7 @@ class GpuMover(Mover):
         self._rising: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
         for _ in range(count):
             self._rising.put(_Stage(size, pools.device))
-        self._word = torch.int32 if size % 4 == 0 else torch.uint8
+        self._word = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
         words = torch.empty(0, dtype=self._word).element_size()
         generator = torch.Generator().manual_seed(0)
         factors = torch.randint(-(1 << 62), 1 << 62, (size // words,), generator=generator) * 2 + 1
@@ -111,14 +115,22 @@ class GpuMover(Mover):
         stage.filled.record(compute)
         with torch.cuda.stream(self._down):
             self._down.wait_event(stage.filled)
-            for at, first, count in _runs(host_frames):
-                self._pinned[first : first + count].copy_(held[at : at + count], non_blocking=True)
+            torch._foreach_copy_(*self._pieces(host_frames, held), non_blocking=True)
             stage.free.record(self._down)
 
     def _sums_of(self, frames: Tensor) -> Tensor:
         """Checksums [n] int64 of frames [n, bytes], which are contiguous."""
         words = frames.view(self._word)
-        return torch.cat([(some.long() * self._factors).sum(dim=1) for some in words.split(16)])
+        # narrow words become eight times as wide, so only some at a time
+        return torch.cat(
+            [(some * self._factors).sum(dim=1) for some in words.split(_BATCH * words.element_size() // 8)]
+        )
+
+    def _pieces(self, host_frames: Sequence[int], held: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Stretches of host frames, and the frames of `held` that belong to them."""
+        runs = _runs(host_frames)
+        host = [self._pinned[first : first + count] for _, first, count in runs]
+        return host, [held[at : at + count] for at, _, count in runs]
 
     def _index(self, frames: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(frames).numpy(), self._where)
@@ -146,20 +158,19 @@ class GpuMover(Mover):
         """Copy host frames into frames, wait for it, and say which of them are what once came down."""
         stage = self._rising.get()
         try:
-            held = stage.frames[: len(frames)]
-            with torch.cuda.stream(self._up):
+            held, stream = stage.frames[: len(frames)], stage.stream
+            with torch.cuda.stream(stream):
                 for fence in self._fences:
-                    self._up.wait_event(fence)
-                for at, first, count in _runs(host_frames):
-                    held[at : at + count].copy_(self._pinned[first : first + count], non_blocking=True)
+                    stream.wait_event(fence)
+                host, device = self._pieces(host_frames, held)
+                torch._foreach_copy_(device, host, non_blocking=True)
                 same = self._sums_of(held) == self._table.index_select(0, self._index(host_frames))
                 # nobody sees these frames before the answer is known
                 self._frames.index_copy_(0, self._index(frames), held)
-                answer = torch.empty(len(frames), dtype=torch.bool, pin_memory=self._where.type == "cuda")
-                answer.copy_(same, non_blocking=True)
-                stage.free.record(self._up)
+                stage.same[: len(frames)].copy_(same, non_blocking=True)
+                stage.free.record(stream)
             stage.free.synchronize()
-            found: list[bool] = answer.tolist()
+            found: list[bool] = stage.same[: len(frames)].tolist()
             return found
         finally:
             self._rising.put(stage)
