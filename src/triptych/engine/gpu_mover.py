@@ -13,9 +13,9 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: the sum of a frame's words, each times a random odd number, modulo 2**64, is made where
 frames are gathered and compared where they come back, at a small part of the copy's time. One wrong word always changes
-it. From Python a copy costs as long as its page takes over the link, and several times as long where threads ask for
-copies by turns, since each waits for the interpreter again. So a batch is asked for in one call; it is sorted, and pages
-that are neighbours on the host go together.
+it. From Python a copy costs as long as its page takes over the link, and several times as long where threads ask by
+turns, since each waits for the interpreter again. So a batch is asked for in one call; it is sorted, and pages that are
+neighbours on the host go together.
 """
 
 from __future__ import annotations
