@@ -38,6 +38,7 @@ from triptych.config import EngineConfig
 from triptych.engine.api import Engine
 from triptych.tiny import ensure_checkpoint
 
+_HOST = 1.5  # times what the device holds; the disk has all of it
 _GROWTH = 64  # MiB that may be allocated late and were not early: workspaces of shapes that came late
 
 
@@ -80,9 +81,10 @@ def main() -> int:
 def flash(given: argparse.Namespace, disk: str) -> Engine:
     """Random weights in the released formats."""
     shape = made.shape_of("flash", given.layers)
+    host = int(_HOST * given.tokens * CacheGeometry.of(shape, "fp8").token_bytes)
     return engine_of(
         *(shape, made.released_weights(shape), given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
-        host_memory=1 << 30, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
+        host_memory=host, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
     )  # fmt: skip
 
 
@@ -93,7 +95,8 @@ def tiny(given: argparse.Namespace, disk: str) -> Engine:
     cache = EngineConfig.from_options(**options).cache
     geometry = CacheGeometry.of(CheckpointReader(ensure_checkpoint()).shape, cache.kv_format, cache.index_format)
     memory = int(given.tokens * geometry.token_bytes) + 17 * geometry.slot_bytes
-    return Engine.load("tiny", kv_memory=memory, host_memory=2 * memory, **options)
+    host = int(_HOST * given.tokens * geometry.token_bytes)
+    return Engine.load("tiny", kv_memory=memory, host_memory=host, **options)
 
 
 def asked_twice(engine: Engine, given: argparse.Namespace) -> dict[str, Any]:
