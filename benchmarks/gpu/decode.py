@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import rows
 from benchmarks.gpu import made
 from triptych.cache.geometry import CacheCapacity
-from triptych.config import ModelShape
+from triptych.config import EngineConfig
 from triptych.engine.device_sampler import Draw
 from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("flash", "pro"), default="flash")
     parser.add_argument("--cases", nargs="+", default=[f"{b}x{c}" for b, c in GOALS])
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
     started = time.monotonic()
     shape = made.shape_of(given.model, given.layers)
@@ -63,16 +64,18 @@ def main() -> None:
             print(f"no time left for {case}", flush=True)
             continue
         batch, context = (int(part) for part in case.split("x"))
-        table.append(measure(shape, weights, batch, context, given.steps, detail=given.profile))
+        config = made.config_of(context + given.steps + 8, batch, deterministic=given.deterministic)
+        table.append(measure(weights, config, (batch, context, given.steps), detail=given.profile))
         print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
     rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, steps: int, *, detail: bool) -> Row:
-    """Median milliseconds of a step and of its graph, and kernels per layer."""
+def measure(weights: ModelWeights, config: EngineConfig, case: tuple[int, int, int], *, detail: bool) -> Row:
+    """Median milliseconds of a step and of its graph, and kernels per layer; case: batch, context, steps."""
     torch.cuda.empty_cache()
-    config = made.config_of(context + steps + 8, batch)
+    shape = weights.shape
+    batch, context, steps = case
     geometry = made.geometry_of(shape, config.cache)
     pages = made.pages_of(context + steps + 8)
     room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
@@ -100,7 +103,7 @@ def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, 
     key = runner.steps.key(plans[0].chunks)
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
     out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
-    out |= {"ready_s": round(ready, 1)}
+    out |= {"ready_s": round(ready, 1)} | ({"deterministic": 1} if config.deterministic else {})
     out |= launches(runner, key, shape.num_layers, detail=detail)
     out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
     if (batch, context) in GOALS and shape.num_layers == 20:
