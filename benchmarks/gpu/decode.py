@@ -1,6 +1,6 @@
 """Whole decode steps of V4-Flash in the released formats, as the engine runs them, against the goals and vLLM.
 
-    PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--seconds 50] [--cases 1x8192 64x65536 ...]
+    PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--cases 1x8192 64x65536 ...] [--deterministic]
 
 Weights and caches are random bytes, tokens random, so routing is nearly uniform; how many experts a layer really uses
 is counted and stated. A step is everything between two tokens of the engine's runner: indices, their copy, the graph,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import rows
 from benchmarks.gpu import made
 from triptych.cache.geometry import CacheCapacity
-from triptych.config import EngineConfig
+from triptych.config import EngineConfig, ModelShape
 from triptych.engine.device_sampler import Draw
 from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.sampler import SamplerState
 from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.mhc.triton import collapse
@@ -39,6 +40,8 @@ GOALS = {
     (4, 1048000): (4.5, 6.8),
 }  # fmt: skip
 Row = dict[str, float | int | str]
+Case = tuple[int, int, int]
+"""Batch, context and steps."""
 
 
 def main() -> None:
@@ -65,28 +68,20 @@ def main() -> None:
             continue
         batch, context = (int(part) for part in case.split("x"))
         config = made.config_of(context + given.steps + 8, batch, deterministic=given.deterministic)
-        table.append(measure(weights, config, (batch, context, given.steps), detail=given.profile))
+        run = measure_deterministic if given.deterministic else measure
+        table.append(run(weights, config, (batch, context, given.steps), detail=given.profile))
         print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
     rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def measure(weights: ModelWeights, config: EngineConfig, case: tuple[int, int, int], *, detail: bool) -> Row:
-    """Median milliseconds of a step and of its graph, and kernels per layer; case: batch, context, steps."""
-    torch.cuda.empty_cache()
-    shape = weights.shape
-    batch, context, steps = case
-    geometry = made.geometry_of(shape, config.cache)
-    pages = made.pages_of(context + steps + 8)
-    room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
-    frames = min(batch * pages, int(room // geometry.page_bytes))
-    pools = Pools(shape, geometry, CacheCapacity(frames, batch), torch.device("cuda"), spare=1)
-    made.fill_pools(pools)
+def measure(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: bool) -> Row:
+    """Median milliseconds of a step and of its graph, and kernels per layer."""
+    shape, (batch, context, steps) = weights.shape, case
+    pools, frames = pools_of(shape, config, case)
     runner = DeviceRunner(weights, config, pools, capture=True)
     runner.steps.tables.device.zero_()
-    lines = made.tables(batch, pages, frames)
-    plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
-    draws = [Draw(SamplerState(f"r{b}", SamplingParams(temperature=0.0), shape.vocab_size), b, 0) for b in range(batch)]
+    plans, draws = work_of(shape, case, frames)
     begun = time.perf_counter()
     for plan in plans[:3]:
         runner.start(plan, draws).finish()
@@ -103,12 +98,50 @@ def measure(weights: ModelWeights, config: EngineConfig, case: tuple[int, int, i
     key = runner.steps.key(plans[0].chunks)
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
     out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
-    out |= {"ready_s": round(ready, 1)} | ({"deterministic": 1} if config.deterministic else {})
-    out |= launches(runner, key, shape.num_layers, detail=detail)
+    out |= {"ready_s": round(ready, 1)}
+    out |= launches(lambda: runner.steps.replay(key), shape.num_layers, detail=detail)
     out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
     if (batch, context) in GOALS and shape.num_layers == 20:
         out |= dict(zip(("goal_ms", "vllm_ms"), GOALS[batch, context], strict=True))
     return out
+
+
+def measure_deterministic(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: bool) -> Row:
+    """As `measure`, of deterministic mode: rows run as prompts do, without graphs, and a step ends before the next."""
+    shape, (batch, context, _) = weights.shape, case
+    pools, frames = pools_of(shape, config, case)
+    runner = Runner(weights, config, pools)
+    plans, draws = work_of(shape, case, frames)
+    found = []
+    for plan in plans:
+        begun = time.perf_counter()
+        runner.start(plan, draws).finish()
+        found.append((time.perf_counter() - begun) * 1e3)
+    out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
+    out |= {"deterministic": 1, "ms": round(statistics.median(found[3:]), 3)}
+    return out | launches(lambda: runner.logits(plans[-1]), shape.num_layers, detail=detail)
+
+
+def pools_of(shape: ModelShape, config: EngineConfig, case: Case) -> tuple[Pools, int]:
+    """Filled pools for a case, and how many frames they have; rows share them where memory does not suffice."""
+    batch, context, steps = case
+    torch.cuda.empty_cache()
+    geometry = made.geometry_of(shape, config.cache)
+    pages = made.pages_of(context + steps + 8)
+    room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
+    frames = min(batch * pages, int(room // geometry.page_bytes))
+    pools = Pools(shape, geometry, CacheCapacity(frames, batch), torch.device("cuda"), spare=1)
+    made.fill_pools(pools)
+    return pools, frames
+
+
+def work_of(shape: ModelShape, case: Case, frames: int) -> tuple[list[StepPlan], list[Draw]]:
+    """The steps of a case, and what is drawn in each."""
+    batch, context, steps = case
+    lines = made.tables(batch, made.pages_of(context + steps + 8), frames)
+    plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
+    params = SamplingParams(temperature=0.0)
+    return plans, [Draw(SamplerState(f"r{b}", params, shape.vocab_size), b, 0) for b in range(batch)]
 
 
 def replays(runner: DeviceRunner, key: tuple[int, int], steps: int) -> float:
@@ -124,10 +157,10 @@ def replays(runner: DeviceRunner, key: tuple[int, int], steps: int) -> float:
     return statistics.median(times)
 
 
-def launches(runner: DeviceRunner, key: tuple[int, int], layers: int, *, detail: bool) -> Row:
+def launches(step: Callable[[], Any], layers: int, *, detail: bool) -> Row:
     """Kernels of a step per layer, and which took longest."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        runner.steps.replay(key)
+        step()
         torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     by_name: dict[str, list[float]] = {}
