@@ -30,7 +30,7 @@ from triptych.engine.pools import Pools
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.sampler import SamplerState
 from triptych.kernels.mhc.ref import Uncollapsed
-from triptych.kernels.mhc.triton import collapse
+from triptych.kernels.mhc.together import collapse
 from triptych.model.weights import ModelWeights
 from triptych.words import SamplingParams, StepPlan
 

@@ -99,9 +99,9 @@ def choose_rows(
     One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
     first, and no result on that: its products are its own, and a row's are added in the order of its choices.
     """
-    choose(
+    _choose(
         part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, tl.program_id(0), rows,
-        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
+        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT,
     )  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -113,11 +113,11 @@ def choose_rows(
 def _logits(x_ptr, gate_ptr, r, e, rows, count, dim, d):
     """Products [experts, rows] of columns d."""
     w = tl.load(gate_ptr + e[:, None] * dim + d[None, :], mask=(e < count)[:, None], other=0.0).to(tl.float32)
-    return exact_products(w, tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0))
+    return _exact_products(w, tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0))
 
 
 @triton.jit
-def exact_products(w, x):
+def _exact_products(w, x):
     """w [experts, columns] float32 times x [rows, columns] of bf16 values: [experts, rows]."""
     x = tl.trans(x.to(tl.bfloat16))
     high = _first_bits(w)
@@ -147,13 +147,11 @@ def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
 
 
 @triton.jit
-def choose(
+def _choose(
     part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows, scaling,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Experts and weights of row r, and its pairs among those of each; of a row that is ALONE, whose experts are all
-    different, both lists."""
+    """Experts and weights of row r, and its pairs among those of each."""
     K: tl.constexpr = triton.next_power_of_2(TOPK)
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
@@ -176,14 +174,8 @@ def choose(
     chosen = tl.where(keep, tl.gather(score, ids, 0), 0.0)
     weights = chosen * (scaling / (tl.sum(chosen, 0) + 1e-20))
     tl.store(weights_ptr + r * TOPK + slot, weights, mask=keep)
-    if ALONE:
-        tl.store(tile_ptr + slot * 3, ids, mask=keep)
-        tl.store(tile_ptr + slot * 3 + 1, slot, mask=keep)
-        tl.store(tile_ptr + slot * 3 + 2, 1, mask=keep)
-        tl.store(order_ptr + slot, slot, mask=keep)
-    else:
-        rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
-        tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
+    rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
+    tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
 
 
 @triton.jit
