@@ -37,21 +37,32 @@ def _lanes():
 
 @gluon.jit
 def begin(launch_ptr):
-    """The launch's number, and for `end` how many warps had it before each of these."""
-    launch = gl.load(launch_ptr, volatile=True)
+    """The launch's number."""
+    return gl.load(launch_ptr, volatile=True)
+
+
+@gluon.jit
+def count(launch_ptr, launch):
+    """Says that this warp has the launch's number. Returns, for `end`, how many had it before each of these."""
     lane = gl.arange(0, 32 * WARPS, _lanes())
     # what is added is 1 and depends on the number, so no warp says that it has it before it has it
     one = gl.where(lane + launch < 0, 2, 1)
-    return launch, gl.atomic_add(launch_ptr + 1 + lane * 0, one, mask=lane % 32 == 0, sem="relaxed")
+    return gl.atomic_add(launch_ptr + 1 + lane * 0, one, mask=lane % 32 == 0, sem="relaxed")
 
 
 @gluon.jit
 def end(launch_ptr, launch, before):
-    """The last warp that got the number writes the next launch's."""
+    """The last warp that got the number writes the next launch's, never 0, which was there at first."""
     lane = gl.arange(0, 32 * WARPS, _lanes())
     last = (lane % 32 == 0) & (before == WARPS * gl.num_programs(0) - 1)
-    gl.store(launch_ptr + lane * 0, ((launch + lane * 0) & 0x3FFFFFFF) + 1, mask=last)  # never 0, as at first
+    gl.store(launch_ptr + lane * 0, ((launch + lane * 0) & 0x3FFFFFFF) + 1, mask=last)
     gl.store(launch_ptr + 1 + lane * 0, lane * 0, mask=last)
+
+
+@gluon.jit
+def in_order():
+    """Keeps the compiler from moving loads and stores across, which it would to save registers."""
+    gl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -61,16 +72,39 @@ def tell(at, x, launch, mask):
     gl.store(at, (launch.to(gl.int64) << 32) | low, mask=mask)
 
 
-@gluon.jit
-def gathered(at, mask, launch):
-    """The numbers of this launch at `at`, float32, as soon as all are there; 0 where there is no mask."""
-    got = gl.load(at, mask=mask, other=0, volatile=True)
-    while _lacks(got, mask, launch):
-        got = gl.load(at, mask=mask, other=0, volatile=True)
-    return gl.where(mask, got.to(gl.int32).to(gl.float32, bitcast=True), 0.0)
+@gluon.constexpr_function
+def _per_thread(numel):
+    """How many numbers a thread asks for at once."""
+    return min(16, numel // 128)
+
+
+@gluon.constexpr_function
+def _waiting(n):
+    """Reads n numbers until all are of the launch: $0 .. are their values, $n .. addresses, $2n .. the launch."""
+    reads = [f"ld.relaxed.gpu.global.b64 x{i}, [${n + i}];" for i in range(n)]
+    parts = [f"mov.b64 {{${i}, t{i}}}, x{i};" for i in range(n)]
+    tests = ["setp.eq.s32 p, t0, $" + str(2 * n) + ";"]
+    tests += [f"setp.eq.and.s32 p, t{i}, ${2 * n + i}, p;" for i in range(1, n)]
+    named = [f".reg .pred p; .reg .b64 x<{n}>; .reg .b32 t<{n}>;", "AGAIN:"]
+    return "{ " + " ".join([*named, *reads, *parts, *tests, "@!p bra AGAIN;"]) + " }"
+
+
+@gluon.constexpr_function
+def _operands(n):
+    return ",".join(["=&r"] * n + ["l"] * n + ["r"] * n)
 
 
 @gluon.jit
-def _lacks(got, mask, launch):
-    lacks = (mask & ((got >> 32).to(gl.int32) != launch)).to(gl.int32)
-    return gl.max(gl.reshape(lacks, [lacks.numel]), 0) > 0
+def gathered(first, at, mask, launch):
+    """The numbers of this launch at `first` + `at`, float32, as soon as all are there; 0 where there is no mask.
+
+    Each thread waits for its own. What is told at `first` itself is waited for anyway.
+    """
+    COUNT: gl.constexpr = _per_thread(at.numel)
+    at = gl.where(mask, at, 0)
+    own = launch + at * 0
+    address = (first + at).to(gl.int64)
+    got = gl.inline_asm_elementwise(
+        _waiting(COUNT), _operands(COUNT), [address, own], dtype=gl.int32, is_pure=False, pack=COUNT
+    )
+    return gl.where(mask, got.to(gl.float32, bitcast=True), 0.0)

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.mhc.meeting import WARPS, begin, end, gathered, meeting, tell
+from triptych.kernels.mhc.meeting import WARPS, begin, count, end, gathered, in_order, meeting, tell
 from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.mhc.sites import sinkhorn4
 from triptych.kernels.quant.e4m3 import scale_of
@@ -102,50 +102,44 @@ def _four(i, a, b, c, d):
 
 
 @gluon.jit
-def _new_stream(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, K: gl.constexpr):
-    """Stream K: post_K y + sum_j comb_jK X_j, as bf16 holds it."""
+def _parts(post_ptr, comb_ptr, r, live, K: gl.constexpr):
+    """What of a block's output and of each old stream goes into stream K."""
     comb_ptr += r * 16 + K
-    x = gl.load(post_ptr + r * 4 + K, mask=live, other=0.0) * y
-    x += gl.load(comb_ptr, mask=live, other=0.0) * b0
-    x += gl.load(comb_ptr + 4, mask=live, other=0.0) * b1
-    x += gl.load(comb_ptr + 8, mask=live, other=0.0) * b2
-    return (x + gl.load(comb_ptr + 12, mask=live, other=0.0) * b3).to(gl.bfloat16).to(gl.float32)
+    p = gl.load(post_ptr + r * 4 + K, mask=live, other=0.0)
+    c0 = gl.load(comb_ptr, mask=live, other=0.0)
+    c1 = gl.load(comb_ptr + 4, mask=live, other=0.0)
+    c2 = gl.load(comb_ptr + 8, mask=live, other=0.0)
+    return p, c0, c1, c2, gl.load(comb_ptr + 12, mask=live, other=0.0)
 
 
 @gluon.jit
-def _map_rows(at, dim):
-    """A map's weights for the slice of each stream."""
-    return gl.load(at), gl.load(at + dim), gl.load(at + 2 * dim), gl.load(at + 3 * dim)
+def _four_rows(at, dim, mask):
+    """Rows of all four streams, or of a map's weights for them."""
+    x0 = gl.load(at, mask=mask, other=0.0).to(gl.float32)
+    x1 = gl.load(at + dim, mask=mask, other=0.0).to(gl.float32)
+    x2 = gl.load(at + 2 * dim, mask=mask, other=0.0).to(gl.float32)
+    return x0, x1, x2, gl.load(at + 3 * dim, mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def _streams(y_ptr, before_ptr, post_ptr, comb_ptr, r, d, rows, dim):
-    """The new streams of rows r, dims d."""
-    live = r < rows
-    inside = live & (d < dim)
-    y = gl.load(y_ptr + r * dim + d, mask=inside, other=0.0).to(gl.float32)
-    old = before_ptr + r * (4 * dim) + d
-    b0 = gl.load(old, mask=inside, other=0.0).to(gl.float32)
-    b1 = gl.load(old + dim, mask=inside, other=0.0).to(gl.float32)
-    b2 = gl.load(old + 2 * dim, mask=inside, other=0.0).to(gl.float32)
-    b3 = gl.load(old + 3 * dim, mask=inside, other=0.0).to(gl.float32)
-    x0 = _new_stream(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 0)
-    x1 = _new_stream(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 1)
-    x2 = _new_stream(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 2)
-    x3 = _new_stream(y, b0, b1, b2, b3, post_ptr, comb_ptr, r, live, 3)
-    return x0, x1, x2, x3
+def _mixed(p, c0, c1, c2, c3, y, b0, b1, b2, b3):
+    """A new stream, as bf16 holds it."""
+    x = p * y + c0 * b0
+    x += c1 * b1
+    x += c2 * b2
+    return (x + c3 * b3).to(gl.bfloat16).to(gl.float32)
 
 
 @gluon.jit
-def _tell_sums(s0, s1, s2, s3, meet_ptr, launch, piece, first, count, rows, slices, ROWS: gl.constexpr):
-    """Sums over dims of four values of each row, of which `count` are told, at places from `first` on."""
+def _tell_sums(s0, s1, s2, s3, meet_ptr, launch, piece, first, many, rows, slices, ROWS: gl.constexpr):
+    """Sums over dims of four values of each row, of which `many` are told, at places from `first` on."""
     S: gl.constexpr = _sums_layout()
     sums = gl.convert_layout(gl.sum(gl.join(gl.join(s0, s1), gl.join(s2, s3)), 1), S, assert_trivial=True)
     i = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :]
     j = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, S)))[None, :]
     nth = gl.expand_dims(i, 2) + 2 * gl.expand_dims(j, 1)
     r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None], 2)
-    tell(meet_ptr + (r * slices + piece) * PLACES + first + nth, sums, launch, (r < rows) & (nth < count))
+    tell(meet_ptr + (r * slices + piece) * PLACES + first + nth, sums, launch, (r < rows) & (nth < many))
 
 
 @gluon.jit
@@ -162,7 +156,7 @@ def _maps(meet_ptr, launch, first, rows, base_ptr, scale_ptr, dim, norm_eps, ROW
     place = gl.expand_dims(m, 1)
     slices = dim // WIDE
     there = (r < rows) & (s < slices) & (place < _TOLD)
-    total = gl.sum(gathered(meet_ptr + (r * slices + s) * PLACES + place, there, launch), 1)
+    total = gl.sum(gathered(meet_ptr, (r * slices + s) * PLACES + place, there, launch), 1)
     squares = ((m - _MAPS) % 5 == 0) & (m >= _MAPS) & (m < _TOLD)
     square = gl.sum(gl.where(squares, total, 0.0), 1)
     return m, total * gl.rsqrt(square / (4 * dim) + norm_eps)[:, None] * scale + base, total
@@ -186,36 +180,55 @@ def _wide(x):
 
 @gluon.jit
 def collapsed(
-    y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr, launch,
-    piece, share, rows, dim, eps, norm_eps, ROWS: gl.constexpr, SLICES: gl.constexpr,
+    y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr, launch_ptr,
+    beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, ROWS: gl.constexpr, SLICES: gl.constexpr,
 ):  # fmt: skip
-    """A slice of the collapsed and normed rows [ROWS, WIDE], bf16. Stores the slice of a stream. Reads all first."""
+    """A slice of the collapsed and normed rows [ROWS, WIDE], bf16, what lies at the pointers `beside`, and `count`.
+
+    Stores the slice of a stream. All that is read is asked for before anything is waited for.
+    """
     X: gl.constexpr = _rows_layout()
     d = (piece * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, X)))[None, :]
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, X))[:, None]
+    live = r < rows
+    inside = live & (d < dim)
     has_maps = share < _MAPS // 2
     at = fn_ptr + gl.where(has_maps, 2 * share, 0) * (4 * dim) + d
-    f0, f1, f2, f3 = _map_rows(at, dim)
-    g0, g1, g2, g3 = _map_rows(at + 4 * dim, dim)
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, X))[:, None]
+    f0, f1, f2, f3 = _four_rows(at, dim, d < dim)
+    g0, g1, g2, g3 = _four_rows(at + 4 * dim, dim, d < dim)
+    in_order()
+    y = gl.load(y_ptr + r * dim + d, mask=inside, other=0.0).to(gl.float32)
+    b0, b1, b2, b3 = _four_rows(before_ptr + r * (4 * dim) + d, dim, inside)
+    p0, c00, c10, c20, c30 = _parts(post_ptr, comb_ptr, r, live, 0)
+    p1, c01, c11, c21, c31 = _parts(post_ptr, comb_ptr, r, live, 1)
+    p2, c02, c12, c22, c32 = _parts(post_ptr, comb_ptr, r, live, 2)
+    p3, c03, c13, c23, c33 = _parts(post_ptr, comb_ptr, r, live, 3)
+    in_order()
     norm = gl.load(norm_ptr + d)
-    x0, x1, x2, x3 = _streams(y_ptr, before_ptr, post_ptr, comb_ptr, r, d, rows, dim)
+    got = beside if wanted is None else gl.load(beside, mask=wanted, other=0.0)
+    in_order()
+    known = count(launch_ptr, launch)
+    x0 = _mixed(p0, c00, c10, c20, c30, y, b0, b1, b2, b3)
+    x1 = _mixed(p1, c01, c11, c21, c31, y, b0, b1, b2, b3)
+    x2 = _mixed(p2, c02, c12, c22, c32, y, b0, b1, b2, b3)
+    x3 = _mixed(p3, c03, c13, c23, c33, y, b0, b1, b2, b3)
     own = _four(share % 4, x0, x1, x2, x3)
     s0 = gl.where(has_maps, f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, own * x0)
     s1 = gl.where(has_maps, g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3, own * x1)
     first = gl.where(has_maps, 2 * share, _MAPS + 4 * (share - _MAPS // 2))
-    count = gl.where(has_maps, 2, 4)
-    _tell_sums(s0, s1, own * x2, own * x3, meet_ptr, launch, piece, first, count, rows, dim // WIDE, ROWS)
+    many = gl.where(has_maps, 2, 4)
+    _tell_sums(s0, s1, own * x2, own * x3, meet_ptr, launch, piece, first, many, rows, dim // WIDE, ROWS)
     gl.store(streams_ptr + r * (4 * dim) + share * dim + d, own.to(gl.bfloat16), mask=(r < rows) & (share < 4))
     m, z, total = _maps(meet_ptr, launch, 0, rows, base_ptr, scale_ptr, dim, norm_eps, ROWS, SLICES)
     pre = _sigmoid(z) + eps
-    p0, p1, p2, p3 = _pick(pre, m, 0), _pick(pre, m, 1), _pick(pre, m, 2), _pick(pre, m, 3)
+    w0, w1, w2, w3 = _pick(pre, m, 0), _pick(pre, m, 1), _pick(pre, m, 2), _pick(pre, m, 3)
     pair = m - _MAPS
-    form = _four(pair // 4, p0, p1, p2, p3) * _four(pair % 4, p0, p1, p2, p3) * total
+    form = _four(pair // 4, w0, w1, w2, w3) * _four(pair % 4, w0, w1, w2, w3) * total
     square = gl.sum(gl.where((pair >= 0) & (pair < 16), form, 0.0), 1)[:, None]
-    x = _wide(p0) * x0 + _wide(p1) * x1
-    x += _wide(p2) * x2
-    x += _wide(p3) * x3
-    return (x * _wide(gl.rsqrt(square / dim + norm_eps)) * norm).to(gl.bfloat16)
+    x = _wide(w0) * x0 + _wide(w1) * x1
+    x += _wide(w2) * x2
+    x += _wide(w3) * x3
+    return (x * _wide(gl.rsqrt(square / dim + norm_eps)) * norm).to(gl.bfloat16), got, known
 
 
 @gluon.jit
@@ -276,21 +289,22 @@ def site_together(
 ):  # fmt: skip
     """x [rows, dim], ROUNDS: also as e4m3 values and scales; new streams, post and comb."""
     X: gl.constexpr = _rows_layout()
-    launch, known = begin(launch_ptr)
+    launch = begin(launch_ptr)
     piece, share = gl.program_id(0) // SHARES, gl.program_id(0) % SHARES
     if piece < dim // WIDE:
-        x = collapsed(
+        x, _, known = collapsed(
             y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr,
-            launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
+            launch_ptr, launch, None, launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
         )  # fmt: skip
+        end(launch_ptr, launch, known)
         r = gl.arange(0, ROWS, gl.SliceLayout(1, X))[:, None]
         i = gl.arange(0, WIDE, gl.SliceLayout(0, X))[None, :]
         gl.store(x_ptr + r * dim + piece * WIDE + i, x, mask=(r < rows) & (i // 128 == share))
         if ROUNDS:
             put_rounded(x, values_ptr, scales_ptr, dim // 128, 1, piece, share, rows, dim, ROWS)
     else:
+        end(launch_ptr, launch, count(launch_ptr, launch))
         keep_maps(
             new_post_ptr, new_comb_ptr, base_ptr, scale_ptr, meet_ptr, launch, share, rows, dim, eps, norm_eps, ITERS,
             SLICES,
         )  # fmt: skip
-    end(launch_ptr, launch, known)

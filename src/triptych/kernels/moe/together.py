@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from triptych.kernels.mhc.meeting import begin, end, gathered, tell
+from triptych.kernels.mhc.meeting import begin, count, end, gathered, tell
 from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.mhc.together import (
     PLACES,
@@ -87,39 +87,41 @@ def site_and_router(
 ):  # fmt: skip
     """weights [rows, TOPK], tile [rows * TOPK, 3], order [rows * TOPK, rows], e4m3 values [rows, dim] and scales
     [dim / 128, rows]; new streams, post and comb."""
-    launch, known = begin(launch_ptr)
+    launch = begin(launch_ptr)
     slices = dim // WIDE
     piece, share = gl.program_id(0) // SHARES, gl.program_id(0) % SHARES
     logits_ptr = meet_ptr + PLACES * slices * rows
     if piece < slices:
-        gate = _gate(gate_ptr, piece, share, dim, COUNT, EACH)
-        x = collapsed(
+        beside, wanted = _gate(gate_ptr, piece, share, dim, COUNT, EACH)
+        x, gate, known = collapsed(
             y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr,
-            launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
+            launch_ptr, beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
         )  # fmt: skip
         _tell_logits(x, gate, logits_ptr, launch, piece, share, rows, slices, COUNT, EACH, ROWS)
+        end(launch_ptr, launch, known)
         put_rounded(x, values_ptr, scales_ptr, 1, rows, piece, share, rows, dim, ROWS)
     elif share < rows:
+        end(launch_ptr, launch, count(launch_ptr, launch))
         keep_maps(
             new_post_ptr, new_comb_ptr, base_ptr, scale_ptr, meet_ptr, launch, share, rows, dim, eps, norm_eps, ITERS,
             SLICES,
         )  # fmt: skip
     else:
+        end(launch_ptr, launch, count(launch_ptr, launch))
         ids = _choose(
             logits_ptr, launch, bias_ptr, table_ptr, token_ptr, weights_ptr, scaling, rows, slices, HASHED, COUNT,
             EXPERTS, TOPK, ROWS, SLICES,
         )  # fmt: skip
         _list(ids, tile_ptr, order_ptr, rows, TOPK, ROWS)
-    end(launch_ptr, launch, known)
 
 
 @gluon.jit
 def _gate(gate_ptr, piece, share, dim, COUNT: gl.constexpr, EACH: gl.constexpr):
-    """A slice of the share's experts' weights [EACH, WIDE]."""
+    """Where a slice of the share's experts' weights [EACH, WIDE] lies, and of which there are any."""
     G: gl.constexpr = gl.SliceLayout(0, _gate_layout())
     e = share * EACH + gl.arange(0, EACH, gl.SliceLayout(1, G))
     d = piece * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, G))
-    return gl.load(gate_ptr + e[:, None] * dim + d[None, :], mask=(e < COUNT)[:, None], other=0.0)
+    return gate_ptr + e[:, None] * dim + d[None, :], (e < COUNT)[:, None] & (d < dim)[None, :]
 
 
 @gluon.jit
@@ -160,7 +162,7 @@ def _choose(
     at_s = gl.expand_dims(gl.arange(0, SLICES, gl.SliceLayout(0, gl.SliceLayout(2, P)))[None, :], 2)
     at_e = gl.expand_dims(e, 1)
     there = (at_r < rows) & (at_s < slices) & (at_e < COUNT)
-    logits = gl.sum(gathered(logits_ptr + (at_r * slices + at_s) * COUNT + at_e, there, launch), 1)
+    logits = gl.sum(gathered(logits_ptr, (at_r * slices + at_s) * COUNT + at_e, there, launch), 1)
     score = affinity(logits)
     key = (score + bias).to(gl.int32, bitcast=True)
     key = gl.where(key < 0, key ^ 0x7FFFFFFF, key)
