@@ -171,6 +171,14 @@ def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
         if isinstance(some[0], BothRows):
             rounded = quantize_rows(x)
             assert torch.equal(some[0].rounded.dequantize(), rounded.dequantize())
+    embed, tokens = (
+        torch.randn(50, DIMS[name][0], device="cuda").to(torch.bfloat16),
+        torch.arange(rows, device="cuda") * 9,
+    )
+    firsts = mhc_first(tokens, embed, site, norm), mhc_ref.mhc_first(tokens, embed, site, norm)
+    for one, other in zip(*firsts, strict=True):
+        assert isinstance(one, Tensor) and isinstance(other, Tensor)
+        near(one, other, 2e-3 if one.dtype == torch.bfloat16 else 1e-4)
     with torch.cuda.graph(graph):
         again = mhc_rows(y, before, site, norm)
     for _ in range(50):

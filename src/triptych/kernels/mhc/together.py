@@ -45,13 +45,16 @@ def fits(streams: Tensor) -> bool:
     return on and n == 4 and few and dim % WIDE.value == 0 and programs <= 2 * multiprocessors(streams.device)
 
 
-def collapse(row: Uncollapsed) -> Tensor | BothRows:
-    """The site's x; fills streams, post and comb."""
+def collapse(row: Uncollapsed, *, first: bool = False) -> Tensor | BothRows:
+    """The site's x; fills streams, post and comb. `first`: y is the embedding table, before.streams tokens of rows."""
     rows, _, dim = row.streams.shape
     x = row.streams.new_empty(rows, dim)
     rounded = empty_rows(rows, dim, x.device) if row.site.rounds else Fp8Rows(x, row.post)
     site_together[(dim // WIDE.value * SHARES.value + rows,)](
-        *(*pointers(row), x, rounded.values, rounded.scales, *sizes(row)), ROUNDS=row.site.rounds, **shape_of(row)
+        *(*pointers(row), x, rounded.values, rounded.scales, *sizes(row)),
+        FIRST=first,
+        ROUNDS=row.site.rounds,
+        **shape_of(row),
     )
     return BothRows(x, rounded) if row.site.rounds else x
 
@@ -181,11 +184,13 @@ def _wide(x):
 @gluon.jit
 def collapsed(
     y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr, launch_ptr,
-    beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, ROWS: gl.constexpr, SLICES: gl.constexpr,
+    beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, FIRST: gl.constexpr, ROWS: gl.constexpr,
+    SLICES: gl.constexpr,
 ):  # fmt: skip
     """A slice of the collapsed and normed rows [ROWS, WIDE], bf16, what lies at the pointers `beside`, and `count`.
 
-    Stores the slice of a stream. All that is read is asked for before anything is waited for.
+    Stores the slice of a stream. All that is read is asked for before anything is waited for. FIRST: streams are rows
+    of the embedding table y, those of the tokens at before_ptr.
     """
     X: gl.constexpr = _rows_layout()
     d = (piece * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, X)))[None, :]
@@ -197,21 +202,30 @@ def collapsed(
     f0, f1, f2, f3 = _four_rows(at, dim, d < dim)
     g0, g1, g2, g3 = _four_rows(at + 4 * dim, dim, d < dim)
     in_order()
-    y = gl.load(y_ptr + r * dim + d, mask=inside, other=0.0).to(gl.float32)
-    b0, b1, b2, b3 = _four_rows(before_ptr + r * (4 * dim) + d, dim, inside)
-    p0, c00, c10, c20, c30 = _parts(post_ptr, comb_ptr, r, live, 0)
-    p1, c01, c11, c21, c31 = _parts(post_ptr, comb_ptr, r, live, 1)
-    p2, c02, c12, c22, c32 = _parts(post_ptr, comb_ptr, r, live, 2)
-    p3, c03, c13, c23, c33 = _parts(post_ptr, comb_ptr, r, live, 3)
+    if FIRST:
+        tokens = gl.load(before_ptr + r, mask=live, other=0)
+        x0 = gl.load(y_ptr + tokens * dim + d, mask=inside, other=0.0).to(gl.float32)
+    else:
+        y = gl.load(y_ptr + r * dim + d, mask=inside, other=0.0).to(gl.float32)
+        b0, b1, b2, b3 = _four_rows(before_ptr + r * (4 * dim) + d, dim, inside)
+        p0, c00, c10, c20, c30 = _parts(post_ptr, comb_ptr, r, live, 0)
+        p1, c01, c11, c21, c31 = _parts(post_ptr, comb_ptr, r, live, 1)
+        p2, c02, c12, c22, c32 = _parts(post_ptr, comb_ptr, r, live, 2)
+        p3, c03, c13, c23, c33 = _parts(post_ptr, comb_ptr, r, live, 3)
     in_order()
     norm = gl.load(norm_ptr + d)
     got = beside if wanted is None else gl.load(beside, mask=wanted, other=0.0)
     in_order()
     known = count(launch_ptr, launch)
-    x0 = _mixed(p0, c00, c10, c20, c30, y, b0, b1, b2, b3)
-    x1 = _mixed(p1, c01, c11, c21, c31, y, b0, b1, b2, b3)
-    x2 = _mixed(p2, c02, c12, c22, c32, y, b0, b1, b2, b3)
-    x3 = _mixed(p3, c03, c13, c23, c33, y, b0, b1, b2, b3)
+    if FIRST:
+        x1 = x0
+        x2 = x0
+        x3 = x0
+    else:
+        x0 = _mixed(p0, c00, c10, c20, c30, y, b0, b1, b2, b3)
+        x1 = _mixed(p1, c01, c11, c21, c31, y, b0, b1, b2, b3)
+        x2 = _mixed(p2, c02, c12, c22, c32, y, b0, b1, b2, b3)
+        x3 = _mixed(p3, c03, c13, c23, c33, y, b0, b1, b2, b3)
     own = _four(share % 4, x0, x1, x2, x3)
     s0 = gl.where(has_maps, f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, own * x0)
     s1 = gl.where(has_maps, g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3, own * x1)
@@ -220,7 +234,12 @@ def collapsed(
     _tell_sums(s0, s1, own * x2, own * x3, meet_ptr, launch, piece, first, many, rows, dim // WIDE, ROWS)
     gl.store(streams_ptr + r * (4 * dim) + share * dim + d, own.to(gl.bfloat16), mask=(r < rows) & (share < 4))
     m, z, total = _maps(meet_ptr, launch, 0, rows, base_ptr, scale_ptr, dim, norm_eps, ROWS, SLICES)
-    pre = _sigmoid(z) + eps
+    return _normed(x0, x1, x2, x3, norm, m, _sigmoid(z) + eps, total, dim, norm_eps), got, known
+
+
+@gluon.jit
+def _normed(x0, x1, x2, x3, norm, m, pre, total, dim, norm_eps):
+    """The streams, weighed by pre [rows, PLACES], and normed: their products with each other are in `total`."""
     w0, w1, w2, w3 = _pick(pre, m, 0), _pick(pre, m, 1), _pick(pre, m, 2), _pick(pre, m, 3)
     pair = m - _MAPS
     form = _four(pair // 4, w0, w1, w2, w3) * _four(pair % 4, w0, w1, w2, w3) * total
@@ -228,7 +247,7 @@ def collapsed(
     x = _wide(w0) * x0 + _wide(w1) * x1
     x += _wide(w2) * x2
     x += _wide(w3) * x3
-    return (x * _wide(gl.rsqrt(square / dim + norm_eps)) * norm).to(gl.bfloat16), got, known
+    return (x * _wide(gl.rsqrt(square / dim + norm_eps)) * norm).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -285,7 +304,7 @@ def _store4(at, a, b, c, d):
 def site_together(
     y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, new_post_ptr, new_comb_ptr, fn_ptr, base_ptr, scale_ptr,
     norm_ptr, meet_ptr, launch_ptr, x_ptr, values_ptr, scales_ptr, rows, dim, eps, norm_eps,
-    ITERS: gl.constexpr, ROUNDS: gl.constexpr, ROWS: gl.constexpr, SLICES: gl.constexpr,
+    ITERS: gl.constexpr, FIRST: gl.constexpr, ROUNDS: gl.constexpr, ROWS: gl.constexpr, SLICES: gl.constexpr,
 ):  # fmt: skip
     """x [rows, dim], ROUNDS: also as e4m3 values and scales; new streams, post and comb."""
     X: gl.constexpr = _rows_layout()
@@ -294,7 +313,7 @@ def site_together(
     if piece < dim // WIDE:
         x, _, known = collapsed(
             y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr,
-            launch_ptr, launch, None, launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
+            launch_ptr, launch, None, launch, piece, share, rows, dim, eps, norm_eps, FIRST, ROWS, SLICES,
         )  # fmt: skip
         end(launch_ptr, launch, known)
         r = gl.arange(0, ROWS, gl.SliceLayout(1, X))[:, None]

@@ -74,7 +74,7 @@ def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRo
 
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
-    """See ref.mhc_first; two launches."""
+    """See ref.mhc_first; one launch, or two."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
     nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
     return _site(embed, token_ids, nothing, site, norm, first=True)
@@ -112,9 +112,12 @@ def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor,
     if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
         return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
     post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
-    if not first and together.fits(before.streams):
-        whole = Uncollapsed(y, before, site, norm, torch.empty_like(before.streams), post, comb)
-        return whole if site.leaves else together.collapse(whole), whole.streams, post, comb
+    if together.fits(before.streams):
+        streams = torch.empty_like(before.streams)
+        left = before._replace(streams=ids) if first else before
+        whole = Uncollapsed(y, left, site, norm, streams, post, comb)
+        leaves = site.leaves and not first
+        return whole if leaves else together.collapse(whole, first=first), streams, post, comb
     streams, share = _expand(y, ids, before, site.fn, first=first)
     return _collapse(streams, share, site, norm, post, comb), streams, post, comb
 

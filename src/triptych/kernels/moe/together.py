@@ -95,7 +95,7 @@ def site_and_router(
         beside, wanted = _gate(gate_ptr, piece, share, dim, COUNT, EACH)
         x, gate, known = collapsed(
             y_ptr, before_ptr, post_ptr, comb_ptr, streams_ptr, fn_ptr, base_ptr, scale_ptr, norm_ptr, meet_ptr,
-            launch_ptr, beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, ROWS, SLICES,
+            launch_ptr, beside, wanted, launch, piece, share, rows, dim, eps, norm_eps, False, ROWS, SLICES,
         )  # fmt: skip
         _tell_logits(x, gate, logits_ptr, launch, piece, share, rows, slices, COUNT, EACH, ROWS)
         end(launch_ptr, launch, known)
