@@ -11,13 +11,15 @@ from torch import Tensor
 from triptych.kernels.linear import portable
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.linear.triton import front_linear, grouped_linear, linear, quantize
+from triptych.kernels.mhc import ref as mhc_ref
+from triptych.kernels.mhc import together
 from triptych.kernels.mhc.ref import MhcSite, Residual, Uncollapsed
 from triptych.kernels.mhc.triton import mhc_first, mhc_rows
 from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.triton import experts, moe_rows
-from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
@@ -40,9 +42,14 @@ def agree(run: Callable[[], Tensor], want: Tensor, limit: float = 5e-3) -> None:
     """Near the reference, whatever lay in memory before, and the same to the bit when run again."""
     torch.full((1 << 25,), float("nan"), device="cuda")
     got = run()
+    near(got, want, limit)
+    assert torch.equal(got, run())
+
+
+def near(got: Tensor, want: Tensor, limit: float) -> None:
+    """The distance between the two is small beside the reference."""
     error = float((got.double() - want.double()).norm() / want.double().norm())
     assert error < limit, error
-    assert torch.equal(got, run())
 
 
 def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
@@ -141,18 +148,56 @@ def test_mixtures(name: str, rows: int) -> None:
     agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2 if rows <= 96 else 2e-2)
 
 
-@pytest.mark.parametrize("name", ["flash", "pro"])
-@pytest.mark.parametrize("hashed", [False, True])
-def test_a_mixture_collapses_the_streams_of_a_single_row(name: str, hashed: bool) -> None:
-    router, moe, shared = _layer(name, hashed)
-    dim, fast, tokens = DIMS[name][0], tiled(moe), torch.tensor([7], device="cuda")
+def _site_of(rows: int, dim: int) -> tuple[Tensor, Residual, MhcSite, Tensor]:
+    """The output of a block, what the site before it left, and a site."""
     fn, base, scale = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
+    y, streams = torch.randn(rows, dim, device="cuda"), torch.randn(rows, 4, dim, device="cuda")
+    post, comb = torch.rand(rows, 4, device="cuda"), torch.rand(rows, 4, 4, device="cuda") / 4
     site, norm = MhcSite(fn / 64, base, scale, 20, 1e-6, 1e-6), torch.randn(dim, device="cuda")
-    y, streams = torch.randn(1, dim, device="cuda"), torch.randn(1, 4, dim, device="cuda")
-    post, comb = torch.rand(1, 4, device="cuda"), torch.rand(1, 4, 4, device="cuda") / 4
-    before = Residual(streams.to(torch.bfloat16), post, comb)
-    x, *want = mhc_rows(y.to(torch.bfloat16), before, site, norm)
-    halfway, *got = mhc_rows(y.to(torch.bfloat16), before, site._replace(leaves=True), norm)
+    return y.to(torch.bfloat16), Residual(streams.to(torch.bfloat16), post, comb), site, norm
+
+
+@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
+def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
+    y, before, site, norm = _site_of(rows, DIMS[name][0])
+    assert together.fits(before.streams)
+    want = mhc_ref.mhc_rows(y, before, site, norm)
+    graph, got = torch.cuda.CUDAGraph(), mhc_rows(y, before, site, norm)
+    for some in (got, mhc_rows(y, before, site._replace(rounds=True), norm)):
+        assert not isinstance(some[0], Uncollapsed)
+        x = some[0].plain if isinstance(some[0], BothRows) else some[0]
+        for one, other in zip((x, *some[1:]), want, strict=True):
+            near(one, other, 2e-3 if one.dtype == torch.bfloat16 else 1e-4)
+        if isinstance(some[0], BothRows):
+            rounded = quantize_rows(x)
+            assert torch.equal(some[0].rounded.dequantize(), rounded.dequantize())
+    embed, tokens = (
+        torch.randn(50, DIMS[name][0], device="cuda").to(torch.bfloat16),
+        torch.arange(rows, device="cuda") * 9,
+    )
+    firsts = mhc_first(tokens, embed, site, norm), mhc_ref.mhc_first(tokens, embed, site, norm)
+    for one, other in zip(*firsts, strict=True):
+        assert isinstance(one, Tensor) and isinstance(other, Tensor)
+        near(one, other, 2e-3 if one.dtype == torch.bfloat16 else 1e-4)
+    with torch.cuda.graph(graph):
+        again = mhc_rows(y, before, site, norm)
+    for _ in range(50):
+        for tensor in again:
+            tensor.fill_(7.0)
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(again, got, strict=True))
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
+def test_a_mixture_runs_the_site_of_few_rows(name: str, rows: int, hashed: bool) -> None:
+    router, moe, shared = _layer(name, hashed)
+    y, before, site, norm = _site_of(rows, DIMS[name][0])
+    for tensor in (y, *before):
+        tensor[-1] = tensor[0]  # two rows of the same experts
+    fast, tokens = tiled(moe), torch.full((rows,), 7, device="cuda")
+    x, *want = mhc_rows(y, before, site, norm)
+    halfway, *got = mhc_rows(y, before, site._replace(leaves=True), norm)
     assert isinstance(x, Tensor) and isinstance(halfway, Uncollapsed)
     agree(lambda: moe_rows(halfway, tokens, router, fast, shared), moe_rows(x, tokens, router, fast, shared))
     torch.testing.assert_close(got, want)

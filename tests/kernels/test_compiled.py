@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
+from types import ModuleType
 
 import pytest
 
@@ -84,6 +86,42 @@ def test_all_products_with_mxfp4_keys_are_made_and_none_waits_for_another() -> N
     assert "0 bytes spill stores" in said and "serialized" not in said, said
     products = made.asm["ptx"].count("wgmma.mma_async")
     assert products == 8 and made.asm["sass"].count("QGMMA") == products
+
+
+def test_a_site_asks_for_all_weights_before_it_waits() -> None:
+    """The assembler would put off loads to save registers: then each waits for the memory anew."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.moe.together import site_and_router
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    sizes = {"ITERS": 20, "HASHED": False, "COUNT": 256, "EXPERTS": 256, "EACH": 16, "TOPK": 6, "ROWS": 1, "SLICES": 8}
+    signature = {name: _type(name, sizes) for name in site_and_router.arg_names}
+    kinds = {"*bf16": ("y", "before", "streams"), "*i64": ("meet", "table", "token"), "*fp8e4nv": ("values",)}
+    kinds["*i32"] = ("launch", "tile", "order")
+    signature |= {f"{name}_ptr": kind for kind, names in kinds.items() for name in names}
+    signature |= {"scaling": "fp32", "eps": "fp32", "norm_eps": "fp32"}
+    names = [n for n, name in enumerate(site_and_router.arg_names) if name.endswith("_ptr") or name == "dim"]
+    source = GluonASTSource(site_and_router, signature, sizes, {(n,): [["tt.divisibility", 16]] for n in names})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    code = _disassembled(triton, made.asm["ptx"])
+    maps, gate = 2 * 4, 16 * 512 // (128 * 4)
+    assert code[: code.index("ATOMG")].count("LDG.E.128") >= maps + gate
+
+
+def _disassembled(triton: ModuleType, ptx: str) -> str:
+    """What the assembler makes of `ptx`."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = f"{folder}/made.cubin"
+        subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", "-", "-o", made], input=ptx, text=True, check=True
+        )
+        read = [triton.knobs.nvidia.cuobjdump.path, "-sass", made]
+        return subprocess.run(read, capture_output=True, text=True, check=True).stdout
 
 
 def _type(name: str, sizes: dict[str, int]) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.moe import few
-from triptych.kernels.moe.alone import route_one
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.shared import gates_and_ups, parts_of, plain
 from triptych.kernels.moe.tiled import TILE_BYTES, blocks_of, descriptors
+from triptych.kernels.moe.together import route_together
 from triptych.kernels.quant.matrices import Fp8Matrix, Matrix, Mxfp4Matrix
 
 _PAIRS = 8
@@ -62,7 +62,7 @@ def moe_rows_on_gpu(
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
     assert w13.tops is not None and w13.paired and w2.tops is not None, "experts are not in tiles"
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
-    rows, dim = (1, x.streams.shape[2]) if isinstance(x, Uncollapsed) else x.shape
+    rows, dim = (len(x.streams), x.streams.shape[2]) if isinstance(x, Uncollapsed) else x.shape
     inner, k, count = w2.shape[2], router.experts_per_token, w2.shape[0]
     pairs, dev = rows * k, w2.values.device
     tiles = min(pairs, pairs // _PAIRS + min(pairs, count))
@@ -71,7 +71,7 @@ def moe_rows_on_gpu(
     most = min(tiles, _expected(rows, k, count))
     counters = _counters(dev)
     if isinstance(x, Uncollapsed):
-        weights, tile, order, rounded = route_one(x, token_ids, router, counters[0])
+        weights, tile, order, rounded = route_together(x, token_ids, router)
     else:
         weights, tile, order, rounded = route_few(x.contiguous(), token_ids, router, _PAIRS, tiles, counters[0])
     sums = torch.empty(parts_of(dim), 2, rows, inner, dtype=torch.float32, device=dev)
