@@ -118,12 +118,10 @@ def test_a_broken_step_fails_its_requests_and_the_engine_goes_on(
     loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        runner = loaded.loop._runner
-
-        def broken(plan: object) -> object:
+        def broken(batch: object, caches: object) -> object:
             raise ValueError("a kernel gave up")
 
-        monkeypatch.setattr(runner, "logits", broken)
+        monkeypatch.setattr(loaded.loop.model, "run", broken)
         deltas = await collect(engine, PROMPTS[0], greedy(3), "bad")
         assert deltas[-1].finish_reason is FinishReason.ERROR and deltas[-1].error
         monkeypatch.undo()

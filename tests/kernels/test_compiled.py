@@ -95,6 +95,35 @@ def test_many_programs_of_experts_fit_a_multiprocessor(
     assert spilled and int(spilled[1]) <= 32, said
 
 
+def test_all_products_with_mxfp4_keys_are_made_and_none_waits_for_another() -> None:
+    """An assembler has dropped products before whose left operands are registers; the kernel was fast, and wrong."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.select_rows.mxfp4 import scores
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    sizes = {"PER_PAGE": 32, "ROUNDS": True, "ROPE": 64, "LEVELS": 3, "WIDE": 4096, "WARPS": 8}
+    signature = {name: _type(name, sizes) for name in scores.arg_names} | {"q_ptr": "*bf16"}
+    whole = ("words_ptr", "codes_ptr", "out_ptr", "tops_ptr", "done_ptr", "scratch_ptr")
+    signature |= dict.fromkeys(whole, "*i32") | {"seq_ptr": "*i64"}
+    aligned = {
+        (n,): [["tt.divisibility", 16]]
+        for n, name in enumerate(scores.arg_names)
+        if name.endswith("_ptr") and name != "codes_ptr"
+    }
+    source = GluonASTSource(scores, signature, sizes, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 128})
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said and "serialized" not in said, said
+    products = made.asm["ptx"].count("wgmma.mma_async")
+    assert products == 8 and made.asm["sass"].count("QGMMA") == products
+
+
 def _type(name: str, sizes: dict[str, int]) -> str:
     if name in sizes:
         return "constexpr"

@@ -43,8 +43,8 @@ class Drawn:
         """The same in pinned memory; it has arrived when what was enqueued until now has run."""
         if self.chosen.device.type == "cpu":
             return replace(self, chosen=self.chosen.clone())
-        logprobs = None if self.logprobs is None else _pinned(self.logprobs)
-        return replace(self, chosen=_pinned(self.chosen), logprobs=logprobs)
+        logprobs = None if self.logprobs is None else pinned(self.logprobs)
+        return replace(self, chosen=pinned(self.chosen), logprobs=logprobs)
 
     def results(self, draws: Sequence[Draw]) -> list[SampledToken | str]:
         """Once it has arrived: a token for each row, or a sentence for one that cannot be sampled."""
@@ -228,6 +228,7 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
     return to_device(np.asarray(values, np.float64), device).unsqueeze(1)
 
 
-def _pinned(there: Tensor) -> Tensor:
+def pinned(there: Tensor) -> Tensor:
+    """A copy in pinned memory, which has arrived when what was enqueued until now has run."""
     there = there.contiguous()
     return torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
