@@ -1,11 +1,12 @@
 """Experts of up to eight rows in one launch: what few.py does in two, without a pause of the memory between them.
 
-    shared up, shared down, up, down        programs in the order of their numbers
+    shared up, up, shared down, down        programs in the order of their numbers
 
-Those of second matrices ask for their first weights, wait until all hidden values of their expert are there, and round
-those of their pairs themselves. Programs start in the order of their numbers, and those waited for wait for none, so
-not all of them need to be on the card at once. A counter for each tile, and one for the shared expert, says how many
-programs of first matrices are done; the last one that waited for it sets it back to zero.
+There is room for all of one row's first matrices at once, so none that waits takes a place before them. Programs of
+second matrices ask for their first weights, wait until all hidden values of their expert are there, and round those of
+their pairs themselves. Programs start in the order of their numbers, and those waited for wait for none, so not all of
+them need to be on the card at once. A counter for each tile, and one for the shared expert, says how many programs of
+first matrices are done; the last one that waited for it sets it back to zero.
 
 Rows of x lie in shared memory as operands.py has them, so that there is room for many programs at once.
 """
@@ -53,8 +54,13 @@ def experts(
         shared_up(
             at, x_ptr, xs_ptr, shared13, scale13_ptr, sums_ptr, ready_ptr, rows, DIM, INNER, TALL, PARTS, SHARED_STAGES
         )  # fmt: skip
+    elif at < INNER // 32 * (PARTS + tiles):
+        _up(
+            at - INNER // 32 * PARTS, x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values13, scales13, top13_ptr,
+            h_ptr, ready_ptr + 1, rows, limit, DIM, INNER, TOPK, PAIRS, ONCE, KS, STAGES,
+        )  # fmt: skip
     else:
-        at -= INNER // 32 * PARTS
+        at -= INNER // 32 * (PARTS + tiles)
         if at < DIM // 64 * PARTS:
             total, to, row = shared_down(
                 at, shared2, scale2_ptr, sums_ptr, ready_ptr, rows, pairs, limit, DIM, INNER, TALL, PARTS, SHARED_STAGES
@@ -64,17 +70,10 @@ def experts(
             t = gl.arange(0, 8, gl.SliceLayout(1, sum_layout(1)))
             add(t, t < rows, each_ptr, out_ptr, count_ptr, row * 64, rows, pairs, TOPK, PARTS, DIM, 1)
         else:
-            at -= DIM // 64 * PARTS
-            if at < tiles * (INNER // 32):
-                _up(
-                    at, x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values13, scales13, top13_ptr, h_ptr,
-                    ready_ptr + 1, rows, limit, DIM, INNER, TOPK, PAIRS, ONCE, KS, STAGES,
-                )  # fmt: skip
-            else:
-                _down(
-                    at - tiles * (INNER // 32), tile_ptr, order_ptr, values2, scales2, top2_ptr, h_ptr, ready_ptr + 1,
-                    each_ptr, out_ptr, count_ptr, rows, pairs, DIM, INNER, TOPK, PAIRS, ONCE, PARTS, KS, STAGES,
-                )  # fmt: skip
+            _down(
+                at - DIM // 64 * PARTS, tile_ptr, order_ptr, values2, scales2, top2_ptr, h_ptr, ready_ptr + 1, each_ptr,
+                out_ptr, count_ptr, rows, pairs, DIM, INNER, TOPK, PAIRS, ONCE, PARTS, KS, STAGES,
+            )  # fmt: skip
 
 
 @gluon.jit
