@@ -87,9 +87,9 @@ def selection() -> None:
 
 def linears_of_released_weights() -> None:
     """Every size class of rows, Hopper's kernels and the portable ones."""
-    weight, front = released.fp8(256, 256), FrontMatrix(released.fp8(192, 256), torch.randn(392, 256).cuda().bfloat16())
-    grouped = released.fp8(4, 64, 128)
-    for count in (3, 17, 300):
+    weight, front = released.fp8(256, 256), FrontMatrix(released.fp8(256, 256), torch.randn(392, 256).cuda().bfloat16())
+    grouped = released.fp8(4, 128, 128)
+    for count in (3, 17, 70, 300):
         x = torch.randn(count, 256, device="cuda").bfloat16()
         groups = torch.randn(count, 4, 128, device="cuda").bfloat16()
         quantize(x)
