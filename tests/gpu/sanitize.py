@@ -137,7 +137,7 @@ def _portably(*given: Any) -> None:
 
 def products() -> None:
     """Every size class of rows, Hopper's kernels and the portable ones."""
-    weight, front = released.fp8(256, 1024), FrontMatrix(released.fp8(192, 256), _normal(392, 256))
+    weight, front = released.fp8(256, 1024), FrontMatrix(released.fp8(256, 256), _normal(392, 256))
     for count in (3, 17, 40, 70, 300):
         x, narrow_x = _normal(count, 1024), _normal(count, 256)
         quantize(x)

@@ -23,7 +23,7 @@ from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontM
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
-LINEARS = [(4096, 8192), (256, 256)]
+LINEARS = [(4096, 8192), (7168, 2048), (256, 256)]
 
 
 def fp8(*size: int) -> Fp8Matrix:
@@ -62,13 +62,21 @@ def test_quantised_rows_equal_the_reference_to_the_bit() -> None:
 
 @pytest.mark.parametrize("run", [linear, portable.linear], ids=("own", "portable"))
 @pytest.mark.parametrize("size", LINEARS)
-@pytest.mark.parametrize("rows", [1, 8, 17, 33, 64, 260, 700])
+@pytest.mark.parametrize("rows", [1, 8, 17, 33, 64, 128, 260, 700])
 def test_fp8_linears(size: tuple[int, int], rows: int, run: Callable[..., Tensor]) -> None:
     x, weight = torch.randn(rows, size[1], device="cuda").to(torch.bfloat16), fp8(*size)
     agree(lambda: run(x, weight), linear_ref.linear(x, weight))
 
 
-@pytest.mark.parametrize("columns", [(1536, 2624, 4096), (192, 392, 256)])
+@pytest.mark.parametrize("rows", [20, 50, 128])
+def test_scales_of_rows_may_lie_either_way(rows: int) -> None:
+    x, weight = quantize(torch.randn(rows, 1024, device="cuda").to(torch.bfloat16)), fp8(4096, 1024)
+    ways = (x.scales.contiguous(), x.scales.T.contiguous().T)
+    by_row, by_column = (linear(Fp8Rows(x.values, scales), weight) for scales in ways)
+    assert torch.equal(by_row, by_column)
+
+
+@pytest.mark.parametrize("columns", [(1536, 2624, 4096), (256, 1000, 1024), (192, 392, 256)])
 @pytest.mark.parametrize("rows", [1, 5, 16, 60, 100])
 @pytest.mark.parametrize("run", [front_linear, portable.front_linear], ids=("own", "portable"))
 def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
@@ -87,7 +95,7 @@ def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (16, 1024, 4096), (2, 128, 128)])
-@pytest.mark.parametrize("rows", [1, 4, 9, 16])
+@pytest.mark.parametrize("rows", [1, 4, 9, 16, 24, 60, 128])
 def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int, int, int], rows: int) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
     got, plain = grouped_linear(x, weight, rounds=True), grouped_linear(x, weight)
@@ -98,7 +106,7 @@ def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int,
 
 
 @pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
-@pytest.mark.parametrize("rows", [5, 40, 128])
+@pytest.mark.parametrize("rows", [5, 20, 40, 128])
 def test_grouped_linears_lose_nothing_of_rows_of_any_size(rows: int, size: float) -> None:
     """Rows whose values differ by many powers of two, against float64."""
     weight, x = fp8(8, 1024, 4096), torch.randn(rows, 8, 4096, device="cuda") * size

@@ -13,7 +13,7 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
-from triptych.kernels.linear.pairs import parted
+from triptych.kernels.linear.rounding import parted
 from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.moe.ref import Router, route

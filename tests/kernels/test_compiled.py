@@ -162,6 +162,40 @@ def _disassembled(triton: ModuleType, ptx: str) -> str:
         return subprocess.run(read, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize(("rows", "parts", "rest"), [(64, 1, 2624), (128, 1, 0), (64, 2, 0), (128, 2, 0)])
+def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, parts: int, rest: int) -> None:
+    """And what they need of shared memory is there."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.linear.dozens import products
+    from triptych.kernels.linear.dozens_rows import GROUPED, planned, tiling_of
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    tiling = GROUPED if parts == 2 else tiling_of(rows, 4096)
+    plan = planned(4096, 1536, 1536 + rest, 132, tiling)
+    sizes = {"K": 4096, "OUT": 1536 + rest, "LATENT": 1536, "GROUP": 512, "N": rows, "PARTS": parts}
+    sizes |= {"STAGES": plan.places(tiling, rows, parts), "CHUNKS": plan.chunks(tiling), "SHARERS": plan.sharers}
+    sizes |= {"TALL": tiling.tall, "DEEP": tiling.deep, "TURNED": tiling.turned, "ROUND": parts == 2}
+    blocks = {"w": tiling.tall, "rest": tiling.tall, "x": rows, "wide": rows}
+    signature = {name: _type(name, sizes) for name in products.arg_names}
+    for name, tall in blocks.items():
+        kind, wide, bits = ("bf16", 64, 16) if rest and name in ("rest", "wide") else ("fp8e4nv", 128, 8)
+        signature[name] = f"tensordesc<{kind}[{tall}, {wide}],{gl.NVMMASharedLayout(128, bits)!r}>"
+    signature |= {"out_ptr": "*fp8e4nv" if parts == 2 else "*fp32", "count_ptr": "*i32"}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
+    source = GluonASTSource(products, signature, sizes, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    assert "Used" in said and "serialized" not in said, said
+    assert made.metadata.shared <= 227 << 10
+
+
 def _type(name: str, sizes: dict[str, int]) -> str:
     if name in sizes:
         return "constexpr"
