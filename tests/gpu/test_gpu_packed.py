@@ -80,10 +80,11 @@ def test_selection_of_decode_rows(kind: str, visible: list[int]) -> None:
 
 @pytest.mark.parametrize("visible", [[2048, 600, 1, 2000], [4096, 513, 4000], [33000, 2049, 0]])
 @pytest.mark.parametrize("programs", [1, 7, 132])
-def test_a_launch_selects_however_many_programs_a_row_has(visible: list[int], programs: int) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_a_launch_selects_however_many_programs_a_row_has(kind: str, visible: list[int], programs: int) -> None:
     """Again and again, as the last program of a row leaves its counter as it was; the second row has ties only."""
-    hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
-    queries, keys = cases.index_case("fp8", visible, 64, 128, "cuda")
+    hopper = pytest.importorskip("triptych.kernels.select_rows." + {"fp8": "hopper", "mxfp4": "mxfp4"}[kind])
+    queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
     queries.weights[1] = 0
     room = select.ordered_scores(queries, keys)
     _, own = cases.index_errors(queries, keys, room[0])
@@ -91,6 +92,29 @@ def test_a_launch_selects_however_many_programs_a_row_has(visible: list[int], pr
         poison()
         got = hopper.choose(queries, keys, room, topk, programs)
         assert torch.equal(got, cases.best(own, keys.visible, topk))
+
+
+@pytest.mark.parametrize("apart", [0, 2, 4, 10])
+def test_scales_of_mxfp4_keys_may_lie_apart(apart: int) -> None:
+    """Each group's by itself: products are float16, which holds all of a sum only where scales are much alike."""
+    queries, keys = cases.index_case("mxfp4", [17000, 9000, 2049, 700], 64, 128, "cuda")
+    scales = keys.pool.scales
+    scales.copy_(torch.randint(127 - apart, 128, scales.shape, device="cuda").to(torch.uint8))
+    ordered, _ = select.ordered_scores(queries, keys)
+    far, own = cases.index_errors(queries, keys, ordered)
+    assert far < 1e-3
+    assert torch.equal(select.select_rows(queries, keys, 512), cases.best(own, keys.visible, 512))
+
+
+@pytest.mark.parametrize("per_page", [16, 64, 128])
+def test_mxfp4_keys_lie_in_pages_of_other_sizes(per_page: int) -> None:
+    visible = [5000, 4097, 300]
+    queries, _ = cases.index_case("mxfp4", visible, 64, 128, "cuda")
+    g = torch.Generator().manual_seed(per_page)
+    keys = cases.paged(torch.tensor(visible), per_page, RowFormat("mxfp4", 128), g, "cuda")
+    far, own = cases.index_errors(queries, keys, select.ordered_scores(queries, keys)[0])
+    assert far < 1e-3
+    assert torch.equal(select.select_rows(queries, keys, 512), cases.best(own, keys.visible, 512))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -1,6 +1,7 @@
 """Scores of MXFP4 index keys for Hopper and the highest of them, in Gluon: one launch for all that a decode row needs.
 
-    a warp      32 keys at a time, from memory straight into its registers, the next ones while it is busy with these
+    a warp      32 keys at a time, straight into its registers, the next ones while it is busy with these, and those
+                after them meanwhile into the L2
     expanded    to e4m3 in registers, as the left operand of products with queries 64 x 128 in shared memory
     products    float16, see `folded`; relu, two at a time; then products with the weights sum them over heads
 
@@ -72,6 +73,23 @@ mad.lo.u32 $7, d, 0x08080800, 0x14100800;
 )
 """A key's four codes of scales ($9), each key's in a thread -> tables of four keys' group, that which $10 selects: e4m3
 of magnitudes 2 to 6 in $0 to $3, of 0 to 1.5 in $4 to $7, and the key's largest code in $8."""
+
+_AHEAD: Any = gl.constexpr(
+    """
+{
+.reg .pred p;
+.reg .b32 t;
+mov.u32 t, %laneid;
+setp.eq.u32 p, t, 0;
+shl.b32 t, $3, 6;
+@p cp.async.bulk.prefetch.L2.global [$1], t;
+shl.b32 t, $3, 2;
+@p cp.async.bulk.prefetch.L2.global [$2], t;
+mov.b32 $0, 0;
+}
+"""
+)
+"""One thread of a warp asks for $3 keys of 64 bytes at $1 and as many of 4 at $2."""
 
 _EXPAND: Any = gl.constexpr(
     """
@@ -218,6 +236,17 @@ def _codes(codes_ptr, pages, units, PER_PAGE: gl.constexpr, WARPS: gl.constexpr)
 
 
 @gluon.jit
+def _ask_ahead(where, page, PER_PAGE: gl.constexpr, WARPS: gl.constexpr):
+    """What lies of each warp's keys in a page [WARPS], on its way into the L2."""
+    words_ptr, units, codes_ptr, code_units, _, _, _ = where
+    row = (gl.arange(0, WARPS, layout=page.type.layout) * 32) % PER_PAGE
+    words = words_ptr.to(gl.uint64) + page * units.to(gl.uint32).to(gl.uint64) * 16 + row * 64
+    codes = codes_ptr.to(gl.uint64) + page * code_units.to(gl.uint32).to(gl.uint64) * 16 + row * 4
+    keys = gl.full_like(row, 32 if PER_PAGE > 32 else PER_PAGE)
+    gl.inline_asm_elementwise(_AHEAD, "=r,l,l,r", [words, codes, keys], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _tables(codes, WARPS: gl.constexpr):
     """Tables of the group that a thread expands, of each of its four keys, and the largest code of a thread's own key.
 
@@ -301,6 +330,7 @@ def _score_tiles(
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     some, others, codes = _keys(where, _pages(where, 0, PER_PAGE, WARPS), PER_PAGE, WARPS)
     pages = _pages(where, 1, PER_PAGE, WARPS)
+    beyond = _pages(where, 2, PER_PAGE, WARPS)
     _ready(row, heads, q_s, weights_s, ROUNDS, ROPE)
     q = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
     w, power = columns_of(weights_s, WARPS)
@@ -309,11 +339,13 @@ def _score_tiles(
     x = gl.zeros([16 * WARPS, 64], gl.float16, layout=MMA)
     for t in range(tiles):
         at = where[5] + t * (32 * WARPS)
+        _ask_ahead(where, beyond[0], PER_PAGE, WARPS)
         high, low, its_high, its_low, most = _tables(codes, WARPS)
         a = _expanded(some, high, low, WARPS, MMA)
         b = _expanded(others, its_high, its_low, WARPS, MMA)
         some, others, codes = _keys(where, pages, PER_PAGE, WARPS)  # of the next tile
-        pages = _pages(where, t + 2, PER_PAGE, WARPS)
+        pages = beyond
+        beyond = _pages(where, t + 3, PER_PAGE, WARPS)
         first = folded(warpgroup_mma(a, q, x, use_acc=False), w, WARPS)
         second = folded(warpgroup_mma(b, q, x, use_acc=False), w, WARPS)
         own = gl.reshape(gl.permute(picked(first, second, WARPS), (0, 3, 2, 1)), [WARPS, 32])
