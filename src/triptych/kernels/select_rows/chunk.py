@@ -108,7 +108,7 @@ def gather(
 ):  # fmt: skip
     """Keys of each sequence side by side, [sequences, total, 128] e4m3, and a factor of each, a _BLOCK in four tiles.
 
-    MXFP4 keys are over their largest scale times 2^6, as weigh.expanded has them, with dims in the same order.
+    MXFP4 keys are over their largest scale times 2^5, as mxfp4.py has them, with dims in the same order.
     """
     s = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)

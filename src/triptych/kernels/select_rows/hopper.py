@@ -1,9 +1,9 @@
-"""Scores of packed index keys for Hopper and the highest of them, in Gluon: one launch for all that a decode row needs.
+"""Scores of FP8 index keys for Hopper and the highest of them, in Gluon: one launch for all that a decode row needs.
 
     shared memory   queries 64 x 128 e4m3 | keys, STAGES tiles as they lie in pages | their scales
     one warp        asks for pages of the next tiles, a bulk copy each
     WARPS warps     make the row's queries while the first keys are on their way; multiply a tile of 32 keys a warp by
-                    them (MXFP4 keys as the left operand, expanded in registers), weigh, write
+                    them, weigh, write
 
 Programs share a row's keys evenly; the last of a row to be done chooses from the scores of all, see narrow.py.
 Pages beyond what the row sees read as its last one.
@@ -33,8 +33,6 @@ from triptych.kernels.select_rows.narrow import all_of_them, find_peaks, levels,
 from triptych.kernels.select_rows.queries import made, query_layout
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.weigh import (
-    expanded,
-    factors_of,
     in_order,
     line_layout,
     lined_up,
@@ -44,7 +42,7 @@ from triptych.kernels.select_rows.weigh import (
 )
 
 WARPS = 8
-_STAGES = {"fp8": 3, "mxfp4": 4}
+_STAGES = 3
 
 
 def score(queries: IndexQueries, keys: PagedEntries, out: tuple[Tensor, Tensor]) -> None:
@@ -97,9 +95,8 @@ def _launch(
         *(raw, raw.stride(0), cos, sin, queries.weights, queries.weights.stride(0), copied, words),
         *(keys.page_table, keys.page_table.stride(0), keys.seq, keys.visible, *out, counters(chosen.device)),
         *(chosen, scratch, scratch.stride(0), total, queries.count, k),
-        KIND=1 if pool.format.kind == "fp8" else 2,
         PER_PAGE=per_page,
-        STAGES=_STAGES[pool.format.kind],
+        STAGES=_STAGES,
         ROUNDS=queries.rounds,
         ROPE=2 * cos.shape[1],
         LEVELS=levels(total, k) if k else 0,
@@ -137,12 +134,12 @@ def _fetch(
 @gluon.jit
 def _ready(
     q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s,
-    ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr,
+    ROUNDS: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
     """Queries of a row and its weights in shared memory."""
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, query_layout()))
     weight = gl.load(weight_ptr + h, mask=h < heads, other=0.0)
-    ready, power = made(q_ptr, cos_ptr, sin_ptr, heads, ROUNDS, ROPE, KIND)
+    ready, power = made(q_ptr, cos_ptr, sin_ptr, heads, ROUNDS, ROPE, 1)
     q_s.store(ready)
     weights_s.store(lined_up(weight, power))
     fence_async_shared()
@@ -153,14 +150,14 @@ def _ready(
 def _weigh(
     q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, stretch, visible, tiles, q_s, weights_s,
     keys_s, scales_s, full, empty, done_ptr, parts, chosen_ptr, list_ptr, said_s, k,
-    KIND: gl.constexpr, STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr, LEVELS: gl.constexpr,
+    STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr, LEVELS: gl.constexpr,
     WIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Scores of `tiles` tiles of a row; with LEVELS, and as the last of `parts` programs, the k highest of all its."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 32])
     L: gl.constexpr = line_layout(WARPS)
     eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    _ready(q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s, ROUNDS, ROPE, KIND)
+    _ready(q_ptr, cos_ptr, sin_ptr, weight_ptr, heads, q_s, weights_s, ROUNDS, ROPE)
     q = q_s._reinterpret(gl.float8e4nv, [64, 128], eight).permute((1, 0))
     w = weights_of(weights_s, WARPS)
     key = gl.arange(0, 32 * WARPS, layout=L)
@@ -170,26 +167,17 @@ def _weigh(
         slot = t % STAGES
         at = begin + t * (32 * WARPS)
         mbarrier.wait(full.index(slot), (t // STAGES) & 1)
-        factor = factors_of(scales_s.index(slot), L, 32 * WARPS, KIND)
-        if KIND == 1:
-            # two products: while one is under way, the other is weighed
-            x = warpgroup_mma(_keys(keys_s, scales_s, slot, 0, KIND, WARPS, MMA), q, x, use_acc=False, is_async=True)
-            y = warpgroup_mma(_keys(keys_s, scales_s, slot, 1, KIND, WARPS, MMA), q, y, use_acc=False, is_async=True)
-            x = warpgroup_mma_wait(1, deps=(x,))
-            first = weighed(x, w, WARPS)
-            y = warpgroup_mma_wait(0, deps=(y,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            second = weighed(y, w, WARPS)
-        else:
-            # one after the other, with expanded keys in registers: both products at once would not fit beside them
-            x = warpgroup_mma(_keys(keys_s, scales_s, slot, 0, KIND, WARPS, MMA), q, x, use_acc=False, is_async=True)
-            others = _keys(keys_s, scales_s, slot, 1, KIND, WARPS, MMA)
-            mbarrier.arrive(empty.index(slot), count=1)
-            x = warpgroup_mma_wait(0, deps=(x,))
-            first = weighed(x, w, WARPS)
-            y = warpgroup_mma(others, q, y, use_acc=False, is_async=True)
-            y = warpgroup_mma_wait(0, deps=(y,))
-            second = weighed(y, w, WARPS)
+        scales = scales_s.index(slot)._reinterpret(gl.float32, [32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        factor = scales.load(L)
+        # two products: while one is under way, the other is weighed
+        tile = keys_s.index(slot)._reinterpret(gl.float8e4nv, [2, 16 * WARPS, 128], eight)
+        x = warpgroup_mma(tile.index(0), q, x, use_acc=False, is_async=True)
+        y = warpgroup_mma(tile.index(1), q, y, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        first = weighed(x, w, WARPS)
+        y = warpgroup_mma_wait(0, deps=(y,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        second = weighed(y, w, WARPS)
         sums = first[0], second[0], first[1], second[1]
         seen = at + key < visible
         order = gl.where(seen, in_order(summed(sums, WARPS, 1), factor), -2147483648)
@@ -211,25 +199,6 @@ def _weigh(
 
 
 @gluon.jit
-def _keys(keys_s, scales_s, slot, half: gl.constexpr, KIND: gl.constexpr, WARPS: gl.constexpr, MMA: gl.constexpr):
-    """Half of a tile of keys as a left operand."""
-    if KIND == 1:
-        eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-        return keys_s.index(slot)._reinterpret(gl.float8e4nv, [2, 16 * WARPS, 128], eight).index(half)
-    else:
-        four: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
-        codes = scales_s.index(slot)._reinterpret(
-            gl.uint8, [2, 16 * WARPS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
-        return expanded(
-            keys_s.index(slot)._reinterpret(gl.uint8, [2, 16 * WARPS, 64], four).index(half),
-            codes.index(half),
-            WARPS,
-            MMA,
-        )
-
-
-@gluon.jit
 def _keep_tops(tops_ptr, order, at):
     """The highest of each 8 of ordered scores [128]."""
     top = gl.max(gl.reshape(order, [order.shape[0] // 8, 8]), 1)
@@ -241,7 +210,7 @@ def _keep_tops(tops_ptr, order, at):
 def scores(
     q_ptr, q_row, cos_ptr, sin_ptr, weight_ptr, weight_row, keys, scales, table_ptr, table_row, seq_ptr, visible_ptr,
     out_ptr, tops_ptr, done_ptr, chosen_ptr, scratch_ptr, scratch_row, total, heads, k,
-    KIND: gl.constexpr, PER_PAGE: gl.constexpr, STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr,
+    PER_PAGE: gl.constexpr, STAGES: gl.constexpr, ROUNDS: gl.constexpr, ROPE: gl.constexpr,
     LEVELS: gl.constexpr, WIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Ordered scores of a row, see triton.py, and with LEVELS > 0 the ids of its k highest.
@@ -249,7 +218,6 @@ def scores(
     `keys` and `scales` describe pages, to copy one.
     """
     PAGES: gl.constexpr = 32 * WARPS // PER_PAGE
-    WIDTH: gl.constexpr = 128 if KIND == 1 else 64
     r = gl.program_id(1).to(gl.int64)
     visible = gl.load(visible_ptr + r).to(gl.int32)
     stretch = gl.cdiv(gl.cdiv(visible, gl.num_programs(0)), 32 * WARPS) * (32 * WARPS)
@@ -267,8 +235,8 @@ def scores(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = gl.allocate_shared_memory(gl.uint8, [64, 128], gl.NVMMASharedLayout(128, 8))
     weights_s = gl.allocate_shared_memory(gl.float32, [64], flat)
-    pages: gl.constexpr = gl.NVMMASharedLayout(WIDTH, 8, rank=3)
-    keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, PAGES, PER_PAGE, WIDTH], pages)
+    pages: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=3)
+    keys_s = gl.allocate_shared_memory(gl.uint8, [STAGES, PAGES, PER_PAGE, 128], pages)
     scales_s = gl.allocate_shared_memory(gl.uint8, [STAGES, PAGES, PER_PAGE * 4], gl.NVMMASharedLayout(0, 8))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -289,11 +257,11 @@ def scores(
             (_weigh, (
                 q_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, tops_ptr, heads, begin, stretch, visible, tiles, q_s,
                 weights_s, keys_s, scales_s, full, empty, done_ptr + r, parts, chosen_ptr + r * k,
-                scratch_ptr + r * scratch_row, said_s, k, KIND, STAGES, ROUNDS, ROPE, LEVELS, WIDE, WARPS,
+                scratch_ptr + r * scratch_row, said_s, k, STAGES, ROUNDS, ROPE, LEVELS, WIDE, WARPS,
             )),
             (_fetch, (
                 keys, scales, table, first, last, tiles, keys_s, scales_s, full, empty,
-                PAGES, 32 * WARPS * (WIDTH + 4), STAGES,
+                PAGES, 32 * WARPS * 132, STAGES,
             )),
         ],
         [1],

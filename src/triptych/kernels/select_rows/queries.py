@@ -37,7 +37,7 @@ def rounded_queries(queries: IndexQueries, kind: int) -> tuple[Tensor, Tensor]:
     """Queries rotated and rounded to e4m3 [R, heads, 128], as bytes, and the power of two int32 [R, heads] that they
     lack.
 
-    Their dims are as they come for FP8 keys (`kind` 1), and in the order of weigh.expanded for MXFP4 keys (2).
+    Their dims are as they come for FP8 keys (`kind` 1), and in the order of mxfp4.py for MXFP4 keys (2).
     """
     rows, heads, device = len(queries.heads), queries.count, queries.heads.device
     raw = queries.heads[:, -heads * queries.dim :]
@@ -141,7 +141,7 @@ def made(
 ):  # fmt: skip
     """Queries of a row at q_ptr -> [64, 128] e4m3, which lack 2^power [64], by eight warps.
 
-    For MXFP4 keys their dims are in the order in which weigh.expanded expands those."""
+    For MXFP4 keys their dims are in the order in which mxfp4.py expands those."""
     L: gl.constexpr = query_layout()
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, L))[:, None]
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
