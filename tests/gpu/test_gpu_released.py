@@ -130,7 +130,11 @@ def test_sites_and_fronts_round_to_the_bit(dim: int) -> None:
 
 
 def _layer(name: str, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, Fp8Matrix]]:
-    dim, inner = DIMS[name]
+    return layer_of(*DIMS[name], hashed=hashed)
+
+
+def layer_of(dim: int, inner: int, *, hashed: bool) -> tuple[Router, Experts, tuple[Fp8Matrix, Fp8Matrix]]:
+    """24 experts, of which a row takes 6."""
     table = torch.stack([torch.randperm(24, device="cuda")[:6] for _ in range(50)]) if hashed else None
     bias = None if hashed else torch.randn(24, device="cuda") * 0.1
     router = Router(torch.randn(24, dim, device="cuda") * dim**-0.5, bias, table, 6, 1.5)
