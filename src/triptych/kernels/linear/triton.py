@@ -5,9 +5,9 @@
     more             the library's, or tiles of many.py where that cannot serve
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
-made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up to
-16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs
-than Hopper to portable.py.
+made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
+to 16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs than Hopper to
+portable.py.
 """
 
 from __future__ import annotations
