@@ -14,8 +14,7 @@ One request's positions in one step:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, TypeVar, get_args
@@ -24,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triptych.errors import RequestError
+from triptych.values import integer_in, integers_in, number_in, texts_in, weights_in
+from triptych.values import token_ids as token_ids
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -35,25 +36,6 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-
-def token_ids(ids: object, *, vocab_size: int | None = None, param: str = "prompt") -> TokenIds:
-    """A read-only int32 vector [n] of `ids`; RequestError if one is no integer or out of range."""
-    try:
-        array = np.asarray(ids)
-        if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
-            raise ValueError
-    except (ValueError, TypeError, OverflowError):
-        raise RequestError("Token ids must be a flat list of integers.", param=param) from None
-    if array.size:
-        low, high = int(array.min()), int(array.max())
-        limit = vocab_size if vocab_size is not None else 2**31
-        if low < 0 or high >= limit:
-            worst = low if low < 0 else high
-            raise RequestError(f"Token id {worst} is outside [0, {limit}).", param=param)
-    out = array.astype(np.int32).reshape(-1)
-    out.flags.writeable = False
-    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +55,8 @@ class Grammar:
 class SamplingParams:
     """How tokens are chosen. Temperature 0 is greedy. Invalid values raise RequestError naming the field.
 
-    `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token.
+    `logprobs` is None or the number N >= 0 of alternatives returned beside the chosen token; `prompt_logprobs` the same
+    for the tokens of the prompt, of which then all rows run, whatever is cached.
     `seed` makes one request's draws reproducible whatever shares its batch. `grammar`: what the answer must match.
     Stop strings count from the text `stop_after` on (where one is named) and up to the text `stop_until`: in what is
     said, say, and neither in thoughts nor in the arguments of calls.
@@ -93,54 +76,47 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
     stop_after: str = ""
     stop_until: str = ""
 
     def __post_init__(self) -> None:
-        _int_in("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
-        _float_in("temperature", self.temperature, 0.0, 100.0)
-        _float_in("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _int_in("top_k", self.top_k, 0, 2**31 - 1)
-        _float_in("min_p", self.min_p, 0.0, 1.0)
-        _float_in("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _float_in("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _float_in("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _int_in("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
-        _int_in("logprobs", self.logprobs, 0, 20, optional=True)
-        _int_in("n", self.n, 1, 128)
-        if isinstance(self.stop, str):  # each of its letters would be one
-            raise RequestError(f"stop is one string, {self.stop!r}.", "Put it into a tuple.", param="stop")
-        several = isinstance(self.stop, tuple | list)
-        if not several or len(self.stop) > 16 or any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop must be at most 16 non-empty strings.", param="stop")
+        self._whole("max_tokens", 1, 2**31 - 1, optional=True)
+        self._number("temperature", 0.0, 100.0)
+        self._number("top_p", 0.0, 1.0, open_low=True)
+        self._whole("top_k", 0, 2**31 - 1)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._whole("seed", -(2**63), 2**63 - 1, optional=True)
+        self._whole("logprobs", 0, 20, optional=True)
+        self._whole("prompt_logprobs", 0, 20, optional=True)
+        self._whole("n", 1, 128)
+        self._set("stop_token_ids", integers_in("stop_token_ids", self.stop_token_ids, 0, 2**31 - 1))
+        self._set("logit_bias", weights_in("logit_bias", self.logit_bias, 2**31 - 1, 100.0))
+        self._set("stop", texts_in("stop", self.stop, 16))
         if not isinstance(self.grammar, Grammar | None):
             raise RequestError(f"grammar must be a Grammar, not {type(self.grammar).__name__}.", param="grammar")
-        for token in self.stop_token_ids:
-            _int_in("stop_token_ids", token, 0, 2**31 - 1)
-        for token, bias in self.logit_bias.items():
-            _int_in("logit_bias", token, 0, 2**31 - 1)
-            _float_in("logit_bias", bias, -100.0, 100.0)
+
+    def _set(self, name: str, value: object) -> None:
+        """Put the plain value in place of the caller's, while this is being made."""
+        object.__setattr__(self, name, value)
+
+    def _whole(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is not None or not optional:
+            self._set(name, integer_in(name, value, low, high))
+
+    def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        self._set(name, number_in(name, getattr(self, name), low, high, open_low=open_low))
 
     @property
     def greedy(self) -> bool:
         """True when the highest logit is taken and no random number is drawn."""
         return self.temperature == 0.0
-
-
-def _int_in(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer from {low} to {high}, not {value!r}.", param=name)
-
-
-def _float_in(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not (low < value if open_low else low <= value) or not value <= high:  # type: ignore[operator]
-        bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +134,13 @@ class CacheHints:
     pin: float = 0.0
 
     def __post_init__(self) -> None:
-        for mark in self.marks:
-            _int_in("marks", mark, 0, 2**31 - 1)
-        if self.ttl is not None:
-            _float_in("ttl", self.ttl, 0.0, 1e9, open_low=True)
-        _float_in("pin", self.pin, 0.0, 1e9)
+        plain = {
+            "marks": integers_in("marks", self.marks, 0, 2**31 - 1),
+            "ttl": None if self.ttl is None else number_in("ttl", self.ttl, 0.0, 1e9, open_low=True),
+            "pin": number_in("pin", self.pin, 0.0, 1e9),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 NO_HINTS = CacheHints()
@@ -267,6 +245,7 @@ class Chunk:
     `replay_to`: 0, or the boundary g of a trapezoid: of the rows before g layer l runs only those it has to, from
     `geometry.trapezoid_start(g, layers, l)` on, to rebuild windows; a chunk that ends before g samples nothing.
     `samples`: the last row's logits are wanted.
+    `targets`: tokens that follow the first rows, whose log-probabilities are wanted, beside those of the `likeliest`.
     """
 
     request_id: str
@@ -281,6 +260,8 @@ class Chunk:
     snapshots: tuple[SnapshotWrite, ...] = ()
     samples: bool = False
     replay_to: int = 0
+    targets: TokenIds | None = None
+    likeliest: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.read_from <= self.start < self.end, (self.read_from, self.start, self.end)
@@ -336,6 +317,24 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens [n] from the second on: the first has none, for nothing is before it.
+
+    `lines` [n - 1, 2 + 2 N] float64: the token's own, its rank from 1 on, those of the N likeliest, and their ids.
+    """
+
+    token_ids: TokenIds
+    lines: npt.NDArray[np.float64]
+
+    def entries(self) -> Iterator[TokenLogprob]:
+        """One for each token from the second on."""
+        most = (self.lines.shape[1] - 2) // 2
+        for token, line in zip(self.token_ids[1:].tolist(), self.lines.tolist(), strict=True):
+            best = zip(map(int, line[2 + most :]), line[2 : 2 + most], strict=True)
+            yield TokenLogprob(token, line[0], tuple(one for one in best if one[1] > -np.inf))
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """The token drawn for one request in one step."""
@@ -362,7 +361,7 @@ class Delta:
     """What one sample of a request gained: text that is safe to show, the tokens behind it, and the end.
 
     `index` tells samples of one request apart (n > 1). `usage` comes with `finish_reason`, on the last delta; so does
-    `stop`, the stop string that ended the sample, if one did.
+    `stop`, the stop string that ended the sample, if one did. `prompt_logprobs` come before all tokens, if at all.
     """
 
     index: int
@@ -373,6 +372,7 @@ class Delta:
     usage: Usage | None = None
     error: str | None = None
     stop: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,13 @@ def test_synthesize_brings_tinys_tokenizer(tmp_path: Path) -> None:
         (["synthesize", "new", "--shape", "flahs"], "--shape 'flahs' is neither a known shape nor a config.json. Did"),
         (["synthesize", "new", "--max-shard", "big"], "--max-shard 'big' is no size."),
         (["synthesize", "new", "--tokenizer", "t.json"], "There is no tokenizer file t.json."),
+        (["synthesize", "new", "--tokenizer", "."], "There is no tokenizer file .."),
+        (["synthesize", "new", "--tokenizer", "file"], "file cannot be read as JSON: Expecting value"),
+        (["synthesize", "new", "--tokenizer", "words.json"], "words.json is a WordPiece tokenizer with decoder None;"),
+        (
+            ["synthesize", "new", "--tokenizer", "large.json"],
+            "The tokenizer large.json has 5,001 ids, but this shape has rows for 4,096 only.",
+        ),
         (["synthesize", "file"], "file cannot be made a directory: File exists."),
         (["synthesize", "file/new"], "file/new cannot be made a directory: Not a directory."),
         (["synthesise", "new"], "synthesise"),
@@ -113,6 +120,10 @@ def test_mistakes_get_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
+    Path("words.json").write_text('{"model": {"type": "WordPiece", "vocab": {"a": 0}}}')
+    large = json.loads(TOKENIZER_FILE.read_text())
+    large["added_tokens"].append(large["added_tokens"][0] | {"id": 5000, "content": "<extra>"})
+    Path("large.json").write_text(json.dumps(large))
     assert main(["checkpoint", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from triptych.engine.api import AsyncEngine, Engine
 from triptych.engine.load import LoadedEngine
-from triptych.errors import ContextTooLong, Unavailable
+from triptych.errors import ContextTooLong, RequestError, Unavailable
 from triptych.words import Delta, FinishReason, SamplingParams, TokenIds
 
 PROMPTS = [(np.arange(n, dtype=np.int32) * 7 + n) % 900 + 50 for n in (5, 130, 257, 600, 64, 300, 900, 33)]
@@ -92,6 +93,27 @@ def test_samples_of_one_request_arrive_by_index(loaded: LoadedEngine) -> None:
     run(loaded, scenario)
 
 
+def test_prompts_may_be_lists_and_are_checked(loaded: LoadedEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        want = ids(await collect(engine, PROMPTS[0], greedy(4), "array"))
+        assert ids([d async for d in engine.stream(PROMPTS[0].tolist(), greedy(4), request_id="list")]) == want
+        for wrong in ([1.5], [10**6], [True]):
+            with pytest.raises(RequestError):
+                await anext(engine.stream(wrong, greedy(4), request_id="wrong"))
+
+    run(loaded, scenario)
+
+
+def test_a_scored_prompt_comes_before_its_first_token(loaded: LoadedEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        first, *others = await collect(engine, PROMPTS[1], replace(greedy(5, prompt_logprobs=1), n=2), "scored")
+        assert first.prompt_logprobs is not None and (first.index, first.token_ids) == (0, ())
+        assert [one.token_id for one in first.prompt_logprobs.entries()] == PROMPTS[1][1:].tolist()
+        assert all(delta.prompt_logprobs is None for delta in others) and len(ids(others)) == 10
+
+    run(loaded, scenario)
+
+
 def test_stop_string_ends_the_request_and_counts_only_what_is_shown(loaded: LoadedEngine) -> None:
     [whole] = Engine(loaded).generate([PROMPTS[1]], greedy(40))
     stop = whole.text[len(whole.text) // 2 :][:3]
@@ -118,12 +140,10 @@ def test_a_broken_step_fails_its_requests_and_the_engine_goes_on(
     loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        runner = loaded.loop._runner
-
-        def broken(plan: object) -> object:
+        def broken(batch: object, caches: object) -> object:
             raise ValueError("a kernel gave up")
 
-        monkeypatch.setattr(runner, "logits", broken)
+        monkeypatch.setattr(loaded.loop.model, "run", broken)
         deltas = await collect(engine, PROMPTS[0], greedy(3), "bad")
         assert deltas[-1].finish_reason is FinishReason.ERROR and deltas[-1].error
         monkeypatch.undo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,26 @@ def test_logprobs_have_one_entry_per_token_best_first(engine: Engine) -> None:
         assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
 
 
+def test_prompt_logprobs_are_those_of_sampling_the_same_tokens() -> None:
+    engine = Engine.load("tiny", deterministic=True, step_tokens=64)
+    [out] = engine.generate([LONG[:150]], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=2))
+    assert out.prompt_logprobs == ()
+    text = (*LONG[:150].tolist(), *out.token_ids)
+    params = SamplingParams(max_tokens=1, n=2, prompt_logprobs=2)
+    first, second = engine.generate([text], params)
+    assert first.prompt_logprobs[0] is None and len(first.prompt_logprobs) == len(text)
+    assert first.prompt_logprobs[150:] == out.logprobs, "to the last bit"
+    assert second.prompt_logprobs is first.prompt_logprobs, "samples share their prompt"
+    [again] = engine.generate([text], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert [one and one.logprob for one in again.prompt_logprobs] == [
+        one and one.logprob for one in first.prompt_logprobs
+    ]
+    assert again.usage.cached_tokens == 0 and again.usage.recomputed_tokens == 128
+    [alone] = engine.generate([[5]], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert alone.prompt_logprobs == (None,)
+    engine.check_integrity()
+
+
 def test_closing_a_stream_aborts_and_frees_everything(engine: Engine) -> None:
     stream = engine.stream(LONG, SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True))
     for _, delta in zip(range(3), stream, strict=False):
@@ -142,6 +163,21 @@ def test_a_string_instead_of_a_list_is_refused(engine: Engine) -> None:
         engine.generate("Once upon a time", GREEDY)
 
 
+@pytest.mark.parametrize("prompts", [[1, 2], np.array([1, 2]), 5, None])
+def test_one_prompt_instead_of_a_list_is_refused(engine: Engine, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="generate takes a list of prompts"):
+        engine.generate(prompts, GREEDY)
+
+
+def test_prompts_may_be_arrays_of_any_integers(engine: Engine) -> None:
+    ids = LONG[:140]
+    wanted = engine.generate([ids], GREEDY)[0].token_ids
+    for prompts in ([np.array(ids, np.int64)], np.array([ids], np.uint16), (prompt for prompt in [tuple(ids)])):
+        assert engine.generate(prompts, GREEDY)[0].token_ids == wanted
+    limit = SamplingParams(max_tokens=np.int64(2), temperature=0.0, seed=np.int32(1))  # type: ignore[arg-type]
+    assert engine.generate([ids], limit)[0].token_ids == wanted[:2]
+
+
 def test_params_of_another_type_are_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
         engine.generate(["Once"], {"max_tokens": 4})  # type: ignore[arg-type]
@@ -159,9 +195,9 @@ def test_one_bad_prompt_among_good_ones_leaves_nothing_behind(engine: Engine) ->
 
 
 def test_nan_logits_fail_their_request_with_a_sentence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = engine._loop._runner
-    right = runner.logits
-    monkeypatch.setattr(runner, "logits", lambda plan: right(plan) * float("nan"))
+    model = engine._loop.model
+    right = model.head
+    monkeypatch.setattr(model, "head", lambda last, rows: right(last, rows) * float("nan"))
     with pytest.raises(TriptychError, match="no usable logits"):
         engine.generate([LONG], GREEDY)
     monkeypatch.undo()
@@ -182,6 +218,28 @@ def test_nan_logits_fail_their_request_with_a_sentence(engine: Engine, monkeypat
 def test_options_that_cannot_work_are_sentences(options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Engine.load("tiny", **({"kv_memory": 64 << 20} | options))
+
+
+def test_an_engine_that_is_streaming_or_closed_says_so() -> None:
+    engine = Engine.load("tiny", kv_memory="64MiB")
+    stream = engine.stream("Once", GREEDY)
+    next(stream)
+    for ask in (lambda: engine.generate(["Once"], GREEDY), lambda: next(engine.stream("Once", GREEDY))):
+        with pytest.raises(
+            RequestError, match=r"A stream of this engine is open\. Close it, or take all of it, first\."
+        ):
+            ask()
+    stream.close()
+    assert len(engine.generate(["Once"], GREEDY)[0].token_ids) == 12
+    engine.close()
+    with pytest.raises(RequestError, match="The engine is closed"):
+        engine.generate(["Once"], GREEDY)
+
+
+@pytest.mark.parametrize("model", [None, 5])
+def test_what_is_no_model_is_said(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"A model is a directory or a bundled name, not .*\. Known: tiny\."):
+        Engine.load(model)
 
 
 def test_unknown_models_name_the_nearest() -> None:

@@ -39,7 +39,7 @@ def g() -> torch.Generator:
     return torch.Generator(device="cuda").manual_seed(1)
 
 
-def randn(g: torch.Generator, *size: int) -> Tensor:
+def randn(g: torch.Generator | None, *size: int) -> Tensor:
     return torch.randn(*size, device="cuda", generator=g)
 
 
@@ -127,8 +127,8 @@ def test_attention_of_a_row_does_not_depend_on_its_chunk(kind: str, g: torch.Gen
     assert torch.equal(alone, got[some])
 
 
-def test_long_groups_are_pooled(g: torch.Generator) -> None:
-    """Three HCA groups, of which the first begins in the ring."""
+def long_groups(g: torch.Generator | None) -> tuple[Any, ...]:
+    """Arguments of compress: three HCA groups, of which the first begins in the ring."""
     weights = Compressor(randn(g, 128, 512), randn(g, 512), False, 1e-6)
     front, ring = randn(g, 300, 1100), randn(g, 128, 1024)
     positions = torch.arange(-84, 300, device="cuda").view(3, 128)
@@ -136,7 +136,11 @@ def test_long_groups_are_pooled(g: torch.Generator) -> None:
     none = src[:0, 0]
     plan = CompressPlan(src, none, none, (torch.arange(300, device="cuda") + 84) % 128, none, none)
     turns = randn(g, 3, 32)
-    given = (front, 76, ring, plan, weights, (turns.cos(), turns.sin()))
+    return front, 76, ring, plan, weights, (turns.cos(), turns.sin())
+
+
+def test_long_groups_are_pooled(g: torch.Generator) -> None:
+    given = long_groups(g)
     assert cases.error(compress.compress(*given), compress_ref.compress(*given)) < 1e-5
 
 

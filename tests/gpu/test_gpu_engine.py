@@ -68,6 +68,21 @@ def test_tiny_samples_with_penalties_and_logprobs() -> None:
     assert len(drawn.token_ids) == 8
 
 
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_tiny_scores_prompts(deterministic: bool) -> None:
+    cpu, gpu = _pair(None, deterministic=deterministic)
+    gpu.generate([LONG[:500]], greedy(4))  # what is cached runs again
+    params = replace(greedy(4), prompt_logprobs=3)
+    prompts = [LONG[:n] for n in (1, 2, 33, 640, 1700)]
+    for got, want in zip(gpu.generate(prompts, params), cpu.generate(prompts, params), strict=True):
+        assert len(got.prompt_logprobs) == len(want.prompt_logprobs) and got.prompt_logprobs[0] is None
+        for one, other in zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
+            assert one is not None and other is not None and one.token_id == other.token_id
+            assert one.logprob == pytest.approx(other.logprob, abs=2e-3)
+            assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=2e-3)
+    gpu.check_integrity()
+
+
 def test_native_numerics_give_the_same_tokens() -> None:
     cpu, gpu = _pair(None, numerics="native")
     prompts = [LONG[:130], LONG[:700]]

@@ -6,7 +6,7 @@ pass over a whole text, from fresh caches and without company: what each of its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -22,10 +22,11 @@ from triptych.cache.store.protocol import Store
 from triptych.checkpoint import random_tensors
 from triptych.config import CSA_LAYER, HCA_LAYER, SWA_LAYER, CacheConfig, EngineConfig, ModelShape
 from triptych.engine.canary import Canary
+from triptych.engine.device_sampler import Draw
 from triptych.engine.loop import EngineLoop, TokenEvent
 from triptych.engine.mover import Mover
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner, Runner
+from triptych.engine.runner import DeviceRunner, Flight, Runner
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.schedule.scheduler import Scheduler
 from triptych.words import Chunk, FinishReason, Request, SamplingParams, StepPlan, Usage
@@ -75,12 +76,13 @@ class _Watched(Runner):
         super().__init__(weights, config, pools)
         self.seen: dict[str, dict[int, Tensor]] = {}
 
-    def logits(self, plan: StepPlan) -> Tensor:
-        out = super().logits(plan)
+    def start(self, plan: StepPlan, draws: Sequence[Draw], ready: Callable[[], None] = lambda: None) -> Flight:
+        flight = super().start(plan, draws, ready)
+        assert flight.logits is not None
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        for chunk, row in zip(sampling, out, strict=True):
+        for chunk, row in zip(sampling, flight.logits, strict=True):
             self.seen.setdefault(chunk.request_id, {})[chunk.end - 1] = row.clone()
-        return out
+        return flight
 
 
 @dataclass

@@ -151,7 +151,7 @@ def test_the_directory_vanishes_under_a_running_engine(tmp_path: Path, caplog: p
     assert len(warnings(caplog)) <= 1
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EACCES])
 def test_a_disk_that_cannot_be_written(
     kept: Path, tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_disk_that_becomes_full(tmp_path: Path, room: int, caplog: pytest.LogC
         leave(engine, 1000)
         come_back(engine, 1000)
         [line] = warnings(caplog)
-        assert "No space left" in line
+        assert "its file system has room for" in line
         files.room = None
         engine.loop.settle(30.0)
         engine.spoil_device()

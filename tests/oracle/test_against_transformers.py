@@ -64,6 +64,19 @@ def test_every_position_in_chunks(case: Callable[[str], Case], name: str, size: 
     run_in_chunks(driver, reference, size, sequences)
 
 
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("size", [100, 128])
+def test_log_probabilities_of_given_tokens(case: Callable[[str], Case], name: str, size: int) -> None:
+    weights, reference = case(name)
+    text = reference.tokens[0]
+    driver = Driver(weights, [text], reference=reference)
+    parts = [driver.scored(0, start, min(start + size, len(text))) for start in range(0, len(text), size)]
+    scores = torch.cat(parts)
+    want = reference.logits[0].double().log_softmax(1)[:-1].gather(1, text[1:, None].long())
+    assert scores.shape == (len(text) - 1, 2)
+    assert float((scores[:, :1] - want).abs().max()) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", [config.name for config in CONFIGS])
 def test_one_shot_prefill_then_decode(case: Callable[[str], Case], name: str) -> None:
     """Lengths around every boundary; the decoded tokens reach past the next group end of both kinds of overlap."""

@@ -6,6 +6,7 @@ Every pool starts as NaN, so that whoever reads a row or an entry that was never
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,18 +80,30 @@ class Driver:
     def step(self, *spans: Span) -> list[Tensor]:
         """Run the spans in one step; logits [rows, V] of each."""
         plan = StepPlan(self._step, tuple(self._chunk(*span) for span in spans))
+        self._begin(*spans)
+        logits = self.runner.all_logits(plan)
+        return list(logits.split([end - start for _, start, end in spans]))
+
+    def _begin(self, *spans: Span) -> None:
         self._step += 1
         if self._arbiter is not None:
             seq = torch.cat([torch.full((end - start,), self._rows[s]) for s, start, end in spans])
             self._arbiter.begin(seq, torch.cat([torch.arange(start, end) for _, start, end in spans]))
-        logits = self.runner.all_logits(plan)
-        return list(logits.split([end - start for _, start, end in spans]))
 
     def sampled(self, *spans: Span) -> Tensor:
         """As `step`, but only the last row's logits of each span [len(spans), V], the way the engine asks for them."""
         plan = StepPlan(self._step, tuple(self._chunk(*span) for span in spans))
         self._step += 1
         return self.runner.logits(plan)
+
+    def scored(self, sequence: int, start: int, end: int) -> Tensor:
+        """As `step`, but only log-probabilities and ranks [rows, 2] of the tokens that follow the rows."""
+        targets = self.texts[sequence][start + 1 : end + 1]
+        chunk = replace(self._chunk(sequence, start, end), samples=False, targets=targets)
+        self._begin((sequence, start, end))
+        flight = self.runner.start(StepPlan(self._step, (chunk,)), [])
+        assert flight.finish()[0] == [] and flight.scores is not None
+        return torch.from_numpy(flight.scores.by_request()[chunk.request_id])
 
     def _chunk(self, sequence: int, start: int, end: int) -> Chunk:
         pages = self._pages[sequence]

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from triptych.config import EngineConfig, ModelShape
 from triptych.engine.outputs import OutputText
 from triptych.errors import ContextTooLong, QueueFull, Unavailable
@@ -27,6 +29,7 @@ from triptych.words import (
     Facts,
     FinishReason,
     Panels,
+    PromptLogprobs,
     Running,
     SamplingParams,
     TokenIds,
@@ -177,6 +180,8 @@ class FakeEngine:
             cached = self._cached_tokens(prompt_ids)
             outputs = [OutputText(i, params, self.tokenizer) for i in range(params.n)]
             says = [self._says(prompt_ids, params, i) for i in range(params.n)]
+            if params.prompt_logprobs is not None:
+                yield Delta(0, prompt_logprobs=scored(prompt_ids, params.prompt_logprobs))
             for at in range(self.max_context - len(prompt_ids)):
                 await asyncio.sleep(self.token_delay)
                 self._steps += 1
@@ -228,6 +233,13 @@ class FakeEngine:
         self._known.append(prompt)
         self._cached += best // PAGE * PAGE
         return best // PAGE * PAGE
+
+
+def scored(prompt: TokenIds, likeliest: int) -> PromptLogprobs:
+    """Token t of a prompt has log-probability -t / 1024 and rank 2; tokens 1, 2, ... are likelier, or the likeliest."""
+    own = -prompt[1:, None] / 1024
+    best = np.arange(likeliest) + np.zeros_like(own)
+    return PromptLogprobs(prompt, np.concatenate([own, np.full_like(own, 2), -best - 0.25, best + 1], axis=1))
 
 
 def spelled(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -120,8 +120,74 @@ def test_echo_puts_the_prompt_first(client: openai.OpenAI, engine: FakeEngine) -
     for chunk in client.completions.create(**ask, echo=True, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [c.text for c in echoed.choices]
-    with pytest.raises(openai.BadRequestError, match="logprobs of the prompt"):
-        client.completions.create(**ask, echo=True, logprobs=1)
+
+
+def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, engine: FakeEngine) -> None:
+    """As lm-evaluation-harness asks for log-likelihoods, of texts or of ids."""
+    ids = engine.tokenizer.encode("Hello 猫, again").tolist()
+    for prompt in ("Hello 猫, again", ids):
+        ask = {"model": "fake", "prompt": [prompt, prompt], "max_tokens": 1, "temperature": 0, "seed": 1234}
+        answer = client.completions.create(**ask, echo=True, logprobs=1)
+        for choice in answer.choices:
+            found = choice.logprobs
+            assert found is not None and found.tokens is not None and found.token_logprobs is not None
+            assert choice.text.startswith("Hello 猫, again") and "".join(found.tokens[: len(ids)]) == "Hello 猫, again"
+            assert found.token_logprobs == [None, *(-token / 1024 for token in ids[1:]), -0.5]
+            assert found.top_logprobs is not None and found.top_logprobs[0] is None
+            assert [list(top.values()) for top in found.top_logprobs[1:-1]] == [[-0.25]] * (len(ids) - 1)
+            assert found.text_offset == sorted(found.text_offset) and len(found.text_offset) == len(ids) + 1
+
+
+def test_max_tokens_0_gives_the_prompt_alone(client: openai.OpenAI, engine: FakeEngine) -> None:
+    answer = client.completions.create(model="fake", prompt=[9, 8, 7], max_tokens=0, echo=True, logprobs=2, n=2)
+    for choice in answer.choices:
+        assert choice.text == engine.tokenizer.decode([9, 8, 7]) and choice.finish_reason == "length"
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs == [None, -8 / 1024, -7 / 1024]
+    assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 0)
+    plain = client.completions.create(model="fake", prompt=[9, 8, 7], max_tokens=0, echo=True)
+    assert plain.choices[0].text == engine.tokenizer.decode([9, 8, 7]) and plain.choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="max_tokens must be an integer from 1"):
+        client.completions.create(model="fake", prompt="x", max_tokens=0)
+
+
+def test_prompt_logprobs_as_vllm_has_them(http: httpx.Client, engine: FakeEngine) -> None:
+    body = {"model": "fake", "prompt": [9, 8, 7], "max_tokens": 3, "n": 2}
+    answer = http.post("/v1/completions", json=body | {"prompt_logprobs": 1}).json()
+    one = {"logprob": -0.25, "rank": 1, "decoded_token": engine.tokenizer.decode([1], hide_special=False)}
+    for choice in answer["choices"]:
+        first, *others = choice["prompt_logprobs"]
+        assert first is None and choice["logprobs"] is None
+        assert others == [
+            {"1": one, str(i): {"logprob": -i / 1024, "rank": 2, "decoded_token": engine.tokenizer.decode([i])}}
+            for i in (8, 7)
+        ]
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    scored = http.post("/v1/chat/completions", json=chat | {"prompt_logprobs": 1}).json()
+    assert (
+        len(scored["prompt_logprobs"]) == scored["usage"]["prompt_tokens"] and scored["prompt_logprobs"][1]["1"] == one
+    )
+    assert "prompt_logprobs" not in http.post("/v1/chat/completions", json=chat).json()
+    wrong = http.post("/v1/chat/completions", json=chat | {"prompt_logprobs": 1, "stream": True})
+    assert wrong.status_code == 400 and "not streamed" in wrong.json()["error"]["message"]
+    assert all("prompt_logprobs" not in choice for choice in http.post("/v1/completions", json=body).json()["choices"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"echo": True, "logprobs": 1, "stream": True}, "Log-probabilities of a prompt are not streamed."),
+        ({"prompt_logprobs": 0, "stream": True}, "Log-probabilities of a prompt are not streamed."),
+        ({"echo": True, "max_tokens": 0, "stream": True}, "max_tokens 0 leaves nothing to stream."),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be an integer from 0 to 20, not 21."),
+        (
+            {"prompt_logprobs": 20, "prompt": [[1] * 4000] * 13},
+            "21 log-probabilities for each of 52,000 prompt tokens are more than the 1,048,576 that one",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_said(http: httpx.Client, wrong: dict[str, object], sentence: str) -> None:
+    answer = http.post("/v1/completions", json={"model": "fake", "prompt": [1, 2], "max_tokens": 3} | wrong)
+    assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
 
 
 def test_sampled_ids_come_beside_the_text_where_they_are_asked_for(http: httpx.Client, engine: FakeEngine) -> None:

@@ -86,12 +86,19 @@ class Killed(BaseException):
 class FaultyFiles(Files):
     """A file layer with a full or read-only or broken disk, or a process that dies at its nth system call.
 
-    room: bytes that can still be written; then ENOSPC, after what fits has been written. read_error, write_error: errno
-    of every read, or of everything that changes the disk. die_at: number of the changing call that is cut short.
+    room: bytes that can still be written, whatever is removed; then ENOSPC, after what fits has been written.
+    capacity: bytes that all files of a directory may have, `others` of them taken by somebody else; `reports`: whether
+    the file system says how little is free, or only a write that fails does, as with a user's own limit.
+    read_error, write_error: errno of every read, or of everything that changes the disk. die_at: number of the
+    changing call that is cut short.
     """
 
     def __init__(self) -> None:
         self.room: int | None = None
+        self.capacity: int | None = None
+        self.others = 0
+        self.reports = True
+        self.directory: Path | None = None
         self.read_error: int | None = None
         self.write_error: int | None = None
         self.die_at: int | None = None
@@ -102,7 +109,23 @@ class FaultyFiles(Files):
             self._fail(self.write_error)
         if flags & os.O_CREAT:
             self._change()
+            if self.capacity is not None and not path.exists() and self._left(path.parent) < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.directory = path.parent
         return super().open(path, flags)
+
+    def free(self, directory: Path) -> int:
+        free = super().free(directory)
+        if not self.reports:
+            return free
+        if self.room is not None:
+            free = min(free, self.room)
+        return free if self.capacity is None else max(0, min(free, self._left(directory)))
+
+    def _left(self, directory: Path) -> int:
+        assert self.capacity is not None
+        used = sum(path.stat().st_size for path in directory.iterdir() if path.name.startswith("segment-"))
+        return self.capacity - self.others - used
 
     def readv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self._fail(self.read_error)
@@ -119,6 +142,11 @@ class FaultyFiles(Files):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             data = data[: self.room]
             self.room -= len(data)
+        if self.capacity is not None and self.directory is not None:
+            fits = os.fstat(fd).st_size + max(0, self._left(self.directory)) - offset
+            if fits <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[:fits]
         return os.pwrite(fd, data, offset)
 
     def truncate(self, fd: int, length: int) -> None:

@@ -6,7 +6,7 @@ import random
 import sys
 from pathlib import Path
 
-from store_faults import fetch, key_of, object_of
+from store_faults import FaultyFiles, fetch, key_of, object_of
 
 from triptych.cache.store import SegmentStore
 
@@ -14,10 +14,15 @@ SIZE = 30_000
 NUMBERS = 200
 
 
-def main(directory: str, quota: str, seed: str) -> None:
-    """Write for ever; a line `+n` or `-n` follows each put that returned True and each discard."""
+def main(directory: str, quota: str, seed: str, capacity: str) -> None:
+    """Write for ever; a line `+n` or `-n` follows each put that returned True and each discard.
+
+    capacity: bytes of the file system, or nothing for the real one.
+    """
     rng = random.Random(int(seed))
-    store = SegmentStore(Path(directory), b"weights", int(quota), 400_000)
+    files = FaultyFiles()
+    files.capacity = int(capacity) if capacity else None
+    store = SegmentStore(Path(directory), b"weights", int(quota), 400_000, files=files)
     print("open", flush=True)
     while True:
         number = rng.randrange(NUMBERS)

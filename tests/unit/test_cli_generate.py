@@ -6,14 +6,18 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich.console
 
 from triptych.cli import generate as command
 from triptych.cli.generate import Prompt, json_text, print_all, read_prompts, read_text, run_to_json, stream_to_terminal
+from triptych.cli.reading import progress_line
 from triptych.errors import ConfigError, RequestError
 from triptych.words import Delta, FinishReason, SamplingParams, Usage
 
@@ -83,8 +87,14 @@ USAGE = Usage(prompt_tokens=1200, cached_tokens=1024, recomputed_tokens=4, compl
 class FakeEngine:
     """Answers every prompt with its own text reversed, in two deltas."""
 
+    tokenizer = None
+
     def __init__(self, error: str | None = None) -> None:
         self.error = error
+
+    @contextmanager
+    def timed_steps(self) -> Iterator[list[Any]]:
+        yield [SimpleNamespace(plan=SimpleNamespace(rows=2))]
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[Delta]:
         yield Delta(0, text=prompt[::-1], token_ids=(5,))
@@ -95,7 +105,12 @@ class FakeEngine:
         def output(prompt: str, index: int) -> Any:
             text = f"{prompt[::-1]}{index}"
             return SimpleNamespace(
-                text=text, token_ids=(5, 6), finish_reason=FinishReason.STOP, usage=USAGE, logprobs=()
+                text=text,
+                token_ids=(5, 6),
+                finish_reason=FinishReason.STOP,
+                usage=USAGE,
+                logprobs=(),
+                prompt_logprobs=(),
             )
 
         return [output(prompt, index) for prompt in prompts for index in range(params.n)]
@@ -107,6 +122,18 @@ def test_streaming_shows_text_and_cost(capsys: pytest.CaptureFixture[str]) -> No
     assert out == "cba!\n"
     assert err.startswith("prompt 1,200 | cached 1,024 | recomputed 4 | generated 2 | first token ")
     assert "tok/s" in err
+
+
+def test_who_waits_at_a_terminal_sees_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = partial(rich.console.Console, force_terminal=True, width=80)
+    monkeypatch.setattr("rich.console.Console", terminal)
+    stream_to_terminal(FakeEngine(), Prompt("argument", "abc"), SamplingParams())  # type: ignore[arg-type]
+    out, err = capsys.readouterr()
+    assert out == "cba!\n" and "Reading the prompt: 2 of 3 tokens, 0 s" in err
+    assert progress_line("Running", 500, 2000, 10.0) == "Running: 500 of 2,000 tokens, 10 s, 30 s or more to go"
+    assert progress_line("Running", 2500, 2000, 10.0) == "Running: 2,000 of 2,000 tokens, 10 s"
 
 
 def test_a_failed_request_is_an_error_and_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:

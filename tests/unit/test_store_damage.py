@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from store_faults import FaultyFiles, key_of, object_of
+from store_faults import FaultyFiles, key_of
 from test_store_segments import SIZE, copy_of, fill, opened, present, warnings
 
 
@@ -156,25 +156,6 @@ def test_a_read_only_directory_serves_hits(closed: Path) -> None:
     with opened(closed) as store:
         assert present(store, range(10)) == set(range(10))
         assert not store.put(key_of(10), [bytes(SIZE)])
-
-
-@pytest.mark.parametrize("room", [0, 1, 63, 64, 100, 2000, 2150, 9000])
-def test_a_full_disk_refuses_and_what_was_kept_stays(
-    tmp_path: Path, room: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    files = FaultyFiles()
-    with opened(tmp_path, files=files) as store:
-        fill(store, range(3))
-        files.room = room
-        kept = {n for n in range(3, 9) if store.put(key_of(n), [object_of(n, SIZE)])} | {0, 1, 2}
-        assert len(kept) < 9 and "No space left" in "".join(warnings(caplog))
-        assert present(store, range(9)) == kept
-        files.room = None
-        fill(store, range(9))
-        assert present(store, range(9)) == set(range(9))
-        assert store.stats().damaged == 0
-    with opened(tmp_path) as store:
-        assert present(store, range(9)) == set(range(9))
 
 
 def test_a_real_limit_of_the_file_system_refuses(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from store_faults import fetch, key_of, object_of
+from store_faults import FaultyFiles, fetch, key_of, object_of
 from test_store_crash import abandon
 
 from triptych.cache.store import SegmentStore
@@ -29,6 +29,7 @@ class StoreMachine(RuleBasedStateMachine):
     """`held`: must be readable. `maybe`: damage or eviction may have taken it. All others must be misses."""
 
     quota = 1 << 30
+    capacity: int | None = None  # of the file system
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = self.open()
 
     def open(self) -> SegmentStore:
-        return SegmentStore(self.directory, b"weights", self.quota, SEGMENT, clock=self.tick)
+        files = FaultyFiles()
+        files.capacity = self.capacity
+        return SegmentStore(self.directory, b"weights", self.quota, SEGMENT, clock=self.tick, files=files)
 
     def tick(self) -> float:
         self.now += 1.0
@@ -150,10 +153,19 @@ class SmallStoreMachine(StoreMachine):
         self.held = {number for number in self.held if key_of(number) in self.store}
 
 
+class SmallDiskMachine(SmallStoreMachine):
+    """With room for a few segments, whatever the quota."""
+
+    quota = 1 << 30
+    capacity = 30_000
+
+
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSmallStore = SmallStoreMachine.TestCase
 TestSmallStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSmallDisk = SmallDiskMachine.TestCase
+TestSmallDisk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_the_small_quota_evicts(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from store_faults import FaultyFiles, fetch, key_of, object_of
@@ -62,20 +61,6 @@ def copy_of(source: Path, target: Path) -> Path:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-def test_a_disk_that_is_smaller_than_the_quota_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = SimpleNamespace(free=30_000)
-    monkeypatch.setattr("triptych.cache.store.segments.shutil.disk_usage", lambda directory: free)
-    with opened(tmp_path, quota=40_000) as store:
-        fill(store, range(10))
-    assert len(warnings(caplog)) == 1
-    assert "there is room for 0.0" in warnings(caplog)[0] and "Lower --disk-memory" in warnings(caplog)[0]
-    caplog.clear()
-    with opened(tmp_path, quota=40_000):  # what the store holds already is room of its own
-        assert not warnings(caplog)
 
 
 @pytest.mark.parametrize("indexes", ["kept", "lost"])

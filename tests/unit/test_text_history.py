@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,35 @@ def test_a_file_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: p
     turn = remember(history, 1)
     assert recalled(history, 1, turn) == [1] * 4
     assert "not kept across restarts" in caplog.text and caplog.text.count("not kept") == 1
+
+
+def test_a_disk_that_was_full_for_a_while_loses_no_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file, clock = tmp_path / "turns", [0.0]
+    monkeypatch.setattr("triptych.text.history.time.monotonic", lambda: clock[0])
+    history = History(file=file)
+    turns = [remember(history, 0)]
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", full)
+        patch.setattr("builtins.open", full)
+        for n in range(1, 5):
+            turns.append(remember(history, n))
+            clock[0] += 25.0
+    turns.append(remember(history, 5))
+    assert recalled(History(file=file), 1, turns[1]) is None, "it is not tried at every turn"
+    clock[0] += 50.0
+    turns.append(remember(history, 6))
+    turns.append(remember(history, 7))
+    again = History(file=file)
+    assert [recalled(again, n, turn) for n, turn in enumerate(turns)] == [[n] * 4 for n in range(8)]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert [path.name for path in tmp_path.iterdir()] == ["turns"]
 
 
 def test_meaning_is_about_values_and_not_about_spelling() -> None:

@@ -193,7 +193,17 @@ def test_control_tokens_inside_the_vocabulary_are_plain_text_too() -> None:
         ({"model": None}, "no BPE vocabulary"),
         ({"decoder": {"type": "WordPiece"}}, "only byte-level BPE"),
         ({"added_tokens": [{"id": 3}]}, "added token without id or content"),
-        ({"pre_tokenizer": {"type": "Nonsense"}}, "no usable tokenizer"),
+        ({"added_tokens": {"<eos>": 3}}, "added token without id or content"),
+        ({"added_tokens": [{"id": 10**12, "content": "x"}]}, "added token without id or content"),
+        ({"pre_tokenizer": {"type": "Nonsense", "use": "ByteLevel"}}, "no usable tokenizer"),
+        ({"pre_tokenizer": None}, "no ByteLevel step under pre_tokenizer"),
+        ({"normalizer": [1]}, "no usable tokenizer"),
+        ({"decoder": 5}, "with decoder 5; only byte-level BPE"),
+        ({"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, "gives 'a' the id 'b', which is none"),
+        ({"model": {"type": "BPE", "vocab": {"a": 10**12}, "merges": []}}, "gives 'a' the id 1000000000000"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}}}, "no list of merges under model.merges"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1]}}, "no list of merges under model.merges"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "no usable tokenizer"),
     ],
 )
 def test_unusable_files_are_named(change: dict[str, object], sentence: str) -> None:

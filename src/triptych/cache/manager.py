@@ -138,11 +138,13 @@ class CacheManager:
         limit: int,
         hints: CacheHints = NO_HINTS,
         keep: Room = NOTHING,
+        whole: bool = False,
     ) -> ResumePlan | None:
         """Reserve a slot for `tokens`, pin what is cached of them and say how to continue.
 
         `limit` is the most tokens this request may ever have. None when no slot is free, or when the pages of the
         uncached tokens (and one more to decode into) do not fit in what is neither held nor promised; `keep` included.
+        `whole`: all rows have to run; cached pages only spare the memory and the writing.
         """
         assert request_id not in self.holdings, request_id
         assert len(tokens) <= limit <= self.capacity.tokens, (len(tokens), limit, self.capacity.tokens)
@@ -163,9 +165,7 @@ class CacheManager:
                 self.memory.tree.unpin(chain[-1], chain[-1].used)
             self._refused = (request_id, keep, self._changes)  # matching a long prompt in each step would be dear
             return None
-        plan, source = self._plan(len(tokens), chain, room)
-        if source is not None:
-            self.memory.hold(source)
+        plan, source = self._plan(len(tokens), chain, room, whole)
         table = np.empty(pages_for(limit), np.int32)
         table[: len(chain)] = [node.page for node in chain]
         self.holdings[request_id] = Holding(
@@ -203,20 +203,18 @@ class CacheManager:
         """The tenant with this salt."""
         return self._tenants.setdefault(salt, Tenant(salt))
 
-    def _plan(self, length: int, chain: list[Node], room: int) -> tuple[ResumePlan, Snapshot | None]:
-        """The cheapest plan and the snapshot it restores, if holding that one leaves `room`."""
+    def _plan(self, length: int, chain: list[Node], room: int, whole: bool) -> tuple[ResumePlan, Snapshot | None]:
+        """The cheapest plan, and the snapshot that it restores and holds, if holding that one leaves `room`."""
+        if whole:
+            return self.planner.whole(length, len(chain) * PAGE), None
         source = next((node.snapshot for node in reversed(chain) if node.snapshot is not None), None)
         if source is not None and not source.holds and self.memory.snapshot_frames > room:
             source = None
         plan = self.planner.cheapest(length, len(chain) * PAGE, source.node.end if source else 0)
-        tiers: dict[str, int] = {}
-        for node in chain[: -(-plan.start // PAGE)]:
-            if node.origin is not None:
-                tiers[node.origin] = tiers.get(node.origin, 0) + min(PAGE, plan.start - node.end + PAGE)
-                node.origin = None
-        self.tiers.moved.tokens.update(tiers)
+        tiers = self.tiers.found(chain, plan.start)
         if plan.kind != "snapshot" or source is None:
             return plan.after(None, tiers), None
+        self.memory.hold(source)
         return plan.after(source.frames, tiers), source
 
     def _places(self, plan: ResumePlan, source: Snapshot | None, marks: tuple[int, ...]) -> dict[int, float]:

@@ -112,6 +112,10 @@ class Planner:
         plans.append(self._cold(length, chain_end))
         return min(plans, key=lambda plan: plan.seconds)
 
+    def whole(self, length: int, chain_end: int) -> ResumePlan:
+        """The plan that runs every row in every layer: what comes out of each is wanted."""
+        return self._cold(length, chain_end)
+
     def rebuild_tokens(self, boundary: int) -> float:
         """Full-token equivalents to run at `boundary` where no snapshot is usable."""
         return min(self._whole, float(boundary))

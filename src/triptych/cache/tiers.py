@@ -22,6 +22,7 @@ from triptych.cache.policies import Below
 from triptych.cache.prefix import Branch, Node, Snapshot
 from triptych.cache.rates import Rates, TierRate
 from triptych.cache.store.protocol import ObjectKey
+from triptych.config import PAGE
 
 SAVING_BYTES = 64 << 20
 """Bytes on their way to stores at most: what is being saved cannot be evicted."""
@@ -147,6 +148,16 @@ class Tiers:
         """Bytes of an object."""
         return self._geometry.page_bytes if key.kind == "page" else self._geometry.snapshot_bytes
 
+    def found(self, chain: Sequence[Node], start: int) -> dict[str, int]:
+        """Tokens of [0, start) that a prompt uses for the first time since they came up, by tier."""
+        tiers: dict[str, int] = {}
+        for node in chain[: -(-start // PAGE)]:
+            if node.origin is not None:
+                tiers[node.origin] = tiers.get(node.origin, 0) + min(PAGE, start - node.end + PAGE)
+                node.origin = None
+        self.moved.tokens.update(tiers)
+        return tiers
+
     # ---- down
 
     def unwritten(self, snapshot: Snapshot) -> None:
@@ -172,7 +183,7 @@ class Tiers:
 
         All of them, not only those from index `fresh` on, which are new: a store may have given up the first pages of a
         session that lives on the device, and without these the others are worth nothing. While stores refuse, as a
-        full disk does, only the new ones are tried, or each turn of a long session would try all of it again.
+        broken disk does, only the new ones are tried, or each turn of a long session would try all of it again.
         `every`: all snapshots, not only the likely ones.
         """
         if not self.stores or not nodes:

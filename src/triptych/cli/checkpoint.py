@@ -73,7 +73,7 @@ def synthesize(
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same bytes.")] = 0,
     max_shard: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of one file.")] = "1GiB",
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json to copy in. Default for tiny: its own.")
+        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json to take along. Default for tiny: its own.")
     ] = None,
 ) -> None:
     """Write a checkpoint of random weights."""
@@ -83,8 +83,8 @@ def synthesize(
     model = resolve_shape(shape)
     if tokenizer is None and shape == "tiny":
         tokenizer = TOKENIZER_FILE
-    if tokenizer is not None and not tokenizer.is_file():
-        raise ConfigError(f"There is no tokenizer file {tokenizer}.")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model)
     needed = room.stored_bytes(room.tensor_table(model).values(), weights)
     check_disk(directory, needed)
     room.synthesize(
@@ -112,6 +112,20 @@ def resolve_shape(name: str) -> ModelShape:
     if path.exists():
         return ModelShape.from_file(path)
     raise ConfigError(f"--shape {name!r} is neither a known shape nor a config.json.", nearest(name, named))
+
+
+def check_tokenizer(file: Path, model: ModelShape) -> None:
+    """Refuse a file that no engine could load, or whose ids the model has no rows for."""
+    from triptych.text.tokenizer import Tokenizer
+
+    if not file.is_file():
+        raise ConfigError(f"There is no tokenizer file {file}.")
+    ids = Tokenizer.from_file(file).vocab_size
+    if ids > model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {file} has {ids:,} ids, but this shape has rows for {model.vocab_size:,} only.",
+            "Choose the tokenizer or the --shape that belongs to the other one.",
+        )
 
 
 def check_disk(directory: Path, needed: int) -> None:
@@ -145,7 +159,7 @@ def render(report: CheckpointReport, console: Console) -> None:
         read = "all values" if report.values_checked else "names, shapes and dtypes; --values checks the numbers too"
         console.print(f"No problem found ({read}).", markup=False)
         return
-    console.print(f"{len(report.problems):,} problems:")
+    console.print(f"{len(report.problems):,} problem{'s' if len(report.problems) > 1 else ''}:")
     for problem in report.problems[:PROBLEMS_SHOWN]:
         console.print(f"  {problem}", markup=False, soft_wrap=True)
     if len(report.problems) > PROBLEMS_SHOWN:

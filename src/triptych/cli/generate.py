@@ -7,18 +7,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from triptych.cli.flags import EngineFlags, SamplingFlags, spread
+from triptych.cli.reading import reading
 from triptych.cli.usage import usage_line
 from triptych.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from triptych.engine.api import Engine, Output
-    from triptych.words import SamplingParams
+    from triptych.words import SamplingParams, TokenIds
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -49,6 +51,9 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", help="With --json: log-probabilities, with N alternatives.")
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(metavar="N", help="With --json: the same for the prompt's tokens.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when all is done.")] = False,
     sampling: SamplingFlags,
@@ -60,7 +65,9 @@ def generate(
     """
     from triptych.words import SamplingParams
 
-    params = SamplingParams(**sampling.values(), n=n, logprobs=logprobs, ignore_eos=ignore_eos)
+    params = SamplingParams(
+        **sampling.values(), n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos
+    )
     words = [word for word in (model, prompt) if word is not None]
     name, prompts = read_prompts(words, file or [])
     options = engine.options()
@@ -124,10 +131,13 @@ def _checked(prompt: Prompt) -> Prompt:
 def stream_to_terminal(engine: Engine, prompt: Prompt, params: SamplingParams) -> None:
     """Write the answer as it comes, then its cost to standard error."""
     begin = time.perf_counter()
-    first = begin
     usage = error = None
-    for delta in engine.stream(prompt.text, params):
-        first = time.perf_counter() if first == begin else first
+    text = engine.tokenizer.encode(prompt.text) if engine.tokenizer is not None else prompt.text
+    deltas = engine.stream(text, params)
+    with reading(engine, "Reading the prompt", len(text)):
+        some = list(islice(deltas, 1))
+    first = time.perf_counter()
+    for delta in chain(some, deltas):
         sys.stdout.write(delta.text)
         sys.stdout.flush()
         usage, error = delta.usage or usage, delta.error or error
@@ -141,7 +151,7 @@ def stream_to_terminal(engine: Engine, prompt: Prompt, params: SamplingParams) -
 
 def print_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> None:
     """Run all prompts together and print each answer under its source."""
-    outputs = engine.generate([prompt.text for prompt in prompts], params)
+    outputs = _together(engine, prompts, params)
     for (prompt, index), output in zip(_answers(prompts, params.n), outputs, strict=True):
         print(f"==> {prompt.source}" + (f" [{index}]" if params.n > 1 else ""))
         print(output.text)
@@ -151,12 +161,20 @@ def print_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams)
 def run_to_json(engine: Engine, model: str, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, Any]:
     """All answers as one JSON-ready object."""
     begin = time.perf_counter()
-    outputs = engine.generate([prompt.text for prompt in prompts], params)
+    outputs = _together(engine, prompts, params)
     answers = [
         {"source": prompt.source, "index": index, **_output_to_dict(output)}
         for (prompt, index), output in zip(_answers(prompts, params.n), outputs, strict=True)
     ]
     return {"model": model, "seconds": round(time.perf_counter() - begin, 6), "outputs": answers}
+
+
+def _together(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[Output]:
+    texts: list[str | TokenIds] = [prompt.text for prompt in prompts]
+    if engine.tokenizer is not None:
+        texts = list(engine.tokenizer.encode_texts([prompt.text for prompt in prompts]))
+    with reading(engine, "Running", sum(map(len, texts)) + len(texts) * params.n * (params.max_tokens or 0)):
+        return engine.generate(texts, params)
 
 
 def _answers(prompts: Sequence[Prompt], n: int) -> list[tuple[Prompt, int]]:
@@ -170,4 +188,5 @@ def _output_to_dict(output: Output) -> dict[str, Any]:
         "finish_reason": str(output.finish_reason),
         "usage": asdict(output.usage),
         "logprobs": [asdict(item) for item in output.logprobs] if output.logprobs else None,
+        "prompt_logprobs": [item and asdict(item) for item in output.prompt_logprobs] or None,
     }

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from triptych.engine.async_engine import AsyncEngine
 from triptych.engine.face import Face
@@ -21,6 +22,7 @@ from triptych.engine.samples import Sample, deltas, expand
 from triptych.engine.step_times import StepTime, timed_steps
 from triptych.engine.watch import Ids, watch_selections
 from triptych.errors import RequestError, TriptychError
+from triptych.values import integral
 from triptych.words import (
     NO_HINTS,
     CacheHints,
@@ -44,7 +46,8 @@ Prompt = str | Sequence[int] | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One finished sample. `logprobs` has one entry per token if they were asked for."""
+    """One finished sample. `logprobs` has one entry per token if they were asked for, `prompt_logprobs` one per token
+    of the prompt, of which the first is None: nothing is before it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -52,6 +55,7 @@ class Output:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 class Engine(Face):
@@ -66,12 +70,14 @@ class Engine(Face):
         super().__init__(loaded)
         self._ids = itertools.count()
         self._lock = threading.Lock()
+        self._user: int | None = None  # the thread that has the lock
+        self._closed = False
         self.tokenizer = loaded.tokenizer
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         hints: CacheHints = NO_HINTS,
     ) -> list[Output]:
@@ -79,27 +85,24 @@ class Engine(Face):
 
         `params` is one for all or one per prompt; `hints`, what is known about reuse, is one for all.
         """
-        if isinstance(prompts, str):
-            raise RequestError("generate takes a list of prompts.", "Wrap the string in a list.", param="prompts")
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams.", param="params")
-        for one in each:
-            if not isinstance(one, SamplingParams):
-                raise RequestError(f"params must be SamplingParams, not {type(one).__name__}.", param="params")
-        with self._lock:
+        prompts = _list_of_prompts(prompts)
+        each = _each(params, len(prompts))
+        with self._turn():
             samples = [s for prompt, one in zip(prompts, each, strict=True) for s in self._expand(prompt, one, hints)]
             parts: dict[str, list[Delta]] = {s.request.request_id: [] for s in samples}
             for request_id, delta in self._run(samples):
                 parts[request_id].append(delta)
-        return [_output(parts[s.request.request_id]) for s in samples]
+        outputs: list[Output] = []
+        for sample in samples:
+            outputs.append(_output(parts[sample.request.request_id], outputs[-1] if sample.output.index else None))
+        return outputs
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, hints: CacheHints = NO_HINTS
     ) -> Iterator[Delta]:
         """Continue one prompt, yielding text as it comes. Closing the iterator aborts."""
-        with self._lock:
-            for _, delta in self._run(self._expand(prompt, params or SamplingParams(), hints)):
+        with self._turn():
+            for _, delta in self._run(self._expand(prompt, params, hints)):
                 yield delta
 
     @contextmanager
@@ -143,12 +146,27 @@ class Engine(Face):
 
     def close(self) -> None:
         """Finish the copies to lower tiers and let go of files. The engine cannot be used afterwards."""
+        self._closed = True
         self._loop.settle(_FLUSH_SECONDS)
         self._loop.close()
 
-    def _expand(self, prompt: Prompt, params: SamplingParams, hints: CacheHints) -> list[Sample]:
-        ids = self._encode(prompt)
-        return expand(f"r{next(self._ids)}", ids, params, self.tokenizer, hints=hints)
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The loop for one caller alone: another thread waits, and who would wait for his own stream is told so."""
+        if self._closed:
+            raise RequestError("The engine is closed.", "Load it again.")
+        if self._user == threading.get_ident():
+            raise RequestError("A stream of this engine is open.", "Close it, or take all of it, first.")
+        with self._lock:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = None
+
+    def _expand(self, prompt: Prompt, params: SamplingParams | None, hints: CacheHints) -> list[Sample]:
+        params = SamplingParams() if params is None else params
+        return expand(f"r{next(self._ids)}", self._encode(prompt), params, self.tokenizer, hints=hints)
 
     def _encode(self, prompt: Prompt) -> TokenIds:
         if not isinstance(prompt, str):
@@ -177,8 +195,30 @@ class Engine(Face):
                 self._loop.finish(request_id, FinishReason.ABORT)
 
 
-def _output(parts: list[Delta]) -> Output:
-    last = parts[-1]
+def _list_of_prompts(prompts: object) -> list[Prompt]:
+    """Whatever holds prompts as a list; RequestError for what is one prompt, or none."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        remedy = "Wrap the string in a list." if isinstance(prompts, str) else ""
+        raise RequestError("generate takes a list of prompts.", remedy, param="prompts")
+    several = list(prompts)
+    if several and integral(several[0]) is not None:
+        raise RequestError("generate takes a list of prompts.", "Wrap the token ids in a list.", param="prompts")
+    return several
+
+
+def _each(params: object, count: int) -> list[Any]:
+    """As many SamplingParams as there are prompts, unchecked: one for all, or one for each."""
+    if not isinstance(params, Iterable) or isinstance(params, Mapping):
+        return [params] * count
+    each = list(params)
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} SamplingParams.", param="params")
+    return each
+
+
+def _output(parts: list[Delta], first: Output | None) -> Output:
+    """The sample that these deltas are; `first` has what samples of one prompt share."""
+    last, scored = parts[-1], parts[0].prompt_logprobs
     if last.error is not None:
         raise TriptychError(last.error)
     assert last.finish_reason is not None and last.usage is not None
@@ -189,4 +229,5 @@ def _output(parts: list[Delta]) -> Output:
         usage=last.usage,
         logprobs=tuple(one for part in parts for one in part.logprobs),
         index=last.index,
+        prompt_logprobs=(None, *scored.entries()) if scored is not None else first.prompt_logprobs if first else (),
     )

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from triptych.words import (
     SamplingParams,
     TokenIds,
     WeightsUpdate,
+    token_ids,
 )
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class AsyncEngine(Face):
 
     async def stream(
         self,
-        prompt_ids: TokenIds,
+        prompt_ids: Sequence[int] | TokenIds,
         params: SamplingParams,
         *,
         request_id: str,
@@ -229,9 +230,10 @@ class AsyncEngine(Face):
         """
         if not self._accepting:
             raise Unavailable("The server is shutting down.", "Retry elsewhere or later.")
+        ids = token_ids(prompt_ids, vocab_size=self.shape.vocab_size)
+        samples = expand(request_id, ids, params, self.tokenizer, salt, hints)
         if params.grammar is not None and self.grammars is not None:
             await asyncio.to_thread(self.grammars.check, params.grammar)  # so that no step has to wait for it
-        samples = expand(request_id, prompt_ids, params, self.tokenizer, salt, hints)
         mailbox = _Mailbox()
         for sample in samples:
             self._routes[sample.request.request_id] = _Route(sample.output, mailbox)

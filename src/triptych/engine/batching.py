@@ -92,7 +92,14 @@ def _assemble(rows: _Rows, tokens: Ints, table: Ints, pools: Pools, all_logits: 
         csa=_entry_plan(rows, table, CSA_RATIO, CSA_RING, pools.csa_stride),
         hca=_entry_plan(rows, table, HCA_RATIO, HCA_RING, pools.hca_stride),
         sampled=torch.from_numpy(sampled),
+        scored=_scored(rows),
     )
+
+
+def _scored(rows: _Rows) -> Tensor:
+    """The rows before tokens whose log-probabilities are wanted: the first ones of their chunks."""
+    counts = [0 if c.targets is None else len(c.targets) for c in rows.chunks]
+    return _tensor(_ragged(rows.first_row, _ints(counts))) if any(counts) else _NOTHING
 
 
 def _window_plan(rows: _Rows, pools: Pools) -> WindowPlan:
@@ -209,6 +216,7 @@ def is_decode(chunk: Chunk) -> bool:
     return (
         chunk.rows == 1
         and chunk.samples
+        and chunk.targets is None
         and chunk.restore is None
         and not chunk.snapshots
         and chunk.replay_to <= chunk.start

@@ -173,6 +173,8 @@ def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry
 
 def _find(model: str | Path) -> tuple[str, Path]:
     """Display name and directory of a model given by bundled name or path."""
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(f"A model is a directory or a bundled name, not {model!r}.", f"Known: {', '.join(BUNDLED)}.")
     if str(model) in BUNDLED:
         try:
             return str(model), tiny.ensure_checkpoint()

@@ -26,6 +26,7 @@ from triptych.schedule.scheduler import Scheduler
 from triptych.words import (
     EngineStats,
     FinishReason,
+    PromptLogprobs,
     Request,
     SampledToken,
     StepPlan,
@@ -42,7 +43,7 @@ _TELLING_ROWS = 64  # rows of a prefill that say how fast it is
 class TokenEvent:
     """One request gained a token (`token_id` is not None), ended (`reason` is not None), or both.
 
-    `hidden`: the token ends the sequence and is not part of its text.
+    `hidden`: the token ends the sequence and is not part of its text. `prompt` comes with the first one, if at all.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class TokenEvent:
     reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    prompt: PromptLogprobs | None = None
 
 
 class EngineLoop:
@@ -313,6 +315,7 @@ class EngineLoop:
             flight = self._flights.popleft()
             drawn, seconds = flight.finish()
             self._learn(flight.plan, seconds)
+            self._keep(flight)
             if self._canary is not None and flight.logits is not None:
                 self._show(self._canary, flight.plan, flight.logits)
             names = [draw.state.request_id for draw in flight.draws]
@@ -323,14 +326,24 @@ class EngineLoop:
             events += self._collect(live, self._still(failed))
         return events
 
+    def _keep(self, flight: Flight) -> None:
+        """Note the log-probabilities of prompts that a step worked out; what ran before a preemption comes again."""
+        lines = flight.scores.by_request() if flight.scores is not None else {}
+        for chunk in flight.plan.chunks:
+            state = self._samplers.get(chunk.request_id) if chunk.request_id in lines else None
+            if state is not None and state.prompt is not None:
+                own = lines[chunk.request_id]
+                state.prompt.lines[chunk.start : chunk.start + len(own)] = own
+
     def _still(self, failed: Mapping[str, str]) -> dict[str, str]:
         """Those of the failed requests that have not ended meanwhile."""
         return {name: one for name, one in failed.items() if name in self._samplers and self.scheduler.failed(name)}
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:
         """How fast prefill is, from steps that are one chunk long enough to say."""
-        if len(plan.chunks) == 1 and plan.chunks[0].rows >= _TELLING_ROWS and not plan.chunks[0].replay_to:
-            self.cache.rates.observe_prefill(plan.chunks[0].start, plan.chunks[0].end, seconds)
+        [chunk, *others] = plan.chunks
+        if not others and chunk.rows >= _TELLING_ROWS and not chunk.replay_to and chunk.targets is None:
+            self.cache.rates.observe_prefill(chunk.start, chunk.end, seconds)
 
     def _show(self, canary: Canary, plan: StepPlan, logits: Tensor) -> None:
         """Let the canary see what resumed requests sample from, and judge its own check."""
@@ -359,7 +372,10 @@ class EngineLoop:
             usage = self.finish(token.request_id, reason) if reason is not None else None
             if token.request_id.startswith(PREFIX):
                 continue
-            events.append(TokenEvent(token.request_id, token.token_id, token.logprob, hidden, reason, usage))
+            prompt, state.prompt = state.prompt, None
+            events.append(
+                TokenEvent(token.request_id, token.token_id, token.logprob, hidden, reason, usage, prompt=prompt)
+            )
         return events
 
     def _stop_rule(self, state: SamplerState, token: SampledToken) -> tuple[FinishReason | None, bool]:

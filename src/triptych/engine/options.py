@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from triptych.config import CacheConfig, EngineConfig
 from triptych.engine.sizes import parse_size
 from triptych.errors import ConfigError, nearest
+from triptych.values import real
 
 SIZES = ("kv_memory", "host_memory", "disk_memory")
 _PLAIN = {"cache", "tenant_shares"}  # what no text stands for
@@ -19,6 +20,8 @@ def typed(key: str, value: Any, where: str) -> Any:
     """`value` as the option `key` takes it, a size of text in bytes. ConfigError says what it takes."""
     if key in SIZES and isinstance(value, str):
         return parse_size(value, f"{where}: {key}")
+    plain = real(value)
+    value = value if plain is None else plain
     wanted = [part for part in get_args(_hints()[key]) or (_hints()[key],) if part is not type(None)]
     if get_origin(wanted[0]) is Literal:  # Literal[...] | None
         wanted = list(get_args(wanted[0]))

@@ -23,21 +23,24 @@ from triptych.engine.device_sampler import DeviceSampler, Draw, Drawn
 from triptych.engine.graphs import DecodeSteps, bucket_of
 from triptych.engine.pools import Pools
 from triptych.engine.sampler import sample
+from triptych.engine.scores import Scores, lines_on_device, lines_on_host, scores
 from triptych.kernels.registry import select
 from triptych.model.batch import Batch
-from triptych.model.transformer import Transformer
+from triptych.model.transformer import Last, Transformer
 from triptych.model.weights import ModelWeights
 from triptych.words import Chunk, SampledToken, SlotSave, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A step that was started. `logits` [S, V] are there if the caller asked for them."""
+    """A step that was started. `logits` [S, V] are there if the caller asked for them; `scores`, of chunks with
+    targets, have arrived when `finish` has returned."""
 
     plan: StepPlan
     draws: Sequence[Draw]
     finish: Callable[[], tuple[list[SampledToken | str], float]]
     logits: Tensor | None = None
+    scores: Scores | None = None
 
 
 class Runner:
@@ -62,18 +65,22 @@ class Runner:
         `ready` is called when the model runs, and completes what the draws need.
         """
         started = time.perf_counter()
-        logits = self.logits(plan)
+        last = self._run(plan)
+        logits = self.model.head(last, last.batch.sampled)
         seconds = time.perf_counter() - started
+        scored = scores(self.model, last, plan.chunks, lines_on_host)
         ready()
-        return Flight(plan, draws, lambda: (sample(logits, [draw.state for draw in draws]), seconds), logits)
+        return Flight(plan, draws, lambda: (sample(logits, [draw.state for draw in draws]), seconds), logits, scored)
 
     def logits(self, plan: StepPlan) -> Tensor:
         """Logits [S, V] float32 of the chunks that sample, in plan order."""
-        return self._forward(plan, all_logits=False)
+        last = self._run(plan)
+        return self.model.head(last, last.batch.sampled)
 
     def all_logits(self, plan: StepPlan) -> Tensor:
         """Logits [R, V] of every row of the plan, for tests."""
-        return self._forward(plan, all_logits=True)
+        last = self._run(plan, all_logits=True)
+        return self.model.head(last, last.batch.sampled)
 
     def save(self, saves: Sequence[SlotSave]) -> None:
         """Copy window rows out of slots."""
@@ -81,11 +88,11 @@ class Runner:
             for save in saves:
                 self.pools.save(save.slot, save.position, save.frames)
 
-    def _forward(self, plan: StepPlan, *, all_logits: bool) -> Tensor:
+    def _run(self, plan: StepPlan, *, all_logits: bool = False) -> Last:
         with torch.inference_mode():
             self._prepare(plan)
             batch = on_device(build_batch(plan.chunks, self.pools, all_logits=all_logits), self.pools.device)
-            return self.model.forward(batch, self.pools.layers)
+            return self.model.run(batch, self.pools.layers)
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the rows: slots are saved, then restored."""
@@ -110,7 +117,7 @@ class DeviceRunner(Runner):
         context = min(config.max_context or weights.shape.max_position, weights.shape.max_position)
         pages = most_pages or min(-(-context // PAGE), pools.capacity.frames)
         self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
-        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size)
+        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size, self.model.kernels.likeliest)
         self._cuda = pools.device.type == "cuda"
         self._graphs: ChunkGraphs | None = None
         if capture and self._cuda and config.numerics == "native":
@@ -136,7 +143,7 @@ class DeviceRunner(Runner):
                 rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
 
         decoded = self.steps.run(decodes) if decodes else None
-        prefilled = self.chunks(rest) if rest else None
+        prefilled, scored = self._chunks(rest) if rest else (None, None)
         ready()
         if decoded is not None:
             take(*decoded, decodes)
@@ -150,7 +157,15 @@ class DeviceRunner(Runner):
             return [found[draw.slot] for draw in draws], seconds
 
         logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
-        return Flight(plan, draws, finish, logits)
+        return Flight(plan, draws, finish, logits, scored)
+
+    def _chunks(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Scores | None]:
+        """Logits of chunks, and their scores where any are wanted: those chunks do without graphs."""
+        if all(chunk.targets is None for chunk in chunks):
+            return self.chunks(chunks), None
+        last = self.model.run(on_device(build_batch(chunks, self.pools), self.pools.device), self.pools.layers)
+        scored = scores(self.model, last, chunks, lines_on_device)
+        return self.model.head(last, last.batch.sampled), scored.to_host() if scored is not None else None
 
     @torch.inference_mode()
     def chunks(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 
 from triptych.errors import RequestError
 from triptych.text.grammar import GrammarState, MaskBits
-from triptych.words import SampledToken, SamplingParams, TokenLogprob
+from triptych.words import PromptLogprobs, SampledToken, SamplingParams, TokenLogprob
 
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
@@ -96,6 +96,7 @@ class SamplerState:
         self.params = params
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.sample_index = sample_index
+        self.prompt = blank_logprobs(prompt_ids, params, vocab_size)
         self.generated = len(output_ids)
         self._numbers, self._numbers_from = np.empty(0), -1
         self._bias = _bias_vectors(params, vocab_size)
@@ -183,6 +184,15 @@ def apply_mask(logits: npt.NDArray[Any], mask: MaskBits) -> None:
     """Set to -inf, in place, the logits [V] of tokens whose bit in `mask` int32 [V / 32] is 0 (lowest bit first)."""
     allowed = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
     logits[allowed == 0] = -np.inf
+
+
+def blank_logprobs(prompt_ids: npt.ArrayLike, params: SamplingParams, vocab_size: int) -> PromptLogprobs | None:
+    """Log-probabilities of a prompt, still to be filled in, if they are wanted."""
+    if params.prompt_logprobs is None:
+        return None
+    ids = np.asarray(prompt_ids, np.int32)
+    width = 2 + 2 * min(params.prompt_logprobs, vocab_size)
+    return PromptLogprobs(ids, np.full((len(ids) - 1, width), np.nan))
 
 
 def _bias_vectors(params: SamplingParams, vocab_size: int) -> tuple[_Ids, _Floats] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triptych.engine.loop import TokenEvent
 from triptych.engine.outputs import OutputText
@@ -29,13 +29,18 @@ def expand(
     hints: CacheHints = NO_HINTS,
 ) -> list[Sample]:
     """The n samples of a request: as many requests with one prompt, which the first of them runs."""
+    for name, value, wanted in (("params", params, SamplingParams), ("hints", hints, CacheHints)):
+        if not isinstance(value, wanted):
+            raise RequestError(f"{name} must be {wanted.__name__}, not {type(value).__name__}.", param=name)
     if not len(prompt):
         raise RequestError("The prompt is empty.", "Send at least one token.", param="prompt")
     if params.stop and tokenizer is None:
         raise RequestError("Stop strings need a tokenizer.", "Use stop_token_ids.", param="stop")
+    others = replace(params, prompt_logprobs=None)  # the first one scores the prompt that they share
+    each = [others if i else params for i in range(params.n)]
     return [
-        Sample(Request(f"{request_id}.{i}", prompt, params, salt, hints), OutputText(i, params, tokenizer))
-        for i in range(params.n)
+        Sample(Request(f"{request_id}.{i}", prompt, own, salt, hints), OutputText(i, own, tokenizer))
+        for i, own in enumerate(each)
     ]
 
 
@@ -46,6 +51,8 @@ def deltas(event: TokenEvent, output: OutputText, finish: Callable[[str, FinishR
     """
     out: list[Delta] = []
     usage, reason = event.usage, event.reason
+    if event.prompt is not None:
+        out.append(Delta(output.index, prompt_logprobs=event.prompt))
     if event.token_id is not None and not output.stopped:
         delta = output.push(event.token_id, event.logprob, hidden=event.hidden)
         if delta is not None:

@@ -30,7 +30,8 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """R rows of B sequences. token_ids, positions, seq [R] int64; page_table [B, P] int64; sampled [S] row indices.
+    """R rows of B sequences. token_ids, positions, seq [R] int64; page_table [B, P] int64; sampled [S] and scored [C]
+    row indices: whose logits are wanted, and of whose only some log-probabilities are.
 
     `narrow`: for layers that run fewer rows than the layer before, which ones go on; see Narrowing.
     """
@@ -43,6 +44,7 @@ class Batch:
     csa: EntryPlan
     hca: EntryPlan
     sampled: Tensor
+    scored: Tensor
     narrow: Mapping[int, Narrowing] = field(default_factory=dict)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from triptych.model.moe import moe
 from triptych.model.numerics import Exact, NarrowNative, Native, NumericsRules
 from triptych.model.rope import Angles, RopeTables
 from triptych.model.weights import LayerWeights, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What the last layer left of the rows of `batch`, the narrowest of the step: all that the head needs.
+
+    parts: streams [R, n, d]; in bf16 tensors the last block's output and what its residual is made of.
+    """
+
+    parts: tuple[Tensor, ...]
+    batch: Batch
 
 
 class Transformer:
@@ -44,12 +56,13 @@ class Transformer:
         """The weights were overwritten: whatever was derived from them follows, at the addresses it had."""
         self._decoder.refresh()
 
-    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32.
+    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache], out: Tensor | None = None) -> Tensor:
+        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32, in `out`
+        if it is given.
 
         Nothing in it depends on values that the host would have to wait for, so a CUDA graph may record it.
         """
-        return self._decoder(batch, caches)
+        return self._decoder(batch, caches, out)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
@@ -57,8 +70,14 @@ class Transformer:
 
         Where the batch narrows, rows that only deeper windows would have needed do not go on.
         """
+        last = self.run(batch, caches)
+        return self.head(last, last.batch.sampled)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, caches: Sequence[LayerCache]) -> Last:
+        """As `forward`, without the head."""
         if self._n.narrow:
-            return self._forward_narrow(batch, caches)
+            return self._run_narrow(batch, caches)
         streams = self._embed(batch.token_ids)
         angles = self._angles(batch)
         narrow = batch.narrow
@@ -70,10 +89,23 @@ class Transformer:
                 break
             self.layer_rows += batch.rows
             streams = self._layer(streams, layer, batch, cache, angles[layer.ratio])
-        return self._head(streams[batch.sampled])
+        return Last((streams,), batch)
 
-    def _forward_narrow(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
-        """`forward` in bf16 tensors: a site between two blocks is one operation, as in decode steps."""
+    @torch.inference_mode()
+    def head(self, last: Last, rows: Tensor) -> Tensor:
+        """Logits [S, V], float32, of some rows [S] of what `run` left."""
+        parts = [part[rows] for part in last.parts]
+        if not self._n.narrow:
+            return self._head(*parts)
+        if not len(rows):
+            return torch.empty(0, self.shape.vocab_size, device=rows.device)
+        y, *rest = parts
+        return self._decoder.logits(
+            self.kernels.mhc_last(y, Residual(*rest), self._weights.hc_head, self._weights.norm)
+        )
+
+    def _run_narrow(self, batch: Batch, caches: Sequence[LayerCache]) -> Last:
+        """`run` in bf16 tensors: a site between two blocks is one operation, as in decode steps."""
         k, w, table, narrow = self.kernels, self._weights, self._decoder.embed, batch.narrow
         angles = self._angles(batch)
         y: Tensor | None = None
@@ -92,10 +124,7 @@ class Transformer:
             x, *rest = k.mhc_rows(y, Residual(*rest), layer.ffn_site, layer.ffn_norm)
             y = moe(x, batch.token_ids, layer.moe, k, self._n)
         assert y is not None
-        if not len(batch.sampled):
-            return torch.empty(0, self.shape.vocab_size, device=y.device)
-        last = Residual(*(part[batch.sampled] for part in rest))
-        return self._decoder.logits(k.mhc_last(y[batch.sampled], last, w.hc_head, w.norm))
+        return Last((y, *rest), batch)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Residual streams [R, n, d]: n identical copies of the embedding."""

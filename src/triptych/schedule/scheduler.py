@@ -271,14 +271,15 @@ class Scheduler:
         keep = NOTHING
         while self._waiting and (not keep.slots or keep.slots < len(self._cache.free_slots)):
             sequence, request = self._waiting[0], self._waiting[0].request
-            hold = self._cache.held(request.request_id, sequence.tokens, request.salt)
+            whole = sequence.scoring  # then nothing that others compute, or lower tiers have, saves a row
+            hold = None if whole else self._cache.held(request.request_id, sequence.tokens, request.salt)
             if hold is not None:
                 keep = Room(keep.slots + 1, keep.frames + hold.frames)
-            if hold is not None or not self._cache.ready(request.request_id, sequence.tokens, request.salt):
+            if hold is not None or not (whole or self._cache.ready(request.request_id, sequence.tokens, request.salt)):
                 aside.append(self._waiting.popleft())
                 continue
             limit, hints = sequence.limit, request.hints
-            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, limit, hints, keep)
+            plan = self._cache.admit(request.request_id, sequence.tokens, request.salt, limit, hints, keep, whole)
             if plan is None:
                 break
             self._waiting.popleft()
@@ -322,6 +323,8 @@ class Scheduler:
             snapshots=() if sequence.decoding else self._cache.snapshot_writes(sequence.request_id, start, end),
             samples=end == sequence.expected,
             replay_to=plan.replay_to,
+            targets=sequence.targets(start, end),
+            likeliest=sequence.request.params.prompt_logprobs or 0,
         )
 
     def apply(self, plan: StepPlan, result: StepResult) -> tuple[SampledToken, ...]:

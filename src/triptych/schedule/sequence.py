@@ -79,6 +79,17 @@ class Sequence:
         return self.length - self.prompt
 
     @property
+    def scoring(self) -> bool:
+        """True while log-probabilities of the prompt are wanted: they are complete with the first token of output."""
+        return self.request.params.prompt_logprobs is not None and self.length == self.prompt
+
+    def targets(self, start: int, end: int) -> TokenIds | None:
+        """Tokens of the prompt that follow the rows [start, end), where their log-probabilities are wanted."""
+        if not self.scoring or start + 1 >= self.prompt:
+            return None
+        return self.tokens[start + 1 : min(end + 1, self.prompt)]
+
+    @property
     def idle(self) -> bool:
         """True when it must not run any more, at its limit or failed: whoever owns the stop rules has to end it."""
         return self.failed or self.expected >= self.limit

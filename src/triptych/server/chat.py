@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import UNSET
+
 from triptych.errors import RequestError, TriptychError
 from triptych.server.ask import HARMLESS, STREAM_FIELDS, Ask, Counting, Desk, Head, stream_fields
 from triptych.server.fields import Fields, FieldTable, wrong
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
 from triptych.server.http import error_body
-from triptych.server.logprobs import chat_logprobs
+from triptych.server.logprobs import chat_logprobs, ranked
 from triptych.server.pieces import Answer, CallBegin, Content, Piece, Reasoning, Step
-from triptych.server.sampling import SAMPLING_FIELDS, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, check_room, check_scores, sampling_params
 from triptych.server.talk import Talk, prepare
 from triptych.server.wire import (
     ChatCall,
@@ -31,7 +33,7 @@ from triptych.words import Usage
 
 _READ = {
     *("messages", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
-    *("response_format", "reasoning_effort", "thinking"),
+    *("response_format", "reasoning_effort", "thinking", "prompt_logprobs"),
 }
 FIELDS = FieldTable(
     read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | _READ,
@@ -56,10 +58,15 @@ def read_chat(raw: dict[str, object], desk: Desk) -> Ask:
     fields = Fields(raw)
     stream, include_usage, continuous_usage = stream_fields(fields)
     params = sampling_params(
-        fields, engine.shape.vocab_size, max_tokens=_max_tokens(fields), logprobs=_logprobs(fields)
+        fields,
+        engine.shape.vocab_size,
+        max_tokens=_max_tokens(fields),
+        logprobs=_logprobs(fields),
+        prompt_logprobs=fields.integer("prompt_logprobs"),
     )
     ready = prepare(read_talk(fields), desk, params)
     check_room(len(ready.ids), params.max_tokens, engine.max_context, "messages")
+    check_scores(params, len(ready.ids), stream)
     return Ask(
         Head.new("chatcmpl", desk.model),
         (ready.ids,),
@@ -126,6 +133,7 @@ class ChatShape:
         self._head = ask.head
         self._tokenizer = tokenizer
         self._wants_logprobs = ask.params.logprobs is not None
+        self._listed = ask.params.prompt_logprobs or 0
         self._include_usage = ask.include_usage
         self._counting = Counting(ask)
 
@@ -164,7 +172,9 @@ class ChatShape:
         for i, answer in enumerate(answers):
             logprobs = chat_logprobs(tuple(answer.logprobs), self._tokenizer) if self._wants_logprobs else None
             choices.append(ChatChoice(i, _message(answer), answer.finish, logprobs))
-        return ChatCompletion(self._head.id, self._head.created, self._head.model, choices, _usage(usage, answers))
+        head, prompt = self._head, answers[0].prompt
+        scores = UNSET if prompt is None else ranked(prompt, self._listed, self._tokenizer)
+        return ChatCompletion(head.id, head.created, head.model, choices, _usage(usage, answers), scores)
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         usage = self._counting.of(choice.index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec import UNSET, UnsetType
 
@@ -13,18 +13,19 @@ from triptych.server.fields import Fields, FieldTable, shown, wrong
 from triptych.server.generation import Api
 from triptych.server.hints import HINT_FIELDS, cache_hints
 from triptych.server.http import error_body
-from triptych.server.logprobs import TextLogprobWriter
+from triptych.server.logprobs import TextLogprobWriter, echoed, ranked
 from triptych.server.pieces import Answer, Content, Step
 from triptych.server.protocol import ServingEngine
-from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, sampling_params
+from triptych.server.sampling import SAMPLING_FIELDS, blaming, check_room, check_scores, sampling_params
 from triptych.server.wire import TextChoice, TextCompletion, WireUsage
 from triptych.text.tokenizer import Tokenizer
-from triptych.words import TokenIds, Usage, token_ids
+from triptych.words import PromptLogprobs, TokenIds, Usage, token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI's API documents
 
+_OWN_FIELDS = {"prompt", "logprobs", "prompt_logprobs", "best_of", "echo", "return_token_ids"}
 FIELDS = FieldTable(
-    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | {"prompt", "logprobs", "best_of", "echo", "return_token_ids"},
+    read=SAMPLING_FIELDS | STREAM_FIELDS | HINT_FIELDS | _OWN_FIELDS,
     harmless=HARMLESS,
     refused={"suffix": ("",)},
 )
@@ -32,10 +33,14 @@ FIELDS = FieldTable(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the answer shows beside the text: the prompt's text before it, the ids that were sampled."""
+    """What the answer shows beside the text: the prompt's text before it, the ids that were sampled, and for `listed`
+    likeliest tokens vLLM's list of the prompt's log-probabilities. `silent`: the prompt alone, without the one token
+    that the engine samples."""
 
     echo: bool
     ids: bool
+    listed: int | None
+    silent: bool
 
 
 def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
@@ -44,23 +49,21 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
     engine = desk.engine
     fields = Fields(raw)
     stream, include_usage, continuous_usage = stream_fields(fields)
-    max_tokens = fields.integer("max_tokens")
+    plan = _plan(fields)
+    max_tokens, logprobs = fields.integer("max_tokens"), fields.integer("logprobs")
+    wanted = [count for count in (logprobs if plan.echo else None, plan.listed) if count is not None]
     params = sampling_params(
         fields,
         engine.shape.vocab_size,
-        max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        logprobs=fields.integer("logprobs"),
+        max_tokens=1 if plan.silent else _DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=max(wanted, default=None),
     )
+    if stream and plan.silent:
+        raise Unsupported("max_tokens 0 leaves nothing to stream.", "Leave stream out.", param="stream")
     best_of = fields.integer("best_of")
     if best_of is not None and best_of != params.n:
         raise RequestError("best_of other than n is not supported.", "Leave it out.", param="best_of")
-    echo = fields.flag("echo")
-    if echo and params.logprobs is not None:
-        raise Unsupported(
-            "echo with logprobs would need logprobs of the prompt, which are not computed.",
-            "Leave one of them out.",
-            param="echo",
-        )
     prompts = _prompts(fields, engine)
     if len(prompts) * params.n > engine.config.max_waiting:
         raise RequestError(
@@ -71,10 +74,16 @@ def read_completion(raw: dict[str, object], desk: Desk) -> Ask:
         )
     for prompt in prompts:
         check_room(len(prompt), params.max_tokens, engine.max_context, "prompt")
+    check_scores(params, sum(map(len, prompts)), stream)
     hints = cache_hints(fields, desk.salt)
     head = Head.new("cmpl", desk.model)
-    plan = _Plan(echo, fields.flag("return_token_ids"))
     return Ask(head, prompts, params, stream, include_usage, continuous_usage, hints, desk.salt, plan=plan)
+
+
+def _plan(fields: Fields) -> _Plan:
+    echo = fields.flag("echo")
+    silent = echo and fields.integer("max_tokens") == 0
+    return _Plan(echo, fields.flag("return_token_ids"), fields.integer("prompt_logprobs"), silent)
 
 
 def _prompts(fields: Fields, engine: ServingEngine) -> tuple[TokenIds, ...]:
@@ -113,7 +122,9 @@ class TextShape:
         self._counting = Counting(ask)
         n = ask.params.n
         assert isinstance(ask.plan, _Plan)
+        self._plan, self._n, self._tokenizer = ask.plan, n, tokenizer
         self._ids = ask.plan.ids
+        self._likeliest = ask.params.logprobs or 0
         self._before = [tokenizer.decode(ask.prompts[c // n]) if ask.plan.echo else "" for c in range(ask.choices)]
         wanted = ask.params.logprobs is not None
         self._writers = [TextLogprobWriter(tokenizer) if wanted else None for _ in range(ask.choices)]
@@ -147,11 +158,19 @@ class TextShape:
     def whole(self, answers: Sequence[Answer], usage: Usage) -> object:
         """The text completion."""
         choices = []
-        for i, (answer, writer) in enumerate(zip(answers, self._writers, strict=True)):
-            logprobs = writer.write(tuple(answer.logprobs)) if writer is not None else None
-            ids = answer.token_ids if self._ids else UNSET
-            choices.append(TextChoice(i, self._before[i] + answer.text, logprobs, answer.finish, ids))
-        return self._answer(choices, WireUsage.of(usage))
+        for i, answer in enumerate(answers):
+            said = Answer(finish="length") if self._plan.silent else answer
+            choices.append(self._choice(i, said, answers[i - i % self._n].prompt))
+        return self._answer(choices, WireUsage.of(replace(usage, completion_tokens=0) if self._plan.silent else usage))
+
+    def _choice(self, index: int, answer: Answer, prompt: PromptLogprobs | None) -> TextChoice:
+        """One choice as a whole; `prompt` are the log-probabilities that all choices of a prompt share."""
+        writer, listed = self._writers[index], self._plan.listed
+        before = echoed(prompt, self._likeliest) if prompt is not None and self._plan.echo else ()
+        logprobs = writer.write([*before, *answer.logprobs]) if writer is not None else None
+        ids = answer.token_ids if self._ids else UNSET
+        scores = UNSET if prompt is None or listed is None else ranked(prompt, listed, self._tokenizer)
+        return TextChoice(index, self._before[index] + answer.text, logprobs, answer.finish, ids, scores)
 
     def _piece(self, choice: TextChoice) -> TextCompletion:
         return self._answer([choice], self._counting.of(choice.index))

@@ -161,7 +161,7 @@ class Dashboard:
             "generated": stats.generated_tokens,
             "prefilled": stats.prefill_rows,
             "memory": by.memory(stats, panels),
-            "room": panels.room,
+            "room": by.room(stats, panels),
             "evictable": int(stats.cache.get("frames_evictable", 0)) * sum(panels.page.values()),
             "sources": by.sources(stats),
             "plans": by.plans(stats),

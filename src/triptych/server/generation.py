@@ -47,7 +47,7 @@ def generation(state: ServerState, api: Api) -> Callable[[Request], Awaitable[Re
             stream = events(state.engine, ask, shape, record, style)
             return EventStream(stream, state.options, lambda error: style.event(shape.error(error)), style.idle)
         answers, usage = await unless_left(request.receive, collect(state.engine, ask, record))
-        if ask.params.logprobs is None:
+        if ask.params.logprobs is None and ask.params.prompt_logprobs is None:
             return json_response(shape.whole(answers, usage))
         # logprobs of a long answer are millions of objects: not on the event loop
         return await state.in_thread(lambda: json_response(shape.whole(answers, usage)))

@@ -156,7 +156,7 @@ class _EngineCollector(Collector):
         most.add_metric(["running"], config.max_running)
         most.add_metric(["waiting"], config.max_waiting)
         room = GaugeMetricFamily("triptych_tier_capacity_bytes", "Room of a tier; 0: unknown.", labels=["tier"])
-        for tier, size in panels.room.items():
+        for tier, size in by.room(stats, panels).items():
             room.add_metric([tier], size)
         held = GaugeMetricFamily("triptych_tier_bytes", "Bytes of a tier by what they hold.", labels=["tier", "kind"])
         for tier, kinds in by.memory(stats, panels).items():

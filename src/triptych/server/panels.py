@@ -24,6 +24,11 @@ def memory(stats: EngineStats, panels: Panels) -> dict[str, dict[str, int]]:
     return {tier: kinds.get(tier, _store)(tier, stats, panels) for tier in panels.room}
 
 
+def room(stats: EngineStats, panels: Panels) -> dict[str, int]:
+    """Bytes that each tier may hold; 0 where nobody knows. A disk may have less than it was given."""
+    return {tier: _count(stats, f"{tier}_bytes_room") or size for tier, size in panels.room.items()}
+
+
 def _device(tier: str, stats: EngineStats, panels: Panels) -> dict[str, int]:
     page = sum(panels.page.values())
     out = _pages(_count(stats, "pages_held") + _count(stats, "pages_cached"), panels)
@@ -41,7 +46,7 @@ def _host(tier: str, stats: EngineStats, panels: Panels) -> dict[str, int]:
 
 def _store(tier: str, stats: EngineStats, panels: Panels) -> dict[str, int]:
     used = _count(stats, f"{tier}_bytes_used")
-    return {"object": used, "free": max(0, panels.room[tier] - used)}
+    return {"object": used, "free": max(0, room(stats, panels)[tier] - used)}
 
 
 def _pages(pages: int, panels: Panels) -> dict[str, int]:

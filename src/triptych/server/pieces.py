@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from triptych.text.pieces import CallBegin, CallText, Content, Piece, Reasoning
-from triptych.words import Delta, TokenLogprob, Usage
+from triptych.words import Delta, PromptLogprobs, TokenLogprob, Usage
 
 __all__ = ["Answer", "Call", "CallBegin", "CallText", "Content", "Piece", "PlainReader", "Reader", "Reasoning", "Step"]
 
@@ -22,6 +22,7 @@ class Step:
     finish: str | None = None
     stop: str | None = None
     usage: Usage | None = None
+    prompt: PromptLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Answer:
     reasoning_tokens: int = 0
     finish: str = ""
     stop: str | None = None
+    prompt: PromptLogprobs | None = None
 
     @property
     def text(self) -> str:
@@ -65,6 +67,7 @@ class Answer:
         """Take one step in."""
         self.token_ids += step.token_ids
         self.logprobs += step.logprobs
+        self.prompt = step.prompt or self.prompt
         only_thoughts = bool(step.pieces)
         for piece in step.pieces:
             if isinstance(piece, Reasoning):
@@ -102,4 +105,5 @@ class PlainReader:
             str(delta.finish_reason) if delta.finish_reason is not None else None,
             delta.stop,
             delta.usage,
+            delta.prompt_logprobs,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from triptych.errors import ContextTooLong, RequestError
+from triptych.errors import ContextTooLong, RequestError, Unsupported
 from triptych.server.fields import Fields, as_integer, as_number, wrong
 from triptych.words import SamplingParams
 
@@ -18,10 +18,13 @@ SAMPLING_FIELDS = frozenset(
 )
 _MOST_BIASES = 1024
 _MOST_STOP_IDS = 256
+_MOST_SCORES = 1 << 20  # log-probabilities of prompts in one answer, some hundred bytes each
 _LONGEST_STOP = 1024  # characters
 
 
-def sampling_params(fields: Fields, vocab_size: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling_params(
+    fields: Fields, vocab_size: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     """The SamplingParams of a request body. Raises RequestError naming the field."""
     numbers: dict[str, Any] = {
         name: value
@@ -38,6 +41,7 @@ def sampling_params(fields: Fields, vocab_size: int, *, max_tokens: int | None, 
         stop_token_ids=_stop_token_ids(fields, vocab_size),
         ignore_eos=fields.flag("ignore_eos"),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         n=n if (n := fields.integer("n")) is not None else 1,
         **numbers,
     )
@@ -72,6 +76,22 @@ def _in_vocabulary(name: str, token: int, vocab_size: int) -> int:
     if not 0 <= token < vocab_size:
         raise RequestError(f"{name} has token id {token}, which is outside [0, {vocab_size}).", param=name)
     return token
+
+
+def check_scores(params: SamplingParams, tokens: int, stream: bool) -> None:
+    """Refuse log-probabilities of prompts of `tokens` in a stream, and an answer that would be gigabytes of JSON."""
+    if params.prompt_logprobs is None:
+        return
+    if stream:
+        raise Unsupported("Log-probabilities of a prompt are not streamed.", "Leave stream out.", param="stream")
+    each = 1 + params.prompt_logprobs
+    if tokens * each > _MOST_SCORES:
+        raise RequestError(
+            f"{each} log-probabilities for each of {tokens:,} prompt tokens are more than the {_MOST_SCORES:,} that "
+            "one answer may have.",
+            "Send fewer or shorter prompts, or ask for fewer of the likeliest tokens.",
+            param="prompt_logprobs",
+        )
 
 
 def check_room(prompt_tokens: int, max_tokens: int | None, max_context: int, param: str) -> None:

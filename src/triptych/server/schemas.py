@@ -121,6 +121,7 @@ FIELDS: dict[str, dict[str, Json]] = {
         "n": _integer(1, 128),
         "best_of": _integer(1, 128),
         "echo": _FLAG,
+        "prompt_logprobs": _integer(0, 20),
         "logprobs": _FLAG,
         "top_logprobs": _integer(0, 20),
         "stream": _FLAG,
@@ -158,7 +159,11 @@ FIELDS: dict[str, dict[str, Json]] = {
         "tokens": _list(_integer(0, 129279), 4_000_000),
         "return_token_strs": _FLAG,
     },
-    "/v1/completions": {"logprobs": _integer(0, 20), "return_token_ids": _FLAG},
+    "/v1/completions": {
+        "max_tokens": _integer(0, 2**31 - 1),
+        "logprobs": _integer(0, 20),
+        "return_token_ids": _FLAG,
+    },
     "/admin/update_weights": {
         "path": {"type": "string", "minLength": 1},
         "running": _one_of("drain", "abort", "recompute"),

@@ -114,7 +114,7 @@ class ChatReader:
             finish = str(delta.finish_reason)
             if finish == "stop" and self._parser.calls and delta.stop is None:
                 finish = "tool_calls"
-        return Step(pieces, delta.token_ids, delta.logprobs, finish, delta.stop, delta.usage)
+        return Step(pieces, delta.token_ids, delta.logprobs, finish, delta.stop, delta.usage, delta.prompt_logprobs)
 
 
 def _style(talk: Talk, default: str) -> tuple[Style, str]:

@@ -172,34 +172,48 @@ class ChatChoice(Struct):
     logprobs: ChatLogprobs | None = None
 
 
+class RankedToken(Struct):
+    """A token in vLLM's `prompt_logprobs`; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatCompletion(Struct):
-    """A whole chat response."""
+    """A whole chat response. `prompt_logprobs`, as vLLM has them: by token id, for each token from the second on."""
 
     id: str
     created: int
     model: str
     choices: list[ChatChoice]
     usage: WireUsage
+    prompt_logprobs: list[dict[str, RankedToken] | None] | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
 class TextLogprobs(Struct):
-    """Logprobs of /v1/completions: four lists of one length. `text_offset` counts characters of the choice's text."""
+    """Logprobs of /v1/completions: four lists of one length. `text_offset` counts characters of the choice's text.
+
+    The first token of a prompt that is echoed has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
 class TextChoice(Struct):
-    """One choice of /v1/completions, whole or a piece. `token_ids`, ours: what was sampled, if it was asked for."""
+    """One choice of /v1/completions, whole or a piece. `token_ids`: what was sampled, if it was asked for;
+    `prompt_logprobs`, as vLLM has them: by token id, for each token of the prompt from the second on."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, RankedToken] | None] | UnsetType = UNSET
 
 
 class TextCompletion(Struct):

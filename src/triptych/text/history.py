@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from triptych.words import TokenIds
 logger = logging.getLogger(__name__)
 
 _OVERHEAD = 500  # bytes that an entry takes besides its ids
+_PATIENCE = 60.0  # seconds until a file that could not be written is tried again
 _REWRITE = 4  # the file is written anew when it is so many times larger than what is remembered may be
 
 
@@ -79,7 +81,7 @@ class History:
                 self._put(tenant, key, said)
             if self._file is not None:
                 self._file.append(self._name, tenant, keys, said)
-                if self._file.too_long:
+                if self._file.to_rewrite:
                     self._file.rewrite(self._name, self._all())
 
     def recall(self, salt: str, before: str, slot: int, turn: Assistant) -> TokenIds | None:
@@ -125,12 +127,16 @@ class _File:
         self._most = most_bytes
         self._size = 0
         self._works = True
+        self._again: float | None = None  # when to try again what could not be written, by the monotonic clock
         self._broken_end = False
 
     @property
-    def too_long(self) -> bool:
-        """True when most of the file is about turns that are forgotten."""
-        return self._works and self._size > self._most
+    def to_rewrite(self) -> bool:
+        """True when most of the file is about turns that are forgotten, or when some could not be written to it, as on
+        a full disk, and it is time to try again."""
+        if self._works:
+            return self._size > self._most
+        return self._again is not None and time.monotonic() >= self._again
 
     def load(self, name: str) -> list[tuple[str, list[str], _Said]]:
         """All whole lines of this name."""
@@ -154,7 +160,7 @@ class _File:
                 if out is not None:
                     out.write((b"\n" if self._broken_end else b"") + line)
         except OSError as error:
-            self._give_up("written", error)
+            self._wait(error)
         self._broken_end = False
         self._size += len(line)
 
@@ -168,7 +174,19 @@ class _File:
                 self._size = out.tell()
             fresh.replace(self._path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            self._wait(error)
+            return
+        if not self._works:
+            logger.info("turns are kept across restarts again: %s", self._path)
+        self._works = True
+
+    def _wait(self, error: OSError) -> None:
+        """Nothing is appended from now on; all that is remembered is written when there is room again."""
+        if self._works:
             self._give_up("written", error)
+        self._again = time.monotonic() + _PATIENCE
 
     def _give_up(self, verb: str, error: OSError) -> None:
         self._works = False

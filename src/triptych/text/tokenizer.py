@@ -41,6 +41,7 @@ _CUT_SAFE_RULES = frozenset(
     }
 )
 _SEGMENT = 32768  # characters; long enough to amortise a call, short enough to spread over cores
+_MOST_IDS = 1 << 24  # far beyond any vocabulary; what is larger is damage
 _GROUP = 64  # segments a call: how much is encoded before the limit is looked at again
 
 
@@ -54,6 +55,7 @@ class Tokenizer:
     def __init__(self, raw: dict[str, Any], *, source: str, bos: str = _BOS, eos: str = _EOS) -> None:
         """From a parsed tokenizer.json. `bos` and `eos` are spellings. Raises CheckpointError naming `source`."""
         _check(raw, source)
+        self._bpe = _plain_bpe(raw, source)
         added = raw.get("added_tokens") or []
         self._controls: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._bytes = _spellings(raw["model"]["vocab"], added)
@@ -62,7 +64,6 @@ class Tokenizer:
         self._hidden = frozenset(hidden)
         self._longest = max(1, *map(len, self._bytes)) if self._bytes else 1
         self._cut = _CUT if _cut_is_safe(raw) else None
-        self._bpe = _plain_bpe(raw, source)
         self.vocab_size = len(self._bytes)
         self.bos_id = self._controls.get(bos)
         self.eos_id = self._controls.get(eos)
@@ -70,8 +71,12 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
         """The tokenizer.json of a checkpoint directory; tokenizer_config.json, if there, names BOS and EOS."""
-        file = Path(path) / "tokenizer.json"
-        settings = Path(path) / "tokenizer_config.json"
+        return cls.from_file(Path(path) / "tokenizer.json")
+
+    @classmethod
+    def from_file(cls, file: Path) -> Tokenizer:
+        """A file in the format of tokenizer.json, and the tokenizer_config.json beside it. Raises CheckpointError."""
+        settings = file.parent / "tokenizer_config.json"
         named = _read(settings) if settings.exists() else {}
         return cls(
             _read(file),
@@ -211,23 +216,44 @@ def _token_name(raw: object, default: str) -> str:
 
 def _check(raw: dict[str, Any], source: str) -> None:
     """Refuse what the byte tables below would get wrong."""
-    model = raw.get("model")
+    model, tokens = raw.get("model"), raw.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{source} has no BPE vocabulary under model.vocab.")
     decoder = raw.get("decoder") or {}
-    if model.get("type", "BPE") != "BPE" or decoder.get("type") != "ByteLevel":
+    decoder_type = decoder.get("type") if isinstance(decoder, dict) else decoder
+    if model.get("type", "BPE") != "BPE" or decoder_type != "ByteLevel":
         raise CheckpointError(
-            f"{source} is a {model.get('type')} tokenizer with decoder {decoder.get('type')!r}; "
+            f"{source} is a {model.get('type')} tokenizer with decoder {decoder_type!r}; "
             "only byte-level BPE is read, as DeepSeek-V4 uses."
         )
-    tokens = raw.get("added_tokens") or []
-    if not all(isinstance(t.get("id"), int) and isinstance(t.get("content"), str) for t in tokens):
+    if '"ByteLevel"' not in json.dumps([raw.get("pre_tokenizer"), raw.get("normalizer")]):
+        raise CheckpointError(
+            f"{source} has no ByteLevel step under pre_tokenizer, so that texts would lose characters."
+        )
+    if not isinstance(tokens, list) or not all(_is_added(token) for token in tokens):
         raise CheckpointError(f"{source} has an added token without id or content.")
+    wrong = next((name for name, i in model["vocab"].items() if not _is_id(i)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{source} gives {wrong!r} the id {model['vocab'][wrong]!r}, which is none.")
+    if not isinstance(model.get("merges"), list) or not all(_is_merge(merge) for merge in model["merges"]):
+        raise CheckpointError(f"{source} has no list of merges under model.merges, each of two tokens.")
+
+
+def _is_id(raw: object) -> bool:
+    return isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < _MOST_IDS
+
+
+def _is_added(raw: object) -> bool:
+    return isinstance(raw, dict) and _is_id(raw.get("id")) and isinstance(raw.get("content"), str)
+
+
+def _is_merge(raw: object) -> bool:
+    return isinstance(raw, str) or (isinstance(raw, list) and all(isinstance(part, str) for part in raw))
 
 
 def _cut_is_safe(raw: dict[str, Any]) -> bool:
     """True if the pre-tokeniser is DeepSeek's, whose pre-tokens never span a `_CUT`."""
-    if (raw.get("normalizer") or {"type": "Sequence", "normalizers": []}).get("normalizers") != []:
+    if raw.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
         return False
     rules = raw.get("pre_tokenizer") or {}
     steps = rules.get("pretokenizers", [rules])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,10 @@ class Files:
     def modified(self, fd: int) -> float:
         """Seconds since the epoch of the last write."""
         return os.fstat(fd).st_mtime
+
+    def free(self, directory: Path) -> int:
+        """Bytes that the file system of `directory` still has for this user, as far as it tells."""
+        return shutil.disk_usage(directory).free
 
     def names(self, directory: Path) -> list[str]:
         """Names in the directory, unsorted."""

@@ -33,7 +33,7 @@ class StoreStats(NamedTuple):
     bytes_used: bytes held of the quota, dead objects and padding included. bytes_written: everything handed to the
     medium, also headers, indexes and objects that were moved; divided by the payload bytes of successful puts it is
     the write amplification. bytes_read: payload bytes of successful gets. damaged: objects that were found unreadable
-    and forgotten. refused: puts that returned False.
+    and forgotten. refused: puts that returned False. bytes_room: what bytes_used may come to; 0: not known.
     """
 
     bytes_used: int = 0
@@ -42,6 +42,7 @@ class StoreStats(NamedTuple):
     bytes_read: int = 0
     damaged: int = 0
     refused: int = 0
+    bytes_room: int = 0
 
 
 class Store(Protocol):

@@ -4,8 +4,9 @@ Writing: one record after another into the open segment (`segment.py`), headers 
 is no fsync at all. What a killed process had written the kernel still has; what a power cut tears fails its checksum
 and is a miss. So nothing is gained by waiting for the disk, and nothing on the disk is ever trusted unread.
 
-Reclaiming: under the quota whole segments go, the least valuable first; objects in them that are used more than
-the average are carried over as long as all bytes written stay below MAX_AMPLIFICATION x the payload put.
+Reclaiming: under the quota, or what the file system has room for (`room.py`), whole segments go, the least valuable
+first; objects in them that are used more than the average are carried over as long as all bytes written stay below
+MAX_AMPLIFICATION x the payload put.
 
 Locks: `_index_lock` guards every dictionary and counter and is held for dictionary work only, never for a system
 call on data. `_write_lock` serialises appends, which the file system does anyway for one file; so at most one
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ from triptych.cache.store.protocol import Buffer, ObjectKey, StoreStats, as_view
 from triptych.cache.store.reclaim import least_valuable, worth_carrying
 from triptych.cache.store.record import HEADER_BYTES, Header, checksum_of, pack_header, parse_header, seal_of
 from triptych.cache.store.recovery import lock_directory, recover
+from triptych.cache.store.room import FULL, Room
 from triptych.cache.store.segment import (
     SUPERBLOCK_BYTES,
     Entry,
@@ -50,6 +51,8 @@ MAX_SEGMENTS = 256
 MIN_SEGMENTS = 32
 # all bytes written / payload bytes put; the promise is 1.3, and index files and headers must fit in, too
 MAX_AMPLIFICATION = 1.25
+# how often a put makes way on a full disk; segments that are being read free their space late
+TRIES = 3
 
 
 class _Fault(NamedTuple):
@@ -86,10 +89,11 @@ class SegmentStore:
         self.directory = directory
         self._seal = seal_of(fingerprint)
         self._quota = quota
-        fitting = max(min(SEGMENT_BYTES, quota // MIN_SEGMENTS), quota // MAX_SEGMENTS)
-        self._segment_bytes = min(segment_bytes or fitting, max(1, quota // 4))
+        self._most_in_segment = segment_bytes
+        self._segment_bytes = self._fitting(quota)
         self._clock = clock
         self._files = files or Files()
+        self._room = Room(self._files, directory, quota, clock, logger)
         self._faults = FaultLog(logger, time.monotonic)
         self._index_lock = threading.Lock()
         self._write_lock = threading.Lock()
@@ -107,19 +111,13 @@ class SegmentStore:
         coming = max(0, self._segment_bytes - self._open.end) if self._open else 0
         with self._write_lock:
             self._reclaim_down_to(self._quota - coming, carry=False)
-        self._compare_quota_with_disk()
+            # on a full disk nothing is given up before something comes that wants its place
+            self._segment_bytes = self._fitting(self._room.limit(self._held()))
 
-    def _compare_quota_with_disk(self) -> None:
-        """Say so where the disk will be full first: then nothing new is stored, as room is only made for the quota."""
-        room = shutil.disk_usage(self.directory).free + sum(segment.end for segment in self._segments.values())
-        if room < self._quota:
-            logger.warning(
-                "The disk cache %s may take %.1f GiB, but there is room for %.1f: once the disk is full, nothing new "
-                "is stored. Lower --disk-memory.",
-                self.directory,
-                self._quota / 2**30,
-                room / 2**30,
-            )
+    def _fitting(self, limit: int) -> int:
+        """Where a file ends in a store of `limit` bytes."""
+        fitting = max(min(SEGMENT_BYTES, limit // MIN_SEGMENTS), limit // MAX_SEGMENTS)
+        return min(self._most_in_segment or fitting, max(1, limit // 4))
 
     def put(self, key: ObjectKey, payload: Sequence[Buffer]) -> bool:
         """See `Store.put`."""
@@ -189,6 +187,7 @@ class SegmentStore:
                 bytes_read=self._read,
                 damaged=self._damaged,
                 refused=self._refused,
+                bytes_room=self._room.lately,
             )
 
     def close(self) -> None:
@@ -271,24 +270,37 @@ class SegmentStore:
 
     def _append(self, key: ObjectKey, views: list[memoryview], checksum: bytes, replaced: Entry | None = None) -> bool:
         """Write one record and make it visible. `replaced`: copy of this entry, valid only while that is current."""
-        length = total_bytes(views)
-        record = aligned(HEADER_BYTES + length)
-        try:
-            segment = self._segment_for(record, carrying=replaced is not None)
-            if segment is None:
-                return False
-            offset = segment.end
-            header = Header(key, length, checksum, dead=False)
-            raw = pack_header(header, place_of(self._seal, segment.number, offset))
+        header = Header(key, total_bytes(views), checksum, dead=False)
+        record = aligned(HEADER_BYTES + header.length)
+        reclaim = replaced is None and self._room.helps  # whoever carries is making way already
+        for _ in range(TRIES if reclaim else 1):
             try:
-                self._files.write_all(segment.fd, [raw, *views], offset)
-            except OSError:
-                self._cut(segment, offset)
-                raise
-        except OSError as error:
-            self._faults.report("write", f"The disk cache {self.directory} cannot be written: {error}.")
-            return False
-        return self._publish(Entry(key, segment, offset, length, self._clock()), record, replaced)
+                segment = self._segment_for(record, reclaim)
+                if segment is None:
+                    return False
+                entry = Entry(key, segment, segment.end, header.length, self._clock())
+                self._write_record(segment, header, views)
+                return self._publish(entry, record, replaced)
+            except OSError as error:
+                if error.errno not in FULL:
+                    self._faults.report("write", f"The disk cache {self.directory} cannot be written: {error}.")
+                    return False
+            self._room.met(self._held(), record)
+            if reclaim:
+                self._close_open()
+        if reclaim:
+            self._room.no_help()
+        return False
+
+    def _write_record(self, segment: Segment, header: Header, views: list[memoryview]) -> None:
+        """All of it at the segment's end, or nothing and an OSError."""
+        raw = pack_header(header, place_of(self._seal, segment.number, segment.end))
+        try:
+            self._files.write_all(segment.fd, [raw, *views], segment.end)
+        except OSError:
+            self._cut(segment, segment.end)
+            raise
+        self._room.found()
 
     def _publish(self, entry: Entry, record: int, replaced: Entry | None) -> bool:
         with self._index_lock:
@@ -314,26 +326,36 @@ class SegmentStore:
                 self._let_go(current.segment)
         return not stale
 
-    def _segment_for(self, record: int, carrying: bool) -> Segment | None:
-        """The segment to append `record` bytes to; None where the quota has no room. Raises OSError."""
+    def _segment_for(self, record: int, reclaim: bool) -> Segment | None:
+        """The segment to append `record` bytes to; None where there is no room. Raises OSError.
+
+        `reclaim`: whether others may go for a new one.
+        """
         segment = self._open
         if segment is not None and segment.end + record <= self._segment_bytes:
             return segment
+        limit = self._room.limit(self._held())
+        self._segment_bytes = self._fitting(limit)
         # room for the coming segment and for what reclaiming carries over, which is at most half a segment
         ahead = max(self._segment_bytes, SUPERBLOCK_BYTES + record) + self._segment_bytes // 2
         if ahead > self._quota:
             self._faults.report("size", f"An object of {record} bytes is too large for the quota of {self.directory}.")
+        if ahead > limit:
             return None
-        if segment is not None:
-            self._open = None
-            self._write_index(segment)
-        if not carrying:
-            if not self._reclaim_down_to(self._quota - ahead, carry=True):
+        self._close_open()
+        if reclaim:
+            if not self._reclaim_down_to(limit - ahead, carry=True):
                 return None
             if self._open is not None:  # opened for what was carried over
-                return self._segment_for(record, carrying)
+                return self._segment_for(record, reclaim)
         self._open = self._new_segment()
         return self._open
+
+    def _close_open(self) -> None:
+        """Nothing is appended to the open segment any more."""
+        segment, self._open = self._open, None
+        if segment is not None:
+            self._write_index(segment)
 
     def _new_segment(self) -> Segment:
         number = self._next_number
@@ -361,7 +383,7 @@ class SegmentStore:
 
     def _reclaim_down_to(self, limit: int, carry: bool) -> bool:
         """Drop segments until all files together have at most `limit` bytes; False where that is not possible."""
-        while sum(segment.end for segment in self._segments.values()) > limit:
+        while self._held() > limit:
             with self._index_lock:
                 closed = [segment for segment in self._segments.values() if segment is not self._open]
                 victim = least_valuable(closed, self._clock())
@@ -373,6 +395,10 @@ class SegmentStore:
                 self._carry(entry)
             self._drop(victim)
         return True
+
+    def _held(self) -> int:
+        """Bytes of all files, as far as the quota is concerned."""
+        return sum(segment.end for segment in self._segments.values())
 
     def _carry_budget(self, victim: Segment) -> int:
         half = min(victim.end, self._segment_bytes) // 2 - 2 * SUPERBLOCK_BYTES
@@ -432,7 +458,12 @@ class SegmentStore:
         try:
             count = write_index(self._files, segment, self._seal, entries)
         except OSError as error:
-            self._faults.report("index", f"The index of {segment.path} cannot be written: {error}.")
+            with self._index_lock:
+                segment.indexed = False  # close tries again
+            if error.errno in FULL:  # what was written of it takes room that records need
+                self._unlink(segment.index_path.with_suffix(".index.new"))
+            else:
+                self._faults.report("index", f"The index of {segment.path} cannot be written: {error}.")
             return
         with self._index_lock:
             self._written += count

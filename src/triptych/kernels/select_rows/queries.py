@@ -125,6 +125,17 @@ def _rounded_e2m1(x):
 
 
 @gluon.jit
+def _within(x, power):
+    """x [64, 128] and power [64] such that float16 holds what a head's products with MXFP4 keys may add up to.
+
+    Those are at most 6 * 2^5, see mxfp4.py."""
+    size = gl.sum(gl.abs(x), 1).to(gl.int32, bitcast=True)
+    over = gl.maximum((size >> 23) - 135 + ((size & 0x7FFFFF) > 0x2A8000).to(gl.int32), -60)  # 341 at most
+    x = x * gl.expand_dims(((127 - over) << 23).to(gl.float32, bitcast=True), 1)
+    return x, power + gl.convert_layout(over, power.type.layout)
+
+
+@gluon.jit
 def made(
     q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
 ):  # fmt: skip
@@ -146,6 +157,8 @@ def made(
         top = gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True)
         power = gl.maximum((top >> 23) - 135 + ((top & 0x7FFFFF) > 0x600000).to(gl.int32), -100)
         x = x * ((127 - power) << 23).to(gl.float32, bitcast=True)[:, None]
+    if KIND == 2:
+        x, power = _within(x, power)
     x = x.to(gl.float8e4nv)
     if KIND == 2:
         x = gl.reshape(gl.permute(gl.reshape(x, [64, 4, 4, 2, 4]), (0, 2, 3, 1, 4)), [64, 128])

@@ -13,6 +13,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 _RELU: Any = gl.constexpr("mul.sat.f32 $0, $1, 0f33000000;")
 """relu of a product times 2^-25, and so below 1: e4m3 sums over 128 dims are less than 2^25."""
@@ -107,14 +108,20 @@ def _code_layout(warps):
 
 
 @gluon.jit
+def weight_at(power_ptr, weight_ptr, head, heads):
+    """Weights of some heads of a row, times what queries lack."""
+    power = gl.load(power_ptr + head, mask=head < heads, other=0)
+    weight = gl.load(weight_ptr + head, mask=head < heads, other=0.0)
+    return weight * ((127 + power) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def weight_of(power_ptr, weight_ptr, i, heads):
-    """Weights of a row's heads, times what queries and products lack, in the order in which weights_of reads them.
+    """weight_at, times what products lack, in the order in which weights_of reads them.
 
     What a thread of a product needs comes 16 bytes a time."""
     head = i // 16 * 16 + i % 4 // 2 * 8 + i // 4 % 4 * 2 + i % 2
-    power = gl.load(power_ptr + head, mask=head < heads, other=0)
-    weight = gl.load(weight_ptr + head, mask=head < heads, other=0.0)
-    return weight * ((127 + power) << 23).to(gl.float32, bitcast=True) * _UNSATURATED
+    return weight_at(power_ptr, weight_ptr, head, heads) * _UNSATURATED
 
 
 @gluon.jit
@@ -193,6 +200,62 @@ def summed(sums, WARPS: gl.constexpr, ROWS: gl.constexpr):
     else:
         x = gl.reshape(gl.permute(x, (3, 0, 1, 2)), [32 * WARPS])
         return gl.convert_layout(x, line_layout(WARPS), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _sums_layout(warps):
+    """[16 warps, 8] sums over heads."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+
+
+@gluon.jit
+def columns_of(weights, WARPS: gl.constexpr):
+    """Weights [64] in shared memory -> [64, 8] float16, and the power of two that they lack.
+
+    Even columns have what weights are rounded to, odd ones what that leaves."""
+    B: gl.constexpr = gl.DotOperandLayout(1, _sums_layout(WARPS), 2)
+    w = weights.load(gl.SliceLayout(1, B))
+    power = gl.maximum((gl.max(gl.abs(w), 0).to(gl.int32, bitcast=True) >> 23) - 126, -100)
+    w = w * ((127 - power) << 23).to(gl.float32, bitcast=True)
+    high = w.to(gl.float16)
+    low = (w - high.to(gl.float32)).to(gl.float16)
+    odd = gl.arange(0, 8, layout=gl.SliceLayout(0, B)) & 1
+    return gl.where((odd == 0)[None, :], high[:, None], low[:, None]), power
+
+
+@gluon.jit
+def folded(s, w, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 64] -> their relus times weights, summed over heads: [16 WARPS, 4 of a quad], all alike."""
+    M: gl.constexpr = _sums_layout(WARPS)
+    one = gl.full_like(s, 1.0)
+    zero = gl.full_like(s, 0.0)
+    s = gl.inline_asm_elementwise(
+        "fma.rn.relu.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [s, one, zero], gl.float16, is_pure=True, pack=2
+    )
+    s = gl.convert_layout(s, gl.DotOperandLayout(0, M, 2), assert_trivial=True)
+    a, b = gl.split(gl.reshape(mma_v2(s, w, gl.zeros([s.shape[0], 8], gl.float32, layout=M)), [s.shape[0], 4, 2]))
+    return a + b
+
+
+@gluon.jit
+def folded_rows(s, w0, w1, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 2 rows of 64] folded by the rows' columns_of -> sums [16 WARPS, 2] in pair_layout."""
+    a, b = gl.split(gl.permute(gl.reshape(s, [16 * WARPS, 2, 64]), (0, 2, 1)))
+    x = picked(folded(a, w0, WARPS), folded(b, w1, WARPS), WARPS)
+    x = gl.reshape(gl.permute(x, (0, 2, 1, 3)), [16 * WARPS, 2])
+    return gl.convert_layout(x, pair_layout(WARPS), assert_trivial=True)
+
+
+@gluon.jit
+def picked(a, b, WARPS: gl.constexpr):
+    """Of sums [16 WARPS, 4 of a quad] of two rows or products, a thread's own: [WARPS, key of 8, half of keys, row or
+    product]."""
+    quad = gl.arange(0, 4, layout=gl.SliceLayout(0, a.type.layout))[None, :]
+    x = gl.where((quad & 1) == 0, a, b)
+    low, high = gl.split(gl.permute(gl.reshape(x, [WARPS, 2, 8, 2, 2]), (0, 2, 3, 4, 1)))
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, low.type.layout))))
+    half = gl.expand_dims(gl.expand_dims(gl.expand_dims(half, 0), 1), 3)
+    return gl.where(half == 0, low, high)
 
 
 @gluon.jit
