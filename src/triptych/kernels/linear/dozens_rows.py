@@ -74,7 +74,7 @@ def serves(rows: int, weight: Fp8Matrix) -> bool:
 
     With few columns the outputs would take the time, and many rows of very many are the library's."""
     columns = weight.shape[-1]
-    return serves_groups(rows, weight) and _COLUMNS <= columns and (rows <= 64 or columns <= 2 * _COLUMNS)
+    return serves_groups(rows, weight) and columns >= _COLUMNS and (rows <= 64 or columns <= 2 * _COLUMNS)
 
 
 def serves_groups(rows: int, weight: Fp8Matrix) -> bool:
