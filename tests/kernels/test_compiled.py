@@ -179,7 +179,8 @@ def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, parts:
     tiling = GROUPED if parts == 2 else tiling_of(rows, 4096)
     plan = planned(4096, 1536, 1536 + rest, 132, tiling)
     sizes = {"K": 4096, "OUT": 1536 + rest, "LATENT": 1536, "GROUP": 512, "N": rows, "PARTS": parts}
-    sizes |= {"STAGES": plan.places(tiling, rows, parts), "CHUNKS": plan.chunks(tiling), "SHARERS": plan.sharers}
+    sizes |= {"STAGES": plan.places(tiling, rows, parts), "SHARERS": plan.sharers}
+    sizes |= dict(zip(("CHUNK", "CHUNKS"), plan.chunks(tiling, rows), strict=True))
     sizes |= {"TALL": tiling.tall, "DEEP": tiling.deep, "TURNED": tiling.turned, "ROUND": parts == 2}
     blocks = {"w": tiling.tall, "rest": tiling.tall, "x": rows, "wide": rows}
     signature = {name: _type(name, sizes) for name in products.arg_names}

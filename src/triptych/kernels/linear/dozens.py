@@ -28,9 +28,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from triptych.kernels.quant.e4m3 import scale_of
 
-CHUNK = gl.constexpr(8)
-"""Blocks whose scales are brought at once."""
-
 
 @gluon.constexpr_function
 def line_of(k, latent, out, tall, deep):
@@ -55,41 +52,70 @@ def sums_of(half, tall, n, turned, deep):
 
 
 @gluon.jit
+def _fetch_weights(
+    w, rest, ring, stage, place, K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, DEEP: gl.constexpr
+):
+    """The weights of a stage of the line, on their way to a place of the ring."""
+    ws, _, full, _ = ring
+    TALL: gl.constexpr = ws.shape[1]
+    DEPTH: gl.constexpr = K // 128 // DEEP
+    if FIRST == ALL or stage < FIRST:
+        for i in gl.static_range(DEEP):
+            at = [stage // DEPTH * TALL, (stage % DEPTH * DEEP + i) * 128]
+            tma.async_copy_global_to_shared(w, at, full.index(place), ws.index(place * DEEP + i))
+    else:
+        for i in gl.static_range(DEEP):
+            at = [(stage - FIRST) // (2 * DEPTH) * TALL, ((stage - FIRST) % (2 * DEPTH) * DEEP + i) * 64]
+            to = ws.index(place * DEEP + i)._reinterpret(gl.bfloat16, [TALL, 64], gl.NVMMASharedLayout(128, 16))
+            tma.async_copy_global_to_shared(rest, at, full.index(place), to)
+
+
+@gluon.jit
+def _fetch_rows(
+    x, wide, ring, stage, place, rows, K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr,
+    GROUP: gl.constexpr, DEEP: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """What these weights are multiplied by."""
+    ws, xs, full, _ = ring
+    DEPTH: gl.constexpr = K // 128 // DEEP
+    if FIRST == ALL or stage < FIRST:
+        column = stage // DEPTH * ws.shape[1] // GROUP * K + stage % DEPTH * (DEEP * 128)
+        for i in gl.static_range(DEEP * PARTS):
+            at = [i % PARTS * rows, column + i // PARTS * 128]
+            tma.async_copy_global_to_shared(x, at, full.index(place), xs.index(place * (DEEP * PARTS) + i))
+    else:
+        for i in gl.static_range(DEEP):
+            at = [0, ((stage - FIRST) % (2 * DEPTH) * DEEP + i) * 64]
+            to = xs.index(place * DEEP + i)._reinterpret(gl.bfloat16, [xs.shape[1], 64], gl.NVMMASharedLayout(128, 16))
+            tma.async_copy_global_to_shared(wide, at, full.index(place), to)
+
+
+@gluon.jit
 def _fetch(
     w, rest, x, wide, ring, begin, end, rows,
     K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     DEEP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Stages [begin, end) of the line."""
+    """Stages [begin, end) of the line. Weights that fit do not wait for the launch which parts the rows."""
     ws, xs, full, empty = ring
-    TALL: gl.constexpr = ws.shape[1]
-    N: gl.constexpr = xs.shape[1]
-    DEPTH: gl.constexpr = K // 128 // DEEP
-    W: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    BYTES: gl.constexpr = DEEP * 128 * (ws.shape[1] + PARTS * xs.shape[1])
+    phase = 1  # all places are empty
     if PARTS == 2:
+        ahead = gl.minimum(end - begin, STAGES)
+        for i in range(ahead):
+            mbarrier.expect(full.index(i), BYTES)
+            _fetch_weights(w, rest, ring, begin + i, i, K, FIRST, ALL, DEEP)
         gdc_wait()
+        for i in range(ahead):
+            _fetch_rows(x, wide, ring, begin + i, i, rows, K, FIRST, ALL, GROUP, DEEP, PARTS)
+        begin += ahead
+        phase = 0
     place = 0
-    phase = 1  # all are empty
     for stage in range(begin, end):
         mbarrier.wait(empty.index(place), phase)
-        bar = full.index(place)
-        mbarrier.expect(bar, DEEP * 128 * (TALL + PARTS * N))
-        if FIRST == ALL or stage < FIRST:
-            row = stage // DEPTH * TALL
-            for i in gl.static_range(DEEP):
-                column = (stage % DEPTH * DEEP + i) * 128
-                tma.async_copy_global_to_shared(w, [row, column], bar, ws.index(place * DEEP + i))
-                for part in gl.static_range(PARTS):
-                    to = xs.index((place * DEEP + i) * PARTS + part)
-                    tma.async_copy_global_to_shared(x, [part * rows, row // GROUP * K + column], bar, to)
-        else:
-            row = (stage - FIRST) // (2 * DEPTH) * TALL
-            for i in gl.static_range(DEEP):
-                column = ((stage - FIRST) % (2 * DEPTH) * DEEP + i) * 64
-                w_to = ws.index(place * DEEP + i)._reinterpret(gl.bfloat16, [TALL, 64], W)
-                tma.async_copy_global_to_shared(rest, [row, column], bar, w_to)
-                x_to = xs.index(place * DEEP + i)._reinterpret(gl.bfloat16, [N, 64], W)
-                tma.async_copy_global_to_shared(wide, [0, column], bar, x_to)
+        mbarrier.expect(full.index(place), BYTES)
+        _fetch_weights(w, rest, ring, stage, place, K, FIRST, ALL, DEEP)
+        _fetch_rows(x, wide, ring, stage, place, rows, K, FIRST, ALL, GROUP, DEEP, PARTS)
         place, phase = _next(place, phase, STAGES)
 
 
@@ -104,9 +130,10 @@ def _next(place, phase, STAGES: gl.constexpr):
 def _keep_factors(
     factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready,
     HALF: gl.constexpr, K: gl.constexpr, FIRST: gl.constexpr, GROUP: gl.constexpr, TALL: gl.constexpr,
-    DEEP: gl.constexpr,
+    DEEP: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """Scales of weights times scales of rows, of every FP8 block of this program: half of them by each warpgroup."""
+    """Scales of weights times scales of rows, of every FP8 block of this program, CHUNK at a time by each
+    warpgroup: one after the other would each take the time of a load."""
     DEPTH: gl.constexpr = K // 128
     N: gl.constexpr = factors.shape[1]
     CHUNKS: gl.constexpr = factors.shape[0] // CHUNK
@@ -129,14 +156,14 @@ def _multiply(
     f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
     HALF: gl.constexpr, K: gl.constexpr, OUT: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, PARTS: gl.constexpr, SHARERS: gl.constexpr,
-    TURNED: gl.constexpr, ROUND: gl.constexpr,
+    TURNED: gl.constexpr, ROUND: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Half of each tile by stages [begin, end) of the line."""
     DEPTH: gl.constexpr = K // 128 // DEEP
     TALL: gl.constexpr = ring[0].shape[1]
     if PARTS == 2:
         gdc_wait()
-    _keep_factors(factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready, HALF, K, FIRST, GROUP, TALL, DEEP)
+    _keep_factors(factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready, HALF, K, FIRST, GROUP, TALL, DEEP, CHUNK)
     place = 0  # in the ring, of the next stage
     phase = 0
     at = begin
@@ -332,8 +359,8 @@ def _store(
 def products(
     w, f_ptr, rest, x, s_ptr, wide, out_ptr, scale_ptr, part_ptr, count_ptr, rows, s_row, s_group,
     K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, DEEP: gl.constexpr, TALL: gl.constexpr, PARTS: gl.constexpr, CHUNKS: gl.constexpr,
-    SHARERS: gl.constexpr, TURNED: gl.constexpr, ROUND: gl.constexpr,
+    STAGES: gl.constexpr, DEEP: gl.constexpr, TALL: gl.constexpr, PARTS: gl.constexpr, CHUNK: gl.constexpr,
+    CHUNKS: gl.constexpr, SHARERS: gl.constexpr, TURNED: gl.constexpr, ROUND: gl.constexpr,
 ):  # fmt: skip
     """out [rows, OUT] of up to N rows x: outputs below LATENT by the FP8 matrix `w`, the others by `rest` in bf16.
 
@@ -363,11 +390,11 @@ def products(
         [
             (_multiply, (
                 f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
-                0, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND,
+                0, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND, CHUNK,
             )),
             (_multiply, (
                 f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
-                1, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND,
+                1, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND, CHUNK,
             )),
             (_fetch, (
                 w, rest, x, wide, ring, begin, end, rows, K, FIRST, ALL, GROUP, STAGES, DEEP, PARTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.linear.counters import counters
-from triptych.kernels.linear.dozens import CHUNK, line_of, products
+from triptych.kernels.linear.dozens import line_of, products
 from triptych.kernels.linear.few_rows import blocks_of
 from triptych.kernels.linear.rounding import parted
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix
 
 _MOST = 128
 _COLUMNS = 4096
-_CHUNK = int(CHUNK.value)
+_LOADS = 32  # of scales by a thread at once
 _MEMORY = 224 << 10
 """Bytes of shared memory for the ring and scales."""
 
@@ -55,19 +56,25 @@ class Plan(NamedTuple):
     stages: int
     sharers: int
 
-    def chunks(self, tiling: Tiling) -> int:
-        """Of the scales of a program."""
-        return -(-self.stages * tiling.deep // _CHUNK)
+    def chunks(self, tiling: Tiling, n: int) -> tuple[int, int]:
+        """Blocks of a program whose scales for n rows a warpgroup brings at once, and how many times."""
+        blocks = self.stages * tiling.deep
+        chunk = min(triton.next_power_of_2(-(-blocks // 2)), _LOADS * 128 // n)
+        return chunk, -(-blocks // chunk)
 
     def places(self, tiling: Tiling, n: int, parts: int) -> int:
         """Of the ring, beside the scales, for n rows of so many parts."""
-        room = _MEMORY - self.chunks(tiling) * _CHUNK * 4 * n
+        chunk, chunks = self.chunks(tiling, n)
+        room = _MEMORY - chunk * chunks * 4 * n
         return min(self.stages, room // (tiling.deep * 128 * (tiling.tall + parts * n)))
 
 
 def serves(rows: int, weight: Fp8Matrix) -> bool:
-    """Whether these are the products of so many rounded rows; with few columns the outputs would take the time."""
-    return serves_groups(rows, weight) and weight.shape[-1] >= _COLUMNS
+    """Whether these are the products of so many rounded rows.
+
+    With few columns the outputs would take the time, and many rows of very many are the library's."""
+    columns = weight.shape[-1]
+    return serves_groups(rows, weight) and columns >= _COLUMNS and (rows <= 64 or columns <= 2 * _COLUMNS)
 
 
 def serves_groups(rows: int, weight: Fp8Matrix) -> bool:
@@ -76,9 +83,10 @@ def serves_groups(rows: int, weight: Fp8Matrix) -> bool:
 
 
 def tiling_of(rows: int, depth: int) -> Tiling:
-    """Of rounded rows; measured on an H200."""
-    deep = 2 if depth % 256 == 0 else 1
-    return Tiling(64, deep, rows <= 64 or depth < 8192)
+    """Of rounded rows; measured on an H200. Narrow tiles leave less to add up, wide ones read rows less often."""
+    tall = 64 if depth >= 2 * _COLUMNS else 32
+    deep = 4 if tall == 32 and rows <= 64 else 2
+    return Tiling(tall, math.gcd(deep, depth // 128), tall == 64 and rows <= 64)
 
 
 def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, tiling: Tiling | None = None) -> Tensor:
@@ -112,6 +120,7 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling, scales: Tensor | None 
     latent, depth = weight.shape
     n = max(32 if tiling.turned else 64, triton.next_power_of_2(rows))
     plan = planned(depth, latent, columns, multiprocessors(out.device), tiling)
+    chunk, chunks = plan.chunks(tiling, n)
     floats = plan.programs * 2 * tiling.tall * n if plan.sharers > 1 else 0
     part = torch.empty(floats, dtype=torch.float32, device=out.device)
     w, x = blocks_of(weight.values, tiling.tall), blocks_of(given.values, n)
@@ -129,7 +138,8 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling, scales: Tensor | None 
         DEEP=tiling.deep,
         TALL=tiling.tall,
         PARTS=parts,
-        CHUNKS=plan.chunks(tiling),
+        CHUNK=chunk,
+        CHUNKS=chunks,
         SHARERS=plan.sharers,
         TURNED=tiling.turned,
         ROUND=scales is not None,

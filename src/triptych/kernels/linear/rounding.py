@@ -39,11 +39,12 @@ def parted(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch(x: Tensor, out: Fp8Rows, pairs: bool) -> None:
     rows, width = x.shape
-    _round[(rows, triton.cdiv(width, 1024))](
+    groups = 32 if pairs else 8  # of a program; of pairs all programs run at once, so that the next launch may begin
+    _round[(rows, triton.cdiv(width, groups * 128))](
         *(x.contiguous(), out.values, out.scales, rows, width, *out.scales.stride()),
         PAIRS=pairs,
         EARLY=pairs and x.is_cuda,
-        GROUPS=8,
+        GROUPS=groups,
         num_warps=4,
     )
 

@@ -1,12 +1,13 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
-    up to 32 rows    one launch that streams the weights (few.py; of rows that are not rounded up to 16, whole.py)
-    up to 128        one launch whose copies run ahead of its products (dozens.py)
+    up to 32 rows    one launch that streams the weights (few.py)
+    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py)
     more             the library's, or tiles of many.py where that cannot serve
 
-Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
-made them where that can round, or are rounded here first. Dense weights go to the library, released ones on other GPUs
-than Hopper to portable.py.
+All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
+made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
+to 16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs than Hopper to
+portable.py.
 """
 
 from __future__ import annotations
