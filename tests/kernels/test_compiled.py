@@ -75,7 +75,7 @@ def test_many_programs_of_experts_fit_a_multiprocessor(
 
     if INTERPRETED:
         pytest.skip("the interpreter has taken the compiler's place")
-    sizes = {"DIM": 4096, "INNER": 2048, "TOPK": 6, "PAIRS": pairs, "ONCE": True, "TALL": pairs, "KS": blocks}
+    sizes = {"DIM": 4096, "INNER": 2048, "TOPK": 6, "PAIRS": pairs, "TALL": pairs, "KS": blocks}
     sizes |= {"STAGES": stages, "PARTS": 2, "SHARED_STAGES": stages * blocks // 2}
     signature = {name: _type(name, sizes) for name in experts.arg_names} | {"limit": "fp32", "out_ptr": "*bf16"}
     signature |= {f"{name}_ptr": "*u8" for name in ("x", "top13", "top2")}

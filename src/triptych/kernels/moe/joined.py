@@ -40,11 +40,11 @@ def experts(
     x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values13, scales13, top13_ptr, values2, scales2, top2_ptr,
     shared13, scale13_ptr, shared2, scale2_ptr, h_ptr, sums_ptr, each_ptr, out_ptr, ready_ptr, count_ptr,
     rows, pairs, tiles, limit,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, ONCE: gl.constexpr,
-    TALL: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
+    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, TALL: gl.constexpr,
+    KS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """x [rows, DIM] e4m3, xs [DIM / 128, rows], tiles and order -> out [rows, DIM] bfloat16; see few.up. A
-    program multiplies by PAIRS pairs of its tile at a time: ONCE, where no tile has more.
+    """x [rows, DIM] e4m3, xs [DIM / 128, rows], tiles of up to PAIRS pairs and order -> out [rows, DIM]
+    bfloat16; see few.up.
 
     values and scales are descriptors of tiles in blocks of KS; shared13 and shared2 of the shared expert's matrices.
     h [pairs, INNER], sums [PARTS, 2, rows, INNER] and each [pairs + PARTS * rows, DIM], all float32, are scratch. TALL
@@ -57,7 +57,7 @@ def experts(
     elif at < INNER // 32 * (PARTS + tiles):
         _up(
             at - INNER // 32 * PARTS, x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values13, scales13, top13_ptr,
-            h_ptr, ready_ptr + 1, rows, limit, DIM, INNER, TOPK, PAIRS, ONCE, KS, STAGES,
+            h_ptr, ready_ptr + 1, rows, limit, DIM, INNER, TOPK, PAIRS, KS, STAGES,
         )  # fmt: skip
     else:
         at -= INNER // 32 * (PARTS + tiles)
@@ -72,125 +72,79 @@ def experts(
         else:
             _down(
                 at - DIM // 64 * PARTS, tile_ptr, order_ptr, values2, scales2, top2_ptr, h_ptr, ready_ptr + 1, each_ptr,
-                out_ptr, count_ptr, rows, pairs, DIM, INNER, TOPK, PAIRS, ONCE, PARTS, KS, STAGES,
+                out_ptr, count_ptr, rows, pairs, DIM, INNER, TOPK, PAIRS, PARTS, KS, STAGES,
             )  # fmt: skip
 
 
 @gluon.jit
 def _up(
     at, x_ptr, xs_ptr, tile_ptr, order_ptr, gate_ptr, values, scales_of_w, top_ptr, h_ptr, ready_ptr, rows, limit,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, ONCE: gl.constexpr,
-    KS: gl.constexpr, STAGES: gl.constexpr,
+    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, KS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """32 hidden columns of the pairs of a tile."""
+    """32 hidden columns of a tile's pairs."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    SHARE: gl.constexpr = shared_by(DIM, PAIRS)
     tile, piece = at // (INNER // 32), at % (INNER // 32)
     expert, start, count = entry(tile_ptr, tile)
     ws, es, bar = stages(KS, 1, STAGES)
     if expert >= 0:
+        order_ptr += start
         top_ptr += expert * (2 * INNER) + piece * 32
         row = expert * (INNER // 32) + piece
-        if ONCE:
-            _hidden_of(
-                x_ptr, xs_ptr, order_ptr + start, count, gate_ptr, values, scales_of_w, ws, es, bar, 0, row, top_ptr,
-                h_ptr + piece * 32, rows, limit, DIM, INNER, TOPK, PAIRS, KS, STAGES,
-            )  # fmt: skip
-        else:
-            it = 0
-            for first in range(0, count, PAIRS):
-                _hidden_of(
-                    x_ptr, xs_ptr, order_ptr + start + first, count - first, gate_ptr, values, scales_of_w, ws, es, bar,
-                    it, row, top_ptr, h_ptr + piece * 32, rows, limit, DIM, INNER, TOPK, PAIRS, KS, STAGES,
-                )  # fmt: skip
-                it += DIM // 128 // KS
+        begin(values, scales_of_w, ws, es, bar, 0, row, KS, 1, STAGES)
+        p = gl.arange(0, 8, slot_layout(rows_layout())) % PAIRS
+        of = gl.load(order_ptr + p, mask=p < count, other=0) // TOPK
+        xs = rows_in_slots(x_ptr, of, p < count, DIM, DIM, PAIRS, SHARE, True)
+        p = gl.arange(0, 8, scale_slot_layout(KS)) % PAIRS
+        of = gl.load(order_ptr + p, mask=p < count, other=0) // TOPK
+        fs = scales(xs_ptr, of, p < count, rows, DIM, KS, PAIRS, SHARE)
+        fence_async_shared()  # by those who wrote x, before the barrier
+        gl.thread_barrier()
+        m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
+        top = gl.load(top_ptr + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER)
+        acc = multiply(values, scales_of_w, ws, es, bar, 0, row, -1, xs, fs, top, DIM, KS, 1, STAGES, MMA, SHARE)
+        halves = gl.reshape(of_pairs(acc, PAIRS), [4, 2, 8, PAIRS])
+        gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
+        gate, up = gl.reshape(gate, [32, PAIRS]), gl.reshape(up, [32, PAIRS])
+        L: gl.constexpr = gate.type.layout
+        j = gl.arange(0, PAIRS, gl.SliceLayout(0, L))
+        pair = gl.load(order_ptr + j, mask=j < count, other=0)
+        weight = gl.load(gate_ptr + pair, mask=j < count, other=0.0)
+        to = h_ptr + piece * 32 + pair[None, :] * INNER + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
+        gl.store(to, swiglu(gate, up, limit) * weight[None, :], mask=(j < count)[None, :])
         done(ready_ptr + tile)
-
-
-@gluon.jit
-def _hidden_of(
-    x_ptr, xs_ptr, order_ptr, count, gate_ptr, values, scales_of_w, ws, es, bar, it, row, top_ptr, h_ptr, rows, limit,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, KS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """The same of up to PAIRS pairs; `it` chunks went through the stages before."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    SHARE: gl.constexpr = shared_by(DIM, PAIRS)
-    begin(values, scales_of_w, ws, es, bar, it, row, KS, 1, STAGES)
-    p = gl.arange(0, 8, slot_layout(rows_layout())) % PAIRS
-    of = gl.load(order_ptr + p, mask=p < count, other=0) // TOPK
-    xs = rows_in_slots(x_ptr, of, p < count, DIM, DIM, PAIRS, SHARE, True)
-    p = gl.arange(0, 8, scale_slot_layout(KS)) % PAIRS
-    of = gl.load(order_ptr + p, mask=p < count, other=0) // TOPK
-    fs = scales(xs_ptr, of, p < count, rows, DIM, KS, PAIRS, SHARE)
-    fence_async_shared()  # by those who wrote x, before the barrier
-    gl.thread_barrier()
-    m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
-    top = gl.load(top_ptr + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER)
-    acc = multiply(values, scales_of_w, ws, es, bar, it, row, -1, xs, fs, top, DIM, KS, 1, STAGES, MMA, SHARE)
-    halves = gl.reshape(of_pairs(acc, PAIRS), [4, 2, 8, PAIRS])
-    gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
-    gate, up = gl.reshape(gate, [32, PAIRS]), gl.reshape(up, [32, PAIRS])
-    L: gl.constexpr = gate.type.layout
-    j = gl.arange(0, PAIRS, gl.SliceLayout(0, L))
-    pair = gl.load(order_ptr + j, mask=j < count, other=0)
-    weight = gl.load(gate_ptr + pair, mask=j < count, other=0.0)
-    to = h_ptr + pair[None, :] * INNER + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
-    gl.store(to, swiglu(gate, up, limit) * weight[None, :], mask=(j < count)[None, :])
 
 
 @gluon.jit
 def _down(
     at, tile_ptr, order_ptr, values, scales_of_w, top_ptr, h_ptr, ready_ptr, each_ptr, out_ptr, count_ptr, rows, pairs,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, ONCE: gl.constexpr,
-    PARTS: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr,
+    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, PARTS: gl.constexpr,
+    KS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """64 outputs of the pairs of a tile; whoever is last of a row's experts adds them up."""
+    """64 outputs of a tile's pairs; whoever is last of a row's experts adds them up."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    SHARE: gl.constexpr = shared_by(INNER, PAIRS)
     tile, piece = at // (DIM // 64), at % (DIM // 64)
     expert, start, count = entry(tile_ptr, tile)
     ws, es, bar = stages(KS, 1, STAGES)
     if expert >= 0:
+        order_ptr += start
         top_ptr += expert * DIM + piece * 64
         row = expert * (DIM // 64) + piece
-        if ONCE:
-            _outputs_of(
-                order_ptr + start, count, values, scales_of_w, ws, es, bar, 0, row, top_ptr, h_ptr, ready_ptr + tile,
-                each_ptr, out_ptr, count_ptr, piece * 64, rows, pairs, DIM, INNER, TOPK, PAIRS, PARTS, KS, STAGES,
-            )  # fmt: skip
-        else:
-            it = 0
-            for first in range(0, count, PAIRS):
-                _outputs_of(
-                    order_ptr + start + first, count - first, values, scales_of_w, ws, es, bar, it, row, top_ptr, h_ptr,
-                    ready_ptr + tile, each_ptr, out_ptr, count_ptr, piece * 64, rows, pairs,
-                    DIM, INNER, TOPK, PAIRS, PARTS, KS, STAGES,
-                )  # fmt: skip
-                it += INNER // 128 // KS
-
-
-@gluon.jit
-def _outputs_of(
-    order_ptr, count, values, scales_of_w, ws, es, bar, it, row, top_ptr, h_ptr, ready_ptr, each_ptr, out_ptr,
-    count_ptr, n0, rows, pairs,
-    DIM: gl.constexpr, INNER: gl.constexpr, TOPK: gl.constexpr, PAIRS: gl.constexpr, PARTS: gl.constexpr,
-    KS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The same, from n0 on, of up to PAIRS pairs. The first time, when `it` is 0, hidden values are waited for."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    SHARE: gl.constexpr = shared_by(INNER, PAIRS)
-    begin(values, scales_of_w, ws, es, bar, it, row, KS, 1, STAGES)
-    p = gl.arange(0, 8, slot_layout(hidden_layout())) % PAIRS
-    of = gl.load(order_ptr + p, mask=p < count, other=0)
-    top = gl.load(top_ptr + gl.arange(0, 64, gl.SliceLayout(1, MMA)))
-    if it == 0:
-        wait_for(ready_ptr, INNER // 32, DIM // 64)
-    xs, fs = hidden(h_ptr, of, p < count, INNER, KS, PAIRS, SHARE)
-    fence_async_shared()
-    gl.thread_barrier()
-    acc = multiply(values, scales_of_w, ws, es, bar, it, row, -1, xs, fs, top, INNER, KS, 1, STAGES, MMA, SHARE)
-    total = of_pairs(acc, PAIRS)
-    j = gl.arange(0, PAIRS, gl.SliceLayout(0, total.type.layout))
-    pair = gl.load(order_ptr + j, mask=j < count, other=0)
-    keep(total, pair, j < count, each_ptr, n0, DIM)
-    j8 = gl.arange(0, 8, gl.SliceLayout(1, sum_layout(1)))
-    mine = (j8 < count) & (j8 < PAIRS)
-    t8 = gl.load(order_ptr + j8, mask=mine, other=0) // TOPK
-    add(t8, mine, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, 1)
+        begin(values, scales_of_w, ws, es, bar, 0, row, KS, 1, STAGES)
+        p = gl.arange(0, 8, slot_layout(hidden_layout())) % PAIRS
+        of = gl.load(order_ptr + p, mask=p < count, other=0)
+        top = gl.load(top_ptr + gl.arange(0, 64, gl.SliceLayout(1, MMA)))
+        wait_for(ready_ptr + tile, INNER // 32, DIM // 64)
+        xs, fs = hidden(h_ptr, of, p < count, INNER, KS, PAIRS, SHARE)
+        fence_async_shared()
+        gl.thread_barrier()
+        acc = multiply(values, scales_of_w, ws, es, bar, 0, row, -1, xs, fs, top, INNER, KS, 1, STAGES, MMA, SHARE)
+        total = of_pairs(acc, PAIRS)
+        j = gl.arange(0, PAIRS, gl.SliceLayout(0, total.type.layout))
+        pair = gl.load(order_ptr + j, mask=j < count, other=0)
+        keep(total, pair, j < count, each_ptr, piece * 64, DIM)
+        j8 = gl.arange(0, 8, gl.SliceLayout(1, sum_layout(1)))
+        t8 = gl.load(order_ptr + j8, mask=j8 < count, other=0) // TOPK
+        add(t8, j8 < count, each_ptr, out_ptr, count_ptr, piece * 64, rows, pairs, TOPK, PARTS, DIM, 1)

@@ -91,20 +91,21 @@ def moe_rows_on_gpu(
     assert isinstance(shared13, Fp8Matrix) and isinstance(shared2, Fp8Matrix)
     matrices, counters = Matrices(w13, w2, shared13, shared2, limit), _counters(w2.values.device)
     if isinstance(x, Uncollapsed):
-        return _at_once(Routed(*route_together(x, token_ids, router)), matrices, len(x.streams))
+        assert len(x.streams) == 1, "of more rows that router's tiles have more pairs than a program takes"
+        return _at_once(Routed(*route_together(x, token_ids, router)), matrices)
     rows, k, count = len(x), router.experts_per_token, w2.shape[0]
     most = _PAIRS if rows > _TOGETHER else min(rows, _FEW_PAIRS)
     tiles = min(rows * k, rows * k // most + min(rows * k, count))
     routed = Routed(*route_few(x.contiguous(), token_ids, router, most, tiles, counters[0]))
-    return _in_turn(routed, matrices) if rows > _TOGETHER else _at_once(routed, matrices, most)
+    return _in_turn(routed, matrices) if rows > _TOGETHER else _at_once(routed, matrices)
 
 
-def _at_once(routed: Routed, moe: Matrices, most: int) -> Tensor:
-    """All of it in one launch: see joined.py. A tile has up to `most` pairs."""
+def _at_once(routed: Routed, moe: Matrices) -> Tensor:
+    """All of it in one launch: see joined.py. A tile has one pair of a single row, of more up to two."""
     rows, dim = routed.x.values.shape
     k, inner, tiles, dev = routed.weights.shape[1], moe.w2.shape[2], len(routed.tile), routed.tile.device
     columns = math.gcd(dim, inner)
-    usual, at_a_time = ONE if rows == 1 else FEW, min(_FEW_PAIRS, rows)
+    usual = ONE if rows == 1 else FEW
     blocks, parts = blocks_of(columns, usual.blocks), parts_of(columns)
     stages = min(usual.stages, columns // 128 // blocks)
     shared_stages = max(1, min(stages * blocks * TILE_BYTES // _BLOCK_BYTES, columns // 128 // parts))
@@ -118,8 +119,8 @@ def _at_once(routed: Routed, moe: Matrices, most: int) -> Tensor:
         *(*descriptors(moe.w13, 1, blocks), moe.w13.tops, *descriptors(moe.w2, 1, blocks), moe.w2.tops),
         *(gates_and_ups(moe.shared13.values), moe.shared13.scales, plain(moe.shared2.values, 64), moe.shared2.scales),
         *(hidden, sums, each, out, ready, counted, rows, rows * k, tiles, moe.limit),
-        **dict(DIM=dim, INNER=inner, TOPK=k, PAIRS=at_a_time, ONCE=most <= at_a_time),
-        **dict(TALL=triton.next_power_of_2(rows), KS=blocks, STAGES=stages, PARTS=parts, SHARED_STAGES=shared_stages),
+        **dict(DIM=dim, INNER=inner, TOPK=k, PAIRS=min(_FEW_PAIRS, rows), TALL=triton.next_power_of_2(rows)),
+        **dict(KS=blocks, STAGES=stages, PARTS=parts, SHARED_STAGES=shared_stages),
         num_warps=4,
         maxnreg=128 if rows == 1 else 96,  # as many programs as there is shared memory for
     )
