@@ -188,7 +188,7 @@ def _site_of(rows: int, dim: int) -> tuple[Tensor, Residual, MhcSite, Tensor]:
     return y.to(torch.bfloat16), Residual(streams.to(torch.bfloat16), post, comb), site, norm
 
 
-@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
+@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("pro", 1)])
 def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
     y, before, site, norm = _site_of(rows, DIMS[name][0])
     assert together.fits(before.streams)
@@ -220,7 +220,7 @@ def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("hashed", [False, True])
-@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
+@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("pro", 1)])
 def test_a_mixture_runs_the_site_of_few_rows(name: str, rows: int, hashed: bool) -> None:
     router, moe, shared = _layer(name, hashed)
     y, before, site, norm = _site_of(rows, DIMS[name][0])

@@ -30,8 +30,8 @@ SHARES = gl.constexpr(16)
 PLACES = gl.constexpr(64)
 """Numbers of a row and slice: 24 maps, 16 products, and room."""
 
-_MOST = 4  # rows, of which a program has all; of wide ones, whose routers have more experts, one
-_NARROW = 4096
+_MOST = 1
+"""Rows up to which one launch is faster than two: with the router of four rows it took 34 to 41 us instead of 13."""
 _MAPS = gl.constexpr(24)
 _TOLD = gl.constexpr(40)
 
@@ -40,9 +40,8 @@ def fits(streams: Tensor) -> bool:
     """Whether a launch serves rows [R, n, d]: two programs fit each multiprocessor, so that all run side by side."""
     rows, n, dim = streams.shape
     on = streams.dtype == torch.bfloat16 and is_hopper(streams.device)
-    few = rows <= (_MOST if dim <= _NARROW else 1)
     programs = dim // WIDE.value * SHARES.value + rows + 1
-    return on and n == 4 and few and dim % WIDE.value == 0 and programs <= 2 * multiprocessors(streams.device)
+    return on and n == 4 and rows <= _MOST and dim % WIDE.value == 0 and programs <= 2 * multiprocessors(streams.device)
 
 
 def collapse(row: Uncollapsed, *, first: bool = False) -> Tensor | BothRows:
