@@ -77,7 +77,7 @@ def test_scales_of_rows_may_lie_either_way(rows: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [(1536, 2624, 4096), (256, 1000, 1024), (192, 392, 256)])
-@pytest.mark.parametrize("rows", [1, 5, 16, 60, 100])
+@pytest.mark.parametrize("rows", [1, 5, 16, 30, 60, 100])
 @pytest.mark.parametrize("run", [front_linear, portable.front_linear], ids=("own", "portable"))
 def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     latent, rest, k = columns

@@ -64,12 +64,10 @@ def query_layout():
 
 
 @gluon.jit
-def _turned(x, cos_ptr, sin_ptr, ROPE: gl.constexpr):
-    """x [64, 128] with the last ROPE dims rotated in pairs."""
+def _turned(x, turns):
+    """x [64, 128] with its last dims rotated in pairs."""
     even, odd = gl.split(gl.reshape(x, [64, 64, 2]))
-    pair = gl.arange(0, 64, layout=gl.SliceLayout(0, even.type.layout)) - (128 - ROPE) // 2
-    cos = gl.load(cos_ptr + pair, mask=pair >= 0, other=1.0)[None, :]
-    sin = gl.load(sin_ptr + pair, mask=pair >= 0, other=0.0)[None, :]
+    cos, sin = turns[0][None, :], turns[1][None, :]
     return gl.reshape(gl.join(even * cos - odd * sin, odd * cos + even * sin), [64, 128])
 
 
@@ -136,18 +134,37 @@ def _within(x, power):
 
 
 @gluon.jit
-def made(
-    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
-):  # fmt: skip
-    """Queries of a row at q_ptr -> [64, 128] e4m3, which lack 2^power [64], by eight warps.
-
-    For MXFP4 keys their dims are in the order in which mxfp4.py expands those."""
+def asked_for(q_ptr, cos_ptr, sin_ptr, heads, ROPE: gl.constexpr):
+    """Queries of a row at q_ptr [64, 128], 0 beyond `heads`, and what pairs of their dims are rotated by, 1 and 0 for
+    all but the last ROPE dims. By eight warps."""
     L: gl.constexpr = query_layout()
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, L))[:, None]
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
-    x = gl.load(q_ptr + h * 128 + d, mask=(h < heads) & (d >= 0), other=0.0).to(gl.float32)
+    raw = gl.load(q_ptr + h * 128 + d, mask=(h < heads) & (d >= 0), other=0.0)
+    even, _ = gl.split(gl.reshape(raw, [64, 64, 2]))
+    pair = gl.arange(0, 64, layout=gl.SliceLayout(0, even.type.layout)) - (128 - ROPE) // 2
+    cos = gl.load(cos_ptr + pair, mask=(pair >= 0) & (heads > 0), other=1.0)
+    return raw, (cos, gl.load(sin_ptr + pair, mask=(pair >= 0) & (heads > 0), other=0.0))
+
+
+@gluon.jit
+def made(
+    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
+):  # fmt: skip
+    """made_of the queries of a row at q_ptr, by eight warps."""
+    raw, turns = asked_for(q_ptr, cos_ptr, sin_ptr, heads, ROPE)
+    return made_of(raw, turns, ROUNDS, ROPE, KIND)
+
+
+@gluon.jit
+def made_of(raw, turns, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr):
+    """Queries of a row, as they were asked for -> [64, 128] e4m3, which lack 2^power [64].
+
+    For MXFP4 keys their dims are in the order in which mxfp4.py expands those."""
+    L: gl.constexpr = query_layout()
+    x = raw.to(gl.float32)
     if ROPE > 0:
-        x = gl.convert_layout(_turned(x, cos_ptr, sin_ptr, ROPE), L)
+        x = gl.convert_layout(_turned(x, turns), L)
     if ROUNDS:
         x = _transformed(x) * 0.08838834764831845  # 128 ** -0.5
         x = gl.inline_asm_elementwise(_AS_BF16, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
