@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
+    if given.steps < 6:
+        parser.error("--steps must be 6 or more: three prepare, and the next ones overlap")
     started = time.monotonic()
     shape = made.shape_of(given.model, given.layers)
     weights = made.released_weights(shape)

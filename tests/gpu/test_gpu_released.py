@@ -77,7 +77,7 @@ def test_scales_of_rows_may_lie_either_way(rows: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [(1536, 2624, 4096), (256, 1000, 1024), (192, 392, 256)])
-@pytest.mark.parametrize("rows", [1, 5, 16, 60, 100])
+@pytest.mark.parametrize("rows", [1, 5, 16, 30, 60, 100])
 @pytest.mark.parametrize("run", [front_linear, portable.front_linear], ids=("own", "portable"))
 def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Tensor]) -> None:
     latent, rest, k = columns
@@ -179,18 +179,18 @@ def test_mixtures(name: str, rows: int) -> None:
     agree(lambda: moe_rows(x, tokens, router, fast, shared), want, 1.2e-2 if rows <= 96 else 2e-2)
 
 
-def _site_of(rows: int, dim: int) -> tuple[Tensor, Residual, MhcSite, Tensor]:
-    """The output of a block, what the site before it left, and a site."""
+def _site_of(dim: int) -> tuple[Tensor, Residual, MhcSite, Tensor]:
+    """A row of output of a block, what the site before it left, and a site."""
     fn, base, scale = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
-    y, streams = torch.randn(rows, dim, device="cuda"), torch.randn(rows, 4, dim, device="cuda")
-    post, comb = torch.rand(rows, 4, device="cuda"), torch.rand(rows, 4, 4, device="cuda") / 4
+    y, streams = torch.randn(1, dim, device="cuda"), torch.randn(1, 4, dim, device="cuda")
+    post, comb = torch.rand(1, 4, device="cuda"), torch.rand(1, 4, 4, device="cuda") / 4
     site, norm = MhcSite(fn / 64, base, scale, 20, 1e-6, 1e-6), torch.randn(dim, device="cuda")
     return y.to(torch.bfloat16), Residual(streams.to(torch.bfloat16), post, comb), site, norm
 
 
-@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
-def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
-    y, before, site, norm = _site_of(rows, DIMS[name][0])
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_a_site_of_a_single_row_takes_one_launch(name: str) -> None:
+    y, before, site, norm = _site_of(DIMS[name][0])
     assert together.fits(before.streams)
     want = mhc_ref.mhc_rows(y, before, site, norm)
     graph, got = torch.cuda.CUDAGraph(), mhc_rows(y, before, site, norm)
@@ -202,10 +202,7 @@ def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
         if isinstance(some[0], BothRows):
             rounded = quantize_rows(x)
             assert torch.equal(some[0].rounded.dequantize(), rounded.dequantize())
-    embed, tokens = (
-        torch.randn(50, DIMS[name][0], device="cuda").to(torch.bfloat16),
-        torch.arange(rows, device="cuda") * 9,
-    )
+    embed, tokens = torch.randn(50, DIMS[name][0], device="cuda").to(torch.bfloat16), torch.tensor([9], device="cuda")
     firsts = mhc_first(tokens, embed, site, norm), mhc_ref.mhc_first(tokens, embed, site, norm)
     for one, other in zip(*firsts, strict=True):
         assert isinstance(one, Tensor) and isinstance(other, Tensor)
@@ -220,13 +217,11 @@ def test_a_site_of_few_rows_takes_one_launch(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("hashed", [False, True])
-@pytest.mark.parametrize(("name", "rows"), [("flash", 1), ("flash", 2), ("flash", 3), ("flash", 4), ("pro", 1)])
-def test_a_mixture_runs_the_site_of_few_rows(name: str, rows: int, hashed: bool) -> None:
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_a_mixture_runs_the_site_of_a_single_row(name: str, hashed: bool) -> None:
     router, moe, shared = _layer(name, hashed)
-    y, before, site, norm = _site_of(rows, DIMS[name][0])
-    for tensor in (y, *before):
-        tensor[-1] = tensor[0]  # two rows of the same experts
-    fast, tokens = tiled(moe), torch.full((rows,), 7, device="cuda")
+    y, before, site, norm = _site_of(DIMS[name][0])
+    fast, tokens = tiled(moe), torch.tensor([7], device="cuda")
     x, *want = mhc_rows(y, before, site, norm)
     halfway, *got = mhc_rows(y, before, site._replace(leaves=True), norm)
     assert isinstance(x, Tensor) and isinstance(halfway, Uncollapsed)

@@ -137,7 +137,7 @@ def test_a_site_asks_for_all_weights_before_it_waits() -> None:
 
     if INTERPRETED:
         pytest.skip("the interpreter has taken the compiler's place")
-    sizes = {"ITERS": 20, "HASHED": False, "COUNT": 256, "EXPERTS": 256, "EACH": 16, "TOPK": 6, "ROWS": 1, "SLICES": 8}
+    sizes = {"ITERS": 20, "HASHED": False, "COUNT": 256, "EXPERTS": 256, "EACH": 16, "TOPK": 6, "SLICES": 8}
     signature = {name: _type(name, sizes) for name in site_and_router.arg_names}
     kinds = {"*bf16": ("y", "before", "streams"), "*i64": ("meet", "table", "token"), "*fp8e4nv": ("values",)}
     kinds["*i32"] = ("launch", "tile", "order")
@@ -176,7 +176,7 @@ def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, parts:
 
     if INTERPRETED:
         pytest.skip("the interpreter has taken the compiler's place")
-    tiling = GROUPED if parts == 2 else tiling_of(rows, 4096)
+    tiling = GROUPED if parts == 2 else tiling_of(rows, (1536, 4096), 1536 + rest, 132)
     plan = planned(4096, 1536, 1536 + rest, 132, tiling)
     sizes = {"K": 4096, "OUT": 1536 + rest, "LATENT": 1536, "GROUP": 512, "N": rows, "PARTS": parts}
     sizes |= {"STAGES": plan.places(tiling, rows, parts), "SHARERS": plan.sharers}

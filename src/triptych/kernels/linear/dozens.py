@@ -96,20 +96,12 @@ def _fetch(
     K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     DEEP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Stages [begin, end) of the line. Weights that fit do not wait for the launch which parts the rows."""
+    """Stages [begin, end) of the line."""
     ws, xs, full, empty = ring
     BYTES: gl.constexpr = DEEP * 128 * (ws.shape[1] + PARTS * xs.shape[1])
-    phase = 1  # all places are empty
     if PARTS == 2:
-        ahead = gl.minimum(end - begin, STAGES)
-        for i in range(ahead):
-            mbarrier.expect(full.index(i), BYTES)
-            _fetch_weights(w, rest, ring, begin + i, i, K, FIRST, ALL, DEEP)
-        gdc_wait()
-        for i in range(ahead):
-            _fetch_rows(x, wide, ring, begin + i, i, rows, K, FIRST, ALL, GROUP, DEEP, PARTS)
-        begin += ahead
-        phase = 0
+        gdc_wait()  # for the launch that parts the rows
+    phase = 1  # all places are empty
     place = 0
     for stage in range(begin, end):
         mbarrier.wait(empty.index(place), phase)

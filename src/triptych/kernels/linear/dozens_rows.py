@@ -82,16 +82,20 @@ def serves_groups(rows: int, weight: Fp8Matrix) -> bool:
     return 0 < rows <= _MOST and weight.shape[-2] % 128 == 0
 
 
-def tiling_of(rows: int, depth: int) -> Tiling:
-    """Of rounded rows; measured on an H200. Narrow tiles leave less to add up, wide ones read rows less often."""
-    tall = 64 if depth >= 2 * _COLUMNS else 32
-    deep = 4 if tall == 32 and rows <= 64 else 2
-    return Tiling(tall, math.gcd(deep, depth // 128), tall == 64 and rows <= 64)
+def tiling_of(rows: int, weight: tuple[int, int], columns: int, most: int) -> Tiling:
+    """Of rounded rows, an FP8 matrix [N, K], `columns` outputs and `most` multiprocessors; measured on an H200.
+
+    Narrow tiles read rows more often, and are better only where each program then has whole ones."""
+    latent, depth = weight
+    blocks = depth // 128
+    narrow = Tiling(32, math.gcd(4, blocks), False)
+    if rows <= 64 and planned(depth, latent, columns, most, narrow).sharers == 1:
+        return narrow
+    return Tiling(64, math.gcd(2, blocks), rows <= 64)
 
 
 def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, tiling: Tiling | None = None) -> Tensor:
     """x times weight [N, K] into out [rows, N]."""
-    tiling = tiling or tiling_of(*x.shape)
     _launch(_Factors(x.values, x.scales, weight), out, tiling)
     return out
 
@@ -99,7 +103,6 @@ def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, tiling: Tiling | None = 
 def front(x: BothRows, matrix: FrontMatrix, out: Tensor, tiling: Tiling | None = None) -> Tensor:
     """x times both matrices into out [rows, columns] float32: latent columns of rounded rows and rounded to bf16."""
     more = (x.plain, matrix.rest) if len(matrix.rest) else ()
-    tiling = tiling or tiling_of(*x.shape)
     _launch(_Factors(x.rounded.values, x.rounded.scales, matrix.latent, *more), out, tiling)
     return out
 
@@ -113,13 +116,15 @@ def grouped(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = N
     _launch(_Factors(values, row_scales.T, flat, group=rank), out, GROUPED, scales)
 
 
-def _launch(given: _Factors, out: Tensor, tiling: Tiling, scales: Tensor | None = None) -> None:
+def _launch(given: _Factors, out: Tensor, tiling: Tiling | None, scales: Tensor | None = None) -> None:
     """One launch of dozens.products."""
     weight, parts = given.weight, 2 if given.group else 1
     rows, columns = out.shape
     latent, depth = weight.shape
+    most = multiprocessors(out.device)
+    tiling = tiling or tiling_of(rows, (latent, depth), columns, most)
     n = max(32 if tiling.turned else 64, triton.next_power_of_2(rows))
-    plan = planned(depth, latent, columns, multiprocessors(out.device), tiling)
+    plan = planned(depth, latent, columns, most, tiling)
     chunk, chunks = plan.chunks(tiling, n)
     floats = plan.programs * 2 * tiling.tall * n if plan.sharers > 1 else 0
     part = torch.empty(floats, dtype=torch.float32, device=out.device)

@@ -28,6 +28,7 @@ from triptych.kernels.linear.many import dequantised, product
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
+_FEW_FRONT = 16  # rows of a front up to which few.py is the faster one
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 
@@ -61,10 +62,10 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
     rounded = x.rounded if isinstance(x, BothRows) else quantize(x)
     cut, columns = front.latent.shape[0], front.shape[0]
     out = torch.empty(len(plain), columns, dtype=torch.float32, device=plain.device)
+    if len(out) > _FEW_FRONT and dozens_rows.serves(len(out), front.latent):
+        return dozens_rows.front(BothRows(plain, rounded), front, out)
     if few_rows.serves(len(out)):
         return few_rows.front(BothRows(plain, rounded), front, out)
-    if dozens_rows.serves(len(out), front.latent):
-        return dozens_rows.front(BothRows(plain, rounded), front, out)
     _many(rounded, front.latent, out[:, :cut], narrow=True)
     if cut < columns:
         torch.mm(plain, front.rest.T, out_dtype=torch.float32, out=out[:, cut:])
