@@ -19,8 +19,7 @@ from triptych.kernels.linear.triton import linear
 _MOST_ROWS = 4096
 _NOTHING = -(1 << 63)
 _PAGES = 1024  # of a table that a program copies
-_PART = 1024  # logits of a program while few rows leave multiprocessors idle
-_LONG_PART = 4096
+_PART = 2048  # logits of a program
 
 
 def newest_rows(tokens: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, pages: int) -> tuple[Tensor, Tensor]:
@@ -44,11 +43,10 @@ def head_rows(hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor
 def likeliest(logits: Tensor, slots: Tensor, newest: Tensor, chosen: Tensor) -> None:
     """See ref.likeliest; rows may share a slot that nobody reads."""
     rows, width = logits.shape
-    part = _PART if rows <= 4 else _LONG_PART
     best, met = _meeting_points(logits.device)
-    _likeliest[(rows, triton.cdiv(width, part))](
+    _likeliest[(rows, triton.cdiv(width, _PART))](
         *(logits, logits.stride(0), slots, newest, chosen, chosen.stride(0), best, met, width),
-        BLOCK=part,
+        BLOCK=_PART,
         num_warps=4,
     )
 
