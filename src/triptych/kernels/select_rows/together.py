@@ -347,8 +347,8 @@ def chosen_together(
         gl.store(done_ptr, 0)
         gl.store(done_ptr + SECOND, 0)
         gl.store(counts_ptr + i, 0, mask=i < parts)
-        slow = (came >= 0x10000) | (many > MOST)
-        if fits & (came < 0x10000):
+        slow = (came >= 0x10000) | (not fits)  # of this program's own waiting, too, nobody else knows that it ended
+        if not slow:
             _choose_exactly(values_ptr, ids_ptr, many, k, out_ptr, said_s, MOST, WARPS)
     return slow
 
@@ -372,7 +372,8 @@ def _choose_exactly(
     before, _ = _before((y > least).to(gl.int32) | ((y == least).to(gl.int32) << 16), said_s, WARPS)
     ties = before >> 16
     taken = (y > least) | ((y == least) & (ties < equal))
-    gl.store(out_ptr + (before & 0xFFFF) + gl.minimum(ties, equal), ids, mask=taken)
+    place = (before & 0xFFFF) + gl.minimum(ties, equal)
+    gl.store(out_ptr + place, ids, mask=taken & (place < k))  # NaN and infinity may be beyond all that was counted
 
 
 @gluon.jit
