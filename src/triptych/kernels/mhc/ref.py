@@ -18,7 +18,7 @@ class MhcSite(NamedTuple):
     """Weights of one site. fn [(2+n)n, n*d], base [(2+n)n], scale [3], all float32; eps and iterations of Sinkhorn.
 
     rounds: products read x rounded, too; whole sites may hand over BothRows. leaves: a mixture of experts reads x and
-    can run the site itself; whole sites may hand over Uncollapsed.
+    can collapse the streams itself; whole sites may hand over Uncollapsed.
     """
 
     fn: Tensor
@@ -100,16 +100,15 @@ class Residual(NamedTuple):
 
 
 class Uncollapsed(NamedTuple):
-    """A site that has not run yet: whoever reads its x runs it, from what came before, `y` and `before`.
+    """The first half of a site: new streams, and what slices of them add to its maps (share, see mhc/sites.py).
 
-    streams, post and comb are still empty, and filled then.
+    post and comb are still empty: who collapses the streams fills them.
     """
 
-    y: Tensor
-    before: Residual
+    streams: Tensor
+    share: Tensor
     site: MhcSite
     norm: Tensor
-    streams: Tensor
     post: Tensor
     comb: Tensor
 
