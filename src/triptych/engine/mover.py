@@ -28,6 +28,7 @@ from triptych.cache.geometry import CacheGeometry
 from triptych.cache.jobs import DEVICE, HOST, Demotion, Done, Fetch, FetchPart, Jobs, Save
 from triptych.cache.store.faultlog import FaultLog
 from triptych.cache.store.protocol import ObjectKey, Store
+from triptych.config import WINDOW
 from triptych.engine.pools import Pools
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Mover:
         self._sums: list[tuple[ObjectKey, bytes] | None] = [None] * host_frames
         self._faults = FaultLog(logger, time.monotonic)
         self._geometry = geometry
+        self._row_sections = pools.row_sections
         self._stores = {store.name: store for store in stores}
         self._helpers = threads - 1
         self._fetchers = ThreadPoolExecutor(threads, thread_name_prefix="triptych-fetch")  # started when needed
@@ -128,15 +130,24 @@ class Mover:
         self._sums[demotion.host_frames[0]] = demotion.key, _copy(source, target)
 
     def _parts(self, memory: Bytes, key: ObjectKey, frames: Sequence[int]) -> list[Bytes]:
-        """The bytes of an object in its frames; a snapshot leaves the end of each frame unused."""
+        """The bytes of an object in its frames; a snapshot leaves the end of each section of its last frame unused."""
         if key.kind == "page":
             return [memory[frames[0]]]
-        left, per_frame = self._geometry.snapshot_bytes, self._geometry.rows_per_frame * self._geometry.window_row_bytes
+        left = self._geometry.layers * WINDOW
         parts = []
         for frame in frames:
-            parts.append(memory[frame, : min(per_frame, left)])
-            left -= len(parts[-1])
+            rows = min(self._geometry.rows_per_frame, left)
+            parts += [memory[frame, part] for part in self._pieces_of_frame(rows)]
+            left -= rows
         return parts
+
+    def _pieces_of_frame(self, rows: int) -> list[slice]:
+        """Where the first `rows` window rows lie in a frame: the scales of packed ones come behind all values."""
+        most, begin, out = self._geometry.rows_per_frame, 0, []
+        for size in self._row_sections:
+            out.append(slice(begin, begin + rows * size))
+            begin += most * size
+        return [slice(0, begin)] if rows == most else out
 
     def _views(self, memory: Bytes, key: ObjectKey, frames: Sequence[int]) -> list[memoryview]:
         return [part.data for part in self._parts(memory, key, frames)]

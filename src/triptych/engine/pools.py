@@ -78,6 +78,11 @@ class Pools:
         tensors = (self.frames, self.window, self._csa, self._index, self._hca)
         return sum(t.nbytes for t in tensors)
 
+    @property
+    def row_sections(self) -> tuple[int, ...]:
+        """Bytes of a window row in each section of a frame: the row itself, or its values and its scales."""
+        return tuple(part.shape[-1] * part.element_size() for part in _parts(self._rows))
+
     def save(self, slot: int, boundary: int, frames: Sequence[int]) -> None:
         """Copy the window rows that make `boundary` resumable from a slot's ring into the frames of a snapshot."""
         positions, frame, row = self._window_of(boundary, frames)

@@ -13,8 +13,9 @@ from triptych.cache.store.protocol import Store
 from triptych.config import CacheConfig, EngineConfig
 from triptych.errors import ConfigError
 
-LAYOUT = 2
-"""Version of what the bytes of pages and snapshots mean; raise it when geometry or order of segments change."""
+LAYOUT = 3
+"""Version of what the bytes of pages and snapshots mean; raise it when geometry, order of segments or what is
+stored of a frame change."""
 
 
 def namespace(
