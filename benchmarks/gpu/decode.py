@@ -1,6 +1,6 @@
 """Whole decode steps of V4-Flash in the released formats, as the engine runs them, against the goals and vLLM.
 
-    PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--seconds 50] [--cases 1x8192 64x65536 ...]
+    PYTHONPATH=src python -m benchmarks.gpu.decode [--layers 20] [--cases 1x8192 64x65536 ...] [--deterministic]
 
 Weights and caches are random bytes, tokens random, so routing is nearly uniform; how many experts a layer really uses
 is counted and stated. A step is everything between two tokens of the engine's runner: indices, their copy, the graph,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +23,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import rows
 from benchmarks.gpu import made
 from triptych.cache.geometry import CacheCapacity
-from triptych.config import ModelShape
+from triptych.config import EngineConfig, ModelShape
 from triptych.engine.device_sampler import Draw
 from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner
+from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.sampler import SamplerState
 from triptych.kernels.mhc.ref import Uncollapsed
-from triptych.kernels.mhc.triton import collapse
+from triptych.kernels.mhc.together import collapse
 from triptych.model.weights import ModelWeights
 from triptych.words import SamplingParams, StepPlan
 
@@ -39,6 +40,8 @@ GOALS = {
     (4, 1048000): (4.5, 6.8),
 }  # fmt: skip
 Row = dict[str, float | int | str]
+Case = tuple[int, int, int]
+"""Batch, context and steps."""
 
 
 def main() -> None:
@@ -50,7 +53,10 @@ def main() -> None:
     parser.add_argument("--model", choices=("flash", "pro"), default="flash")
     parser.add_argument("--cases", nargs="+", default=[f"{b}x{c}" for b, c in GOALS])
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     given = parser.parse_args()
+    if given.steps < 6:
+        parser.error("--steps must be 6 or more: three prepare, and the next ones overlap")
     started = time.monotonic()
     shape = made.shape_of(given.model, given.layers)
     weights = made.released_weights(shape)
@@ -63,27 +69,21 @@ def main() -> None:
             print(f"no time left for {case}", flush=True)
             continue
         batch, context = (int(part) for part in case.split("x"))
-        table.append(measure(shape, weights, batch, context, given.steps, detail=given.profile))
+        config = made.config_of(context + given.steps + 8, batch, deterministic=given.deterministic)
+        run = measure_deterministic if given.deterministic else measure
+        table.append(run(weights, config, (batch, context, given.steps), detail=given.profile))
         print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
     rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
 
 
-def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, steps: int, *, detail: bool) -> Row:
+def measure(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: bool) -> Row:
     """Median milliseconds of a step and of its graph, and kernels per layer."""
-    torch.cuda.empty_cache()
-    config = made.config_of(context + steps + 8, batch)
-    geometry = made.geometry_of(shape, config.cache)
-    pages = made.pages_of(context + steps + 8)
-    room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
-    frames = min(batch * pages, int(room // geometry.page_bytes))
-    pools = Pools(shape, geometry, CacheCapacity(frames, batch), torch.device("cuda"), spare=1)
-    made.fill_pools(pools)
+    shape, (batch, context, steps) = weights.shape, case
+    pools, frames = pools_of(shape, config, case)
     runner = DeviceRunner(weights, config, pools, capture=True)
     runner.steps.tables.device.zero_()
-    lines = made.tables(batch, pages, frames)
-    plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
-    draws = [Draw(SamplerState(f"r{b}", SamplingParams(temperature=0.0), shape.vocab_size), b, 0) for b in range(batch)]
+    plans, draws = work_of(shape, case, frames)
     begun = time.perf_counter()
     for plan in plans[:3]:
         runner.start(plan, draws).finish()
@@ -101,11 +101,49 @@ def measure(shape: ModelShape, weights: ModelWeights, batch: int, context: int, 
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
     out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
     out |= {"ready_s": round(ready, 1)}
-    out |= launches(runner, key, shape.num_layers, detail=detail)
+    out |= launches(lambda: runner.steps.replay(key), shape.num_layers, detail=detail)
     out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
     if (batch, context) in GOALS and shape.num_layers == 20:
         out |= dict(zip(("goal_ms", "vllm_ms"), GOALS[batch, context], strict=True))
     return out
+
+
+def measure_deterministic(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: bool) -> Row:
+    """As `measure`, of deterministic mode: rows run as prompts do, without graphs, and a step ends before the next."""
+    shape, (batch, context, _) = weights.shape, case
+    pools, frames = pools_of(shape, config, case)
+    runner = Runner(weights, config, pools)
+    plans, draws = work_of(shape, case, frames)
+    found = []
+    for plan in plans:
+        begun = time.perf_counter()
+        runner.start(plan, draws).finish()
+        found.append((time.perf_counter() - begun) * 1e3)
+    out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
+    out |= {"deterministic": 1, "ms": round(statistics.median(found[3:]), 3)}
+    return out | launches(lambda: runner.logits(plans[-1]), shape.num_layers, detail=detail)
+
+
+def pools_of(shape: ModelShape, config: EngineConfig, case: Case) -> tuple[Pools, int]:
+    """Filled pools for a case, and how many frames they have; rows share them where memory does not suffice."""
+    batch, context, steps = case
+    torch.cuda.empty_cache()
+    geometry = made.geometry_of(shape, config.cache)
+    pages = made.pages_of(context + steps + 8)
+    room = torch.cuda.mem_get_info()[0] - (6 << 30) - (batch + 1) * geometry.slot_bytes
+    frames = min(batch * pages, int(room // geometry.page_bytes))
+    pools = Pools(shape, geometry, CacheCapacity(frames, batch), torch.device("cuda"), spare=1)
+    made.fill_pools(pools)
+    return pools, frames
+
+
+def work_of(shape: ModelShape, case: Case, frames: int) -> tuple[list[StepPlan], list[Draw]]:
+    """The steps of a case, and what is drawn in each."""
+    batch, context, steps = case
+    lines = made.tables(batch, made.pages_of(context + steps + 8), frames)
+    plans = [made.decode_plan(i, [context + i] * batch, lines, shape.vocab_size) for i in range(steps)]
+    params = SamplingParams(temperature=0.0)
+    return plans, [Draw(SamplerState(f"r{b}", params, shape.vocab_size), b, 0) for b in range(batch)]
 
 
 def replays(runner: DeviceRunner, key: tuple[int, int], steps: int) -> float:
@@ -121,10 +159,10 @@ def replays(runner: DeviceRunner, key: tuple[int, int], steps: int) -> float:
     return statistics.median(times)
 
 
-def launches(runner: DeviceRunner, key: tuple[int, int], layers: int, *, detail: bool) -> Row:
+def launches(step: Callable[[], Any], layers: int, *, detail: bool) -> Row:
     """Kernels of a step per layer, and which took longest."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        runner.steps.replay(key)
+        step()
         torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     by_name: dict[str, list[float]] = {}

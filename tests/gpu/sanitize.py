@@ -137,7 +137,7 @@ def _portably(*given: Any) -> None:
 
 def products() -> None:
     """Every size class of rows, Hopper's kernels and the portable ones."""
-    weight, front = released.fp8(256, 1024), FrontMatrix(released.fp8(192, 256), _normal(392, 256))
+    weight, front = released.fp8(256, 1024), FrontMatrix(released.fp8(256, 256), _normal(392, 256))
     for count in (3, 17, 40, 70, 300):
         x, narrow_x = _normal(count, 1024), _normal(count, 256)
         quantize(x)
@@ -166,7 +166,7 @@ def sites() -> None:
     given = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
     site, norm = MhcSite(*given, 20, 1e-6, 1e-6, rounds=True), torch.randn(dim, device="cuda")
     head = MhcHead(*(torch.randn(size, device="cuda") for size in ((4, 4 * dim), 4, 1)), 1e-6, 1e-6)
-    for dtype, counts in ((torch.bfloat16, (17, 300, 600)), (torch.float32, (17,))):
+    for dtype, counts in ((torch.bfloat16, (1, 17, 300, 600)), (torch.float32, (17,))):
         embed = torch.randn(99, dim, device="cuda").to(dtype)
         for count in counts:
             mhc.mhc_first(torch.randint(0, 99, (count,), device="cuda"), embed, site, norm)
@@ -188,10 +188,11 @@ def few_mixtures() -> None:
         for count in (3,) if hashed else (1, 3, 40, 200):
             tokens = torch.randint(0, 50, (count,), device="cuda")
             moe_rows(_normal(count, dim), tokens, router, fast, shared)
-        given = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
+        router, moe, shared = released.layer_of(512, 128, hashed=hashed)
+        given = (torch.randn(size, device="cuda") for size in ((24, 4 * 512), 24, 3))
         site = MhcSite(*given, 20, 1e-6, 1e-6, leaves=True)
-        halfway = mhc.mhc_rows(_normal(1, dim), _residual(1, dim, torch.bfloat16), site, torch.randn(dim).cuda())[0]
-        moe_rows(halfway, torch.tensor([7], device="cuda"), router, fast, shared)
+        halfway = mhc.mhc_rows(_normal(1, 512), _residual(1, 512, torch.bfloat16), site, torch.randn(512).cuda())[0]
+        moe_rows(halfway, torch.tensor([7], device="cuda"), router, released.tiled(moe), shared)
 
 
 def many_mixtures() -> None:

@@ -15,6 +15,7 @@ from triptych.kernels.attend import triton as attend
 from triptych.kernels.attend_rows import triton as rows
 from triptych.kernels.index import ref as index_ref
 from triptych.kernels.index import triton as index
+from triptych.kernels.linear.counters import counters
 from triptych.kernels.quant.formats import RowFormat
 from triptych.kernels.select_rows import triton as select
 from triptych.kernels.select_rows.highest import highest
@@ -23,6 +24,8 @@ from triptych.kernels.select_rows.ref import index_queries
 ENTRY = RowFormat("entry", 512, 64)
 VISIBLE = [1500, 900, 3, 64, 0]
 TILINGS = {"default": None, "short": rows.Tiling(64, 64, 64, 0, 0), "portable": rows.Tiling(16, 32, 96, 4, 3)}
+KINDS = ["random", "ties", "zero", "rising", "clustered", "bands", "outlier", "runs", "equal", "tiny"]
+"""Of scores."""
 MODELS = {"flash": (64, 512), "pro": (128, 1024)}
 
 
@@ -80,10 +83,11 @@ def test_selection_of_decode_rows(kind: str, visible: list[int]) -> None:
 
 @pytest.mark.parametrize("visible", [[2048, 600, 1, 2000], [4096, 513, 4000], [33000, 2049, 0]])
 @pytest.mark.parametrize("programs", [1, 7, 132])
-def test_a_launch_selects_however_many_programs_a_row_has(visible: list[int], programs: int) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_a_launch_selects_however_many_programs_a_row_has(kind: str, visible: list[int], programs: int) -> None:
     """Again and again, as the last program of a row leaves its counter as it was; the second row has ties only."""
-    hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
-    queries, keys = cases.index_case("fp8", visible, 64, 128, "cuda")
+    hopper = pytest.importorskip("triptych.kernels.select_rows." + {"fp8": "hopper", "mxfp4": "mxfp4"}[kind])
+    queries, keys = cases.index_case(kind, visible, 64, 128, "cuda")
     queries.weights[1] = 0
     room = select.ordered_scores(queries, keys)
     _, own = cases.index_errors(queries, keys, room[0])
@@ -91,6 +95,55 @@ def test_a_launch_selects_however_many_programs_a_row_has(visible: list[int], pr
         poison()
         got = hopper.choose(queries, keys, room, topk, programs)
         assert torch.equal(got, cases.best(own, keys.visible, topk))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("visible", "programs"), [([262144], 132), ([33000, 4500, 600], 44), ([140000, 9000], 16)])
+def test_programs_choose_together_whatever_the_scores(name: str, visible: list[int], programs: int) -> None:
+    """Scores of any kind are what equal keys have by their scales. Where candidates are too many, one program chooses
+    alone; counters are left 0 in either case."""
+    hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
+    queries, keys = cases.index_case("fp8", [32] * len(visible), 64, 128, "cuda")
+    queries.weights.abs_()
+    seen = torch.tensor(visible, device="cuda")
+    pages = len(visible) * -(-max(visible) // 32)
+    pool = cases.pool_of(pages, 32, RowFormat("fp8", 128), "cuda")
+    pool.values[:] = keys.pool.values[keys.page_table[0, 0], 0]
+    values = scores_of(name, seen, pages * 32 // len(visible))
+    pool.scales[:] = values.view(pages, 32, 1).view(torch.uint8)
+    table = torch.arange(pages, device="cuda", dtype=torch.int32).view(len(visible), -1)
+    keys = keys._replace(pool=pool, page_table=table, visible=seen, most=max(visible))
+    room = select.ordered_scores(queries, keys)
+    ordered = torch.where(room[0] < 0, room[0] ^ 0x7FFFFFFF, room[0]).view(torch.float32)
+    unseen = torch.arange(ordered.shape[1], device="cuda") >= seen.unsqueeze(1)
+    for topk in (512, 1024, 512):
+        poison()
+        got = hopper.choose(queries, keys, room, topk, programs)
+        assert torch.equal(got, cases.best(ordered.masked_fill(unseen, float("-inf")), seen, topk))
+        assert not counters(got.device).any()
+
+
+@pytest.mark.parametrize("apart", [0, 2, 4, 10])
+def test_scales_of_mxfp4_keys_may_lie_apart(apart: int) -> None:
+    """Each group's by itself: products are float16, which holds all of a sum only where scales are much alike."""
+    queries, keys = cases.index_case("mxfp4", [17000, 9000, 2049, 700], 64, 128, "cuda")
+    scales = keys.pool.scales
+    scales.copy_(torch.randint(127 - apart, 128, scales.shape, device="cuda").to(torch.uint8))
+    ordered, _ = select.ordered_scores(queries, keys)
+    far, own = cases.index_errors(queries, keys, ordered)
+    assert far < 1e-3
+    assert torch.equal(select.select_rows(queries, keys, 512), cases.best(own, keys.visible, 512))
+
+
+@pytest.mark.parametrize("per_page", [16, 64, 128])
+def test_mxfp4_keys_lie_in_pages_of_other_sizes(per_page: int) -> None:
+    visible = [5000, 4097, 300]
+    queries, _ = cases.index_case("mxfp4", visible, 64, 128, "cuda")
+    g = torch.Generator().manual_seed(per_page)
+    keys = cases.paged(torch.tensor(visible), per_page, RowFormat("mxfp4", 128), g, "cuda")
+    far, own = cases.index_errors(queries, keys, select.ordered_scores(queries, keys)[0])
+    assert far < 1e-3
+    assert torch.equal(select.select_rows(queries, keys, 512), cases.best(own, keys.visible, 512))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
@@ -105,25 +158,36 @@ def test_selection_of_prefill_rows(kind: str) -> None:
     assert same >= 0.999 * want.numel(), "scores that differ by rounding may change places at the end"
 
 
-@pytest.mark.parametrize("name", ["random", "ties", "zero", "rising", "clustered", "runs", "equal", "tiny"])
-@pytest.mark.parametrize("total", [2048, 4096, 8192, 262144])
-@pytest.mark.parametrize("k", [512, 1024])
-def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
-    visible = torch.tensor([total, total - 5, total // 2 + 1, k + 1], device="cuda")
-    values = torch.randn(4, total, device="cuda")
+def scores_of(name: str, visible: torch.Tensor, total: int) -> torch.Tensor:
+    """Scores [B, total] of a kind, -inf where a row sees none."""
+    rows = len(visible)
+    values = torch.randn(rows, total, device="cuda")
+    line = torch.arange(total, device="cuda")
     if name == "ties":
         values = torch.randint(-3, 4, values.shape, device="cuda").float()
     elif name == "zero":
         values = values * 0
     elif name == "rising":
-        values = torch.arange(total, device="cuda").float().repeat(4, 1)
+        values = line.float().repeat(rows, 1)
     elif name == "clustered":
         values[:, :1200] += 100
+    elif name == "bands":
+        values += (line // 700 % 3 == 0) * 4
+    elif name == "outlier":
+        values[:, 77] = 1e30
     elif name == "runs":
-        values = values[:, ::64].repeat_interleave(64, 1)
+        values = values[:, ::64].repeat_interleave(64, 1)[:, :total]
     elif name == "equal":
-        values = values * 0 + torch.arange(4, device="cuda").unsqueeze(1) - 2
+        values = values * 0 + torch.arange(rows, device="cuda").unsqueeze(1) - 2
     elif name == "tiny":
         values = -values.abs() * 1e-30
-    values = values.masked_fill(torch.arange(total, device="cuda") >= visible.unsqueeze(1), float("-inf"))
+    return values.masked_fill(line >= visible.unsqueeze(1), float("-inf"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("total", [2048, 4096, 8192, 262144])
+@pytest.mark.parametrize("k", [512, 1024])
+def test_the_highest_are_exact_whatever_the_scores(name: str, total: int, k: int) -> None:
+    visible = torch.tensor([total, total - 5, total // 2 + 1, k + 1], device="cuda")
+    values = scores_of(name, visible, total)
     assert torch.equal(highest(*cases.ordered(values), visible, k), cases.best(values, visible, k))

@@ -13,11 +13,9 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
-from triptych.kernels.linear.pairs import parted
+from triptych.kernels.linear.rounding import parted
 from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
-from triptych.kernels.mhc.ref import Residual, Uncollapsed
-from triptych.kernels.moe.alone import route_one
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.sorted import place_and_round
@@ -46,8 +44,6 @@ def main() -> None:
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
-    for hashed in (False, True):
-        print(json.dumps({"what": f"router that collapses, {hashed}", "ok": collapsed(hashed), "error": 0.0}))
     print(json.dumps({"what": "rows in pairs", "ok": paired(), "error": 0.0}))
     for rounded in (rounded_site, rounded_query):
         print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
@@ -92,34 +88,17 @@ def routed(rows: int, hashed: bool) -> bool:
     )
     ids, want = route(x, tokens, router)
     ok = torch.allclose(weights[whole], want[whole], rtol=1e-5) and not counters.any()
-    used = [tuple(t) for t in tile.tolist() if t[0] >= 0]
-    listed = [(expert, pair) for expert, first, size in used for pair in order.flatten()[first : first + size].tolist()]
+    listed = _pairs(tile, order)
     experts = torch.tensor([expert for expert, _ in sorted(listed, key=lambda both: both[1])]).view(rows, k)
     ok = ok and sorted(pair for _, pair in listed) == list(range(rows * k)) and torch.equal(experts[whole], ids[whole])
-    ok = ok and all(size <= most for _, _, size in used)
+    ok = ok and bool((tile[tile[:, 0] >= 0, 2] <= most).all())
     return ok and torch.equal(rounded.dequantize()[whole], fake_quant_fp8(x.float())[whole])
 
 
-def collapsed(hashed: bool) -> bool:
-    """True if a router that collapses the streams of its row itself finds what one finds that gets the row."""
-    draw, dim = torch.Generator().manual_seed(8), 640
-
-    def randn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=draw)
-
-    table = torch.stack([torch.randperm(20, generator=draw)[:3] for _ in range(9)]) if hashed else None
-    router = Router(randn(20, dim) / 16, None if hashed else randn(20), table, 3, 1.5)
-    site, norm = inputs._site(draw)._replace(fn=randn(24, 4 * dim) / 16), randn(dim)
-    before = Residual(randn(1, 4, dim).to(torch.bfloat16), randn(1, 4), randn(1, 4, 4) / 4)
-    y, tokens, counters = randn(1, dim).to(torch.bfloat16), torch.tensor([4]), torch.zeros(21, dtype=torch.int32)
-    x, *want = mhc.mhc_rows(y, before, site, norm)
-    halfway, *got = mhc.mhc_rows(y, before, site._replace(leaves=True), norm)
-    assert isinstance(x, torch.Tensor) and isinstance(halfway, Uncollapsed)
-    *lists, rounded = route_one(halfway, tokens, router, counters)
-    *others, other = route_few(x, tokens, router, 8, 3, counters)
-    ok = all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(lists, others, strict=True))
-    ok = ok and all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
-    return ok and _same(rounded, other) and not counters.any()
+def _pairs(tile: torch.Tensor, order: torch.Tensor) -> list[tuple[int, int]]:
+    """Expert and pair, as lists in tiles have them."""
+    used = [t for t in tile.tolist() if t[0] >= 0]
+    return [(expert, pair) for expert, first, size in used for pair in order.flatten()[first : first + size].tolist()]
 
 
 def paired() -> bool:

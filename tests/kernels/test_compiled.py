@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import tempfile
+from types import ModuleType
 
 import pytest
 
@@ -55,6 +58,143 @@ def test_products_of_attention_on_hopper_do_not_wait_for_each_other(mode: int, f
     assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
     said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
     assert "Used" in said and "serialized" not in said, said
+
+
+@pytest.mark.parametrize(("pairs", "blocks", "stages", "registers", "programs"), [(1, 2, 5, 128, 4), (2, 4, 2, 96, 5)])
+def test_many_programs_of_experts_fit_a_multiprocessor(
+    pairs: int, blocks: int, stages: int, registers: int, programs: int
+) -> None:
+    """With the tilings of one row and of a few: what is on its way for all of them hides the memory's latency."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.moe.joined import experts
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    sizes = {"DIM": 4096, "INNER": 2048, "TOPK": 6, "PAIRS": pairs, "TALL": pairs, "KS": blocks}
+    sizes |= {"STAGES": stages, "PARTS": 2, "SHARED_STAGES": stages * blocks // 2}
+    signature = {name: _type(name, sizes) for name in experts.arg_names} | {"limit": "fp32", "out_ptr": "*bf16"}
+    signature |= {f"{name}_ptr": "*u8" for name in ("x", "top13", "top2")}
+    signature |= {f"{name}_ptr": "*i32" for name in ("tile", "order", "ready", "count")}
+    deep = {rank: gl.NVMMASharedLayout(128, 8, rank=rank) for rank in (2, 3, 4)}
+    narrow = deep[3] if blocks == 4 else gl.NVMMASharedLayout(0, 8, rank=3)
+    for matrix in ("13", "2"):
+        signature[f"values{matrix}"] = f"tensordesc<u8[1, {blocks * 32}, 128],{deep[3]!r}>"
+        signature[f"scales{matrix}"] = f"tensordesc<u8[1, {blocks * 2}, 128],{narrow!r}>"
+    signature["shared13"] = f"tensordesc<fp8e4nv[4, 2, 8, 128],{deep[4]!r}>"
+    signature["shared2"] = f"tensordesc<fp8e4nv[64, 128],{deep[2]!r}>"
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(experts.arg_names) if name.endswith("_ptr")}
+    options = {"num_warps": 4, "maxnreg": registers}
+    made = triton.compile(GluonASTSource(experts, signature, sizes, aligned), GPUTarget("cuda", 90, 32), options)
+    assert programs * (made.metadata.shared + 1024) <= 228 * 1024
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled and int(spilled[1]) <= 32, said
+
+
+def test_all_products_with_mxfp4_keys_are_made_and_none_waits_for_another() -> None:
+    """An assembler has dropped products before whose left operands are registers; the kernel was fast, and wrong."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.select_rows.mxfp4 import scores
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    sizes = {"PER_PAGE": 32, "ROUNDS": True, "ROPE": 64, "LEVELS": 3, "WIDE": 4096, "WARPS": 8}
+    signature = {name: _type(name, sizes) for name in scores.arg_names} | {"q_ptr": "*bf16"}
+    whole = ("words_ptr", "codes_ptr", "out_ptr", "tops_ptr", "done_ptr", "scratch_ptr")
+    signature |= dict.fromkeys(whole, "*i32") | {"seq_ptr": "*i64"}
+    aligned = {
+        (n,): [["tt.divisibility", 16]]
+        for n, name in enumerate(scores.arg_names)
+        if name.endswith("_ptr") and name != "codes_ptr"
+    }
+    source = GluonASTSource(scores, signature, sizes, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 128})
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said and "serialized" not in said, said
+    products = made.asm["ptx"].count("wgmma.mma_async")
+    assert products == 8 and made.asm["sass"].count("QGMMA") == products
+
+
+def test_a_site_asks_for_all_weights_before_it_waits() -> None:
+    """The assembler would put off loads to save registers: then each waits for the memory anew."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.moe.together import site_and_router
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    sizes = {"ITERS": 20, "HASHED": False, "COUNT": 256, "EXPERTS": 256, "EACH": 16, "TOPK": 6, "SLICES": 8}
+    signature = {name: _type(name, sizes) for name in site_and_router.arg_names}
+    kinds = {"*bf16": ("y", "before", "streams"), "*i64": ("meet", "table", "token"), "*fp8e4nv": ("values",)}
+    kinds["*i32"] = ("launch", "tile", "order")
+    signature |= {f"{name}_ptr": kind for kind, names in kinds.items() for name in names}
+    signature |= {"scaling": "fp32", "eps": "fp32", "norm_eps": "fp32"}
+    names = [n for n, name in enumerate(site_and_router.arg_names) if name.endswith("_ptr") or name == "dim"]
+    source = GluonASTSource(site_and_router, signature, sizes, {(n,): [["tt.divisibility", 16]] for n in names})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    code = _disassembled(triton, made.asm["ptx"])
+    maps, gate = 2 * 4, 16 * 512 // (128 * 4)
+    assert code[: code.index("ATOMG")].count("LDG.E.128") >= maps + gate
+
+
+def _disassembled(triton: ModuleType, ptx: str) -> str:
+    """What the assembler makes of `ptx`."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = f"{folder}/made.cubin"
+        subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", "-", "-o", made], input=ptx, text=True, check=True
+        )
+        read = [triton.knobs.nvidia.cuobjdump.path, "-sass", made]
+        return subprocess.run(read, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("rows", "parts", "rest"), [(64, 1, 2624), (128, 1, 0), (64, 2, 0), (128, 2, 0)])
+def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, parts: int, rest: int) -> None:
+    """And what they need of shared memory is there."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.linear.dozens import products
+    from triptych.kernels.linear.dozens_rows import GROUPED, planned, tiling_of
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    tiling = GROUPED if parts == 2 else tiling_of(rows, (1536, 4096), 1536 + rest, 132)
+    plan = planned(4096, 1536, 1536 + rest, 132, tiling)
+    sizes = {"K": 4096, "OUT": 1536 + rest, "LATENT": 1536, "GROUP": 512, "N": rows, "PARTS": parts}
+    sizes |= {"STAGES": plan.places(tiling, rows, parts), "SHARERS": plan.sharers}
+    sizes |= dict(zip(("CHUNK", "CHUNKS"), plan.chunks(tiling, rows), strict=True))
+    sizes |= {"TALL": tiling.tall, "DEEP": tiling.deep, "TURNED": tiling.turned, "ROUND": parts == 2}
+    blocks = {"w": tiling.tall, "rest": tiling.tall, "x": rows, "wide": rows}
+    signature = {name: _type(name, sizes) for name in products.arg_names}
+    for name, tall in blocks.items():
+        kind, wide, bits = ("bf16", 64, 16) if rest and name in ("rest", "wide") else ("fp8e4nv", 128, 8)
+        signature[name] = f"tensordesc<{kind}[{tall}, {wide}],{gl.NVMMASharedLayout(128, bits)!r}>"
+    signature |= {"out_ptr": "*fp8e4nv" if parts == 2 else "*fp32", "count_ptr": "*i32"}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
+    source = GluonASTSource(products, signature, sizes, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    assert "Used" in said and "serialized" not in said, said
+    assert made.metadata.shared <= 227 << 10
 
 
 def _type(name: str, sizes: dict[str, int]) -> str:

@@ -7,7 +7,7 @@ What penalties count lives on the device, by window slot, because the newest tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,24 +79,28 @@ def _logprob(token: int, line: list[float], top: int) -> TokenLogprob:
 
 
 class DeviceSampler:
-    """Samples rows of logits on their device. `slots`: window slots; tokens [slots] int64 get each row's choice."""
+    """Samples rows of logits on their device. tokens [slots] int64, by window slot, get each row's choice. `likeliest`:
+    the operation of that name (kernels/ends)."""
 
-    def __init__(self, tokens: Tensor, vocab_size: int) -> None:
-        self._tokens, self._vocab = tokens, vocab_size
+    def __init__(self, tokens: Tensor, vocab_size: int, likeliest: Callable[..., None]) -> None:
+        self._tokens, self._vocab, self._likeliest = tokens, vocab_size, likeliest
         self._counts: Tensor | None = None  # [slots, V] int32: occurrences in the output
         self._seen: Tensor | None = None  # [slots, V] bool: occurs in prompt or output
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, chosen: Tensor | None, draws: Sequence[Draw]) -> Drawn:
-        """logits [S, V] float32; chosen [2, S] float64, its tokens and peaks by the maximum, if known already.
+        """logits [S, V] float32; chosen [2, S] float64, its tokens and peaks by the maximum, if these are known already
+        and the tokens in their slots.
 
         Choices that are not the likeliest token go into `chosen`; every choice goes to its slot.
         """
+        if chosen is not None and all(draw.state.takes_the_best for draw in draws):
+            return Drawn(chosen)
         device = logits.device
         slots = to_device(np.asarray([draw.slot for draw in draws]), device)
         if chosen is None:
-            peak, best = logits.max(dim=1)
-            chosen = torch.stack([best.double(), peak.double()])
+            chosen = torch.empty(2, len(draws), dtype=torch.float64, device=device)
+            self._likeliest(logits, slots, self._tokens, chosen)
         rows = [i for i, draw in enumerate(draws) if not (draw.state.params.greedy and draw.state.plain)]
         if rows:
             at = to_device(np.asarray(rows), device)
@@ -106,7 +110,8 @@ class DeviceSampler:
             chosen[0].index_copy_(0, at, picked.double())
             chosen[1].index_copy_(0, at, torch.where(before.isfinite(), peak, before))
         tokens = chosen[0].long()
-        self._tokens.index_copy_(0, slots, tokens)
+        if rows:
+            self._tokens.index_copy_(0, slots, tokens)
         self._count(tokens, slots, draws)
         rows = [i for i, draw in enumerate(draws) if draw.state.params.logprobs is not None]
         logprobs = self._logprobs(logits, tokens, rows, draws) if rows else None

@@ -151,14 +151,9 @@ class DecodeSteps:
     def _body(self, key: Key) -> None:
         rows, pages = key
         tokens, positions, slots, lowest = self._vectors[: 4 * rows].view(4, rows).unbind()
-        tokens = torch.where(tokens < 0, self.tokens.index_select(0, slots), tokens)
-        table = self.tables.device[:, :pages].index_select(0, slots)
+        kernels = self._model.kernels
+        tokens, table = kernels.newest_rows(tokens, slots, self.tokens, self.tables.device, pages)
         most = {ratio: pages * (PAGE // ratio) for ratio in (CSA_RATIO, HCA_RATIO)}
         batch = DecodeBatch(tokens, positions, slots, lowest, table, most[CSA_RATIO], most[HCA_RATIO])
-        logits = self._logits[:rows]
-        logits.copy_(self._model.decode(batch, self._pools.layers))
-        peak, best = logits.max(dim=1)
-        self.tokens.index_copy_(0, slots, best)
-        chosen = self._chosen[: 2 * rows].view(2, rows)
-        chosen[0].copy_(best)
-        chosen[1].copy_(peak)
+        logits = self._model.decode(batch, self._pools.layers, self._logits[:rows])
+        kernels.likeliest(logits, slots, self.tokens, self._chosen[: 2 * rows].view(2, rows))

@@ -117,7 +117,7 @@ class DeviceRunner(Runner):
         context = min(config.max_context or weights.shape.max_position, weights.shape.max_position)
         pages = most_pages or min(-(-context // PAGE), pools.capacity.frames)
         self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
-        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size)
+        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size, self.model.kernels.likeliest)
         self._cuda = pools.device.type == "cuda"
         self._graphs: ChunkGraphs | None = None
         if capture and self._cuda and config.numerics == "native":

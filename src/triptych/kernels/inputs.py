@@ -31,7 +31,7 @@ SEQUENCES, PAGES = 3, 11
 SNAPSHOT_FRAMES = 6  # two layers of 128 rows, 50 in each frame
 
 
-WRITES = {"keep_window": (1, 2), "compress": (2,), "front_rows": (2,)}
+WRITES = {"keep_window": (1, 2), "compress": (2,), "front_rows": (2,), "likeliest": (2, 3)}
 """Positions of the arguments that an operation is there to change."""
 
 
@@ -331,6 +331,26 @@ def _front_linear(rows: int, g: Generator) -> tuple[Any, ...]:
     return _randn(g, rows, D), FrontMatrix(latent, _randn(g, HIDDEN, D).to(torch.bfloat16))
 
 
+def _newest_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Every other token is one that only its slot knows; tables are wider than what is asked for."""
+    slots, newest = torch.randperm(rows + 2, generator=g)[:rows], torch.randint(0, VOCAB, (rows + 2,), generator=g)
+    tokens = torch.randint(0, VOCAB, (rows,), generator=g)
+    tokens[::2] = -1
+    return tokens, slots, newest, torch.randint(0, PAGES, (rows + 2, 9), generator=g, dtype=torch.int32), 7
+
+
+def _head_rows(rows: int, g: Generator) -> tuple[Any, ...]:
+    return _randn(g, rows, D), _randn(g, VOCAB, D)
+
+
+def _likeliest(rows: int, g: Generator) -> tuple[Any, ...]:
+    """Rows of several equal maxima, and the first of one value alone."""
+    logits = (_randn(g, rows, 5000) * 2).round()
+    logits[:1] = -torch.inf
+    slots = torch.randperm(rows + 2, generator=g)[:rows]
+    return logits, slots, torch.zeros(rows + 2, dtype=torch.int64), torch.zeros(2, rows, dtype=torch.float64)
+
+
 def on_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside it on `device`, with its strides: pools are views into wider memory."""
     if isinstance(value, Tensor):
@@ -376,4 +396,7 @@ MAKERS: dict[str, Callable[[int, Generator], tuple[Any, ...]]] = {
     "linear": _linear,
     "front_linear": _front_linear,
     "grouped_linear": _grouped_linear,
+    "newest_rows": _newest_rows,
+    "head_rows": _head_rows,
+    "likeliest": _likeliest,
 }

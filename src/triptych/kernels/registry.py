@@ -58,6 +58,9 @@ class KernelSet:
     linear: Any
     front_linear: Any
     grouped_linear: Any
+    newest_rows: Any
+    head_rows: Any
+    likeliest: Any
 
 
 FOLDER = {
@@ -90,6 +93,9 @@ FOLDER = {
     "linear": "linear",
     "front_linear": "linear",
     "grouped_linear": "linear",
+    "newest_rows": "ends",
+    "head_rows": "ends",
+    "likeliest": "ends",
 }
 
 
@@ -236,6 +242,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "index": ("select_entries",),
         "attend": ("attend",),
         "moe": ("route", "experts", "shared_expert"),
+        "ends": ("head_rows",),
     },
     "triton": {
         "mhc": ("mhc_pre", "mhc_post", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
@@ -249,12 +256,14 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
         "select_rows": ("select_rows",),
         "attend": ("attend",),
         "attend_rows": ("attend_rows", "attend_heads"),
+        "ends": ("newest_rows", "head_rows", "likeliest"),
     },
 }
 FIXED: dict[str, tuple[str, ...]] = {
     "mhc": ("mhc_pre", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
     "linear": ("linear", "front_linear", "grouped_linear"),
     "moe": ("route", "experts", "shared_expert", "moe_rows"),
+    "ends": ("head_rows",),
 }
 """Operations with a fixed.py, which serves a GPU in deterministic mode: tiles of one size for any number of rows."""
 

@@ -7,6 +7,7 @@ Streams and activations are bf16 in native numerics, float32 in exact ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,8 @@ class Decoder:
             self.embed.copy_(self._w.embed)
 
     @torch.inference_mode()
-    def __call__(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Logits [B, V] float32 of every row; writes the caches."""
+    def __call__(self, batch: DecodeBatch, caches: Sequence[LayerCache], out: Tensor | None = None) -> Tensor:
+        """Logits [B, V] float32 of every row, in `out` if it is given; writes the caches."""
         k, layers = self._k, self._w.layers
         step = self._step(batch)
         y: Tensor | None = None
@@ -79,7 +80,7 @@ class Decoder:
             x, *rest = k.mhc_rows(y, Residual(*rest), self._sites[at][1], layer.ffn_norm)
             y = self._moe(x, batch.token_ids, layer)
         hidden = k.mhc_last(y, Residual(*rest), self._w.hc_head, self._w.norm)
-        return self.logits(hidden)
+        return self.logits(hidden, out)
 
     def _step(self, batch: DecodeBatch) -> _Step:
         at, ratios = batch.positions, (CSA_RATIO, HCA_RATIO)
@@ -92,7 +93,7 @@ class Decoder:
             compress=angles[1],
             first=dict(zip(ratios, angles[2:], strict=True)),
             visible=dict(zip(ratios, visible.unbind(), strict=True)),
-            each=torch.arange(batch.rows, device=at.device),
+            each=_counting(batch.rows, at.device),
         )
 
     def _attention(
@@ -168,9 +169,15 @@ class Decoder:
         assert isinstance(x, Tensor)
         return moe(x.float(), token_ids, w, self._k, self._n).to(x.dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [S, V] in float32 of hidden states [S, d]."""
-        return self._k.linear(hidden.float(), self._w.head)  # type: ignore[no-any-return]
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [S, V] in float32 of hidden states [S, d], in `out` if it is given."""
+        return self._k.head_rows(hidden, self._w.head, out)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _counting(rows: int, device: torch.device) -> Tensor:
+    """0, 1, .. rows - 1, which no step has to write again."""
+    return torch.arange(rows, device=device)
 
 
 def _front_weights(w: AttentionWeights, shape: ModelShape, native: bool) -> FrontWeights:

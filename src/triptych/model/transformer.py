@@ -56,12 +56,13 @@ class Transformer:
         """The weights were overwritten: whatever was derived from them follows, at the addresses it had."""
         self._decoder.refresh()
 
-    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32.
+    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache], out: Tensor | None = None) -> Tensor:
+        """Run one row of each sequence through all layers, writing the caches. Returns logits [B, V], float32, in `out`
+        if it is given.
 
         Nothing in it depends on values that the host would have to wait for, so a CUDA graph may record it.
         """
-        return self._decoder(batch, caches)
+        return self._decoder(batch, caches, out)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:

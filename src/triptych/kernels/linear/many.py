@@ -5,21 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triptych.kernels.quant.e4m3 import scale_of
-
-
-@triton.jit
-def round_rows(x_ptr, values_ptr, scales_ptr, width, row_stride, group_stride, GROUPS: tl.constexpr):
-    """One row's GROUPS groups of 128 columns to e4m3 and power-of-two scales. Source: reference section 2.9."""
-    r = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
-    there = d < width
-    x = tl.load(x_ptr + r * width + d, mask=there, other=0.0).to(tl.float32)
-    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
-    tl.store(values_ptr + r * width + d, (x * inverse[:, None]).to(tl.float8e4nv), mask=there)
-    tl.store(scales_ptr + r * row_stride + g * group_stride, scale, mask=g * 128 < width)
-
 
 @triton.jit
 def product(
@@ -86,55 +71,6 @@ def _put(place, total, keep, NARROW: tl.constexpr):
     if NARROW:
         total = total.to(tl.bfloat16)
     tl.store(place, total.to(place.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def grouped(
-    x_ptr,
-    w_ptr,
-    ws_ptr,
-    out_ptr,
-    part_ptr,
-    count_ptr,
-    rows,
-    columns,
-    depth,
-    group,
-    x_row,
-    SPLIT: tl.constexpr,
-    TALL: tl.constexpr,
-):
-    """out [rows, columns] by an e4m3 matrix, every `group` outputs having their own `depth` columns of x, not rounded.
-
-    Turned over, W x^T in f16: e4m3 is exact in it, and bf16 of any likely size too.
-    """
-    r0, c0, split = tl.program_id(0) * TALL, tl.program_id(1) * 64, tl.program_id(2)
-    r, c, d = r0 + tl.arange(0, TALL), c0 + tl.arange(0, 64), tl.arange(0, 128)
-    rr = tl.minimum(r, rows - 1)
-    width = depth // 128 // SPLIT * 128
-    x_at = x_ptr + rr[None, :] * x_row + c0 // group * depth + split * width + d[:, None]
-    w_at = w_ptr + c.to(tl.int64)[:, None] * depth + split * width + d[None, :]
-    f_at = ws_ptr + c0 // 128 * (depth // 128) + split * (width // 128)
-    total = tl.zeros([64, TALL], tl.float32)
-    for k in range(0, width // 128):
-        x = tl.load(x_at + k * 128, mask=(r < rows)[None, :], other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-        total += tl.dot(tl.load(w_at + k * 128).to(tl.float16), x) * tl.load(f_at + k)
-    keep = (r < rows)[None, :]
-    place = r[None, :].to(tl.int64) * columns + c[:, None]
-    if SPLIT == 1:
-        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
-    else:
-        tl.store(part_ptr + split * rows * columns + place, total, mask=keep)
-        tl.debug_barrier()
-        mine = count_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(mine, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.zeros([64, TALL], tl.float32)
-            for s in range(SPLIT):
-                more = part_ptr + s * rows * columns + place
-                total += tl.load(more, mask=keep, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=keep)
-            tl.store(mine, 0)
 
 
 @triton.jit

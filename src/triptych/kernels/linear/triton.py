@@ -1,11 +1,13 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
-    up to 32 rows   one launch that streams the weights (few.py)
-    more            the library's, or tiles of many.py where that cannot serve
+    up to 32 rows    one launch that streams the weights (few.py)
+    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py)
+    more             the library's, or tiles of many.py where that cannot serve
 
-Both multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
-made them where that can round, or are rounded here first. Dense weights go to the library, released ones on other GPUs
-than Hopper to portable.py.
+All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
+made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
+to 16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs than Hopper to
+portable.py.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import few_rows, pairs, portable, ref, whole
+from triptych.kernels.linear import dozens_rows, few_rows, portable, ref, rounding, whole
 from triptych.kernels.linear.counters import counters
-from triptych.kernels.linear.many import dequantised, grouped, product, round_rows
+from triptych.kernels.linear.many import dequantised, product
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
 
 _FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
-_TILES = 32  # and those up to which tiles of many.py do
+_FEW_FRONT = 16  # rows of a front up to which few.py is the faster one
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 
@@ -42,10 +44,13 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
-    if dtype == torch.bfloat16 and _for_library(rows, weight):
+    few, dozens = few_rows.serves(rows.shape[0]), dozens_rows.serves(rows.shape[0], weight)
+    if not few and not dozens and dtype == torch.bfloat16 and _for_library(rows, weight):
         return _by_library(rows, weight)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device)
-    return few_rows.product(rows, weight, out) if few_rows.serves(len(out)) else _many(rows, weight, out)
+    if few:
+        return few_rows.product(rows, weight, out)
+    return dozens_rows.product(rows, weight, out) if dozens else _many(rows, weight, out)
 
 
 def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
@@ -57,6 +62,8 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
     rounded = x.rounded if isinstance(x, BothRows) else quantize(x)
     cut, columns = front.latent.shape[0], front.shape[0]
     out = torch.empty(len(plain), columns, dtype=torch.float32, device=plain.device)
+    if len(out) > _FEW_FRONT and dozens_rows.serves(len(out), front.latent):
+        return dozens_rows.front(BothRows(plain, rounded), front, out)
     if few_rows.serves(len(out)):
         return few_rows.front(BothRows(plain, rounded), front, out)
     _many(rounded, front.latent, out[:, :cut], narrow=True)
@@ -71,22 +78,21 @@ def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
-    rows = len(x)
-    if rounds and rows <= _FEW_WHOLE and rank % 128 == 0:
-        result = empty_rows(rows, groups * rank, x.device)
-        _whole(x.flatten(1), weight, result.values, result.scales)
-        return result
-    out = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
-    if rows <= _FEW_WHOLE:
-        return _whole(x.flatten(1), weight, out)
-    if rows <= _TILES and rank % 128 == 0:
-        return _grouped(x.flatten(1), weight, out)
-    x = x.to(torch.bfloat16)
-    if rows <= pairs.MOST and rank % 128 == 0 and out.dtype == x.dtype:
-        return pairs.grouped(x.flatten(1), weight, out)
-    y = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
-    torch.bmm(x.transpose(0, 1), _dense(weight).transpose(1, 2), out=y.view(rows, groups, rank).transpose(0, 1))
-    return y.to(out.dtype)
+    rows, kind = len(x), x.dtype
+    x = x.to(torch.bfloat16).flatten(1)
+    if rows <= _FEW_WHOLE or dozens_rows.serves_groups(rows, weight):
+        run = _whole if rows <= _FEW_WHOLE else dozens_rows.grouped
+        if rounds and rank % 128 == 0:
+            result = empty_rows(rows, groups * rank, x.device)
+            run(x, weight, result.values, result.scales)
+            return result
+        out = torch.empty(rows, groups * rank, dtype=kind, device=x.device)
+        run(x, weight, out)
+        return out
+    y = torch.empty(rows, groups * rank, dtype=x.dtype, device=x.device)
+    rows_of = x.view(rows, groups, -1).transpose(0, 1)
+    torch.bmm(rows_of, _dense(weight).transpose(1, 2), out=y.view(rows, groups, rank).transpose(0, 1))
+    return y.to(kind)
 
 
 def _dense(weight: Fp8Matrix) -> Tensor:
@@ -137,17 +143,10 @@ def _fits(weight: Fp8Matrix) -> bool:
 
 def quantize(x: Tensor) -> Fp8Rows:
     """See matrices.quantize_rows, to the bit. Of many rows scales lie column by column, as their products read them."""
-    rows, width = x.shape
-    out = empty_rows(rows, width, x.device)
-    if not few_rows.serves(rows):
-        out = Fp8Rows(out.values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T)
-    round_rows[(rows, triton.cdiv(width, 1024))](
-        x.contiguous(), out.values, out.scales, width, *out.scales.stride(), GROUPS=8, num_warps=4
-    )
-    return out
+    return rounding.rounded(x, by_row=few_rows.serves(len(x)))
 
 
-def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None) -> Tensor:
+def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None) -> None:
     """x [rows, G * K], not rounded, by matrices [G, N, K]: one launch of whole.py. With `scales` out is rounded."""
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
@@ -171,7 +170,6 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         STAGES=min(few_rows.TILING.stages, blocks // split // stage),
         num_warps=4,
     )
-    return out
 
 
 def _halves(x: Tensor, rows: int) -> TensorDescriptor:
@@ -179,25 +177,6 @@ def _halves(x: Tensor, rows: int) -> TensorDescriptor:
     count, width = x.shape
     layout = gl.NVMMASharedLayout(128, 16, rank=3)
     return TensorDescriptor(x, [width // 64, count, 64], [64, width, 1], [2, rows, 64], layout)
-
-
-def _grouped(x: Tensor, weight: Fp8Matrix, out: Tensor) -> Tensor:
-    rows, columns = out.shape
-    rank, depth = weight.shape[1:]
-    tall = min(64, triton.next_power_of_2(rows))
-    chunks, blocks = triton.cdiv(rows, tall), columns // 64
-    split = 1
-    while chunks * blocks * split < 3 * multiprocessors(out.device) and depth // 128 % (2 * split) == 0:
-        split *= 2
-    part = torch.empty(split if split > 1 else 0, rows, columns, dtype=torch.float32, device=out.device)
-    grouped[(chunks, blocks, split)](
-        *(x, weight.values, weight.scales, out, part, counters(out.device), rows, columns, depth, rank, x.stride(0)),
-        SPLIT=split,
-        TALL=tall,
-        num_warps=4,
-        num_stages=4,
-    )
-    return out
 
 
 def _many(x: Fp8Rows, weight: Fp8Matrix, out: Tensor, *, narrow: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ class MhcSite(NamedTuple):
     """Weights of one site. fn [(2+n)n, n*d], base [(2+n)n], scale [3], all float32; eps and iterations of Sinkhorn.
 
     rounds: products read x rounded, too; whole sites may hand over BothRows. leaves: a mixture of experts reads x and
-    can collapse the streams itself; whole sites may hand over Uncollapsed.
+    can run the site itself; whole sites may hand over Uncollapsed.
     """
 
     fn: Tensor
@@ -100,15 +100,16 @@ class Residual(NamedTuple):
 
 
 class Uncollapsed(NamedTuple):
-    """The first half of a site: new streams, and what slices of them add to its maps (share, see mhc/sites.py).
+    """A site that has not run yet: whoever reads its x runs it, from what came before, `y` and `before`.
 
-    post and comb are still empty: who collapses the streams fills them.
+    streams, post and comb are still empty, and filled then.
     """
 
-    streams: Tensor
-    share: Tensor
+    y: Tensor
+    before: Residual
     site: MhcSite
     norm: Tensor
+    streams: Tensor
     post: Tensor
     comb: Tensor
 

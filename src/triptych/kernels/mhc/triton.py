@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.gpu import rounds_rows
-from triptych.kernels.mhc import many, sites
+from triptych.kernels.mhc import many, sites, together
 from triptych.kernels.mhc.few import expand_narrow
 from triptych.kernels.mhc.ref import MhcHead, MhcSite, Residual, SiteRows, Uncollapsed
 from triptych.kernels.quant.matrices import BothRows, Fp8Rows, empty_rows
@@ -69,12 +69,12 @@ def mhc_head(streams: Tensor, head: MhcHead, product: Product = torch.nn.functio
 
 
 def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRows:
-    """See ref.mhc_rows; two launches, or those of many.py."""
+    """See ref.mhc_rows; one launch, two, or those of many.py."""
     return _site(y, y, before, site, norm, first=False)
 
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
-    """See ref.mhc_first; two launches."""
+    """See ref.mhc_first; one launch, or two."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
     nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
     return _site(embed, token_ids, nothing, site, norm, first=True)
@@ -111,16 +111,21 @@ def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor,
     assert n == 4, "the programs of a whole site are written for four streams"
     if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
         return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
-    streams, share = _expand(y, ids, before, site.fn, first=first)
     post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
-    halfway = Uncollapsed(streams, share, site, norm, post, comb)
-    leaves = site.leaves and rows == 1 and streams.dtype == torch.bfloat16
-    return halfway if leaves else collapse(halfway), streams, post, comb
+    if together.fits(before.streams):
+        streams = torch.empty_like(before.streams)
+        left = before._replace(streams=ids) if first else before
+        whole = Uncollapsed(y, left, site, norm, streams, post, comb)
+        leaves = site.leaves and not first
+        return whole if leaves else together.collapse(whole, first=first), streams, post, comb
+    streams, share = _expand(y, ids, before, site.fn, first=first)
+    return _collapse(streams, share, site, norm, post, comb), streams, post, comb
 
 
-def collapse(halfway: Uncollapsed) -> Tensor | BothRows:
+def _collapse(
+    streams: Tensor, share: Tensor, site: MhcSite, norm: Tensor, post: Tensor, comb: Tensor
+) -> Tensor | BothRows:
     """The second half of a site: its x. Fills post and comb."""
-    streams, share, site, norm, post, comb = halfway
     rows, n, dim = streams.shape
     x, slices = streams.new_empty(rows, dim), share.shape[1]
     apart = rows <= _APART

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from triptych.kernels.moe.shared import shared_down, shared_up
+from triptych.kernels.moe.shared import shared_down, shared_up, swiglu
 from triptych.kernels.moe.stream import begin, multiply, rows_in_slots, rows_layout, scales_of_rows, stages
 from triptych.kernels.quant.e4m3 import scale_of
 
@@ -48,17 +48,12 @@ def up(
         it = 0
         for item in range(gl.program_id(0) - others, tiles * RUNS, gl.num_programs(0) - others):
             tile = item // RUNS
-            expert, first, count = _entry(tile_ptr, tile)
+            expert, first, count = entry(tile_ptr, tile)
             if expert >= 0:
                 start = item % RUNS * RUN
                 row = (expert * RUNS * RUN + start) * TILES
                 begin(values, scales, ws, es, bar, it, row, KS, TILES, STAGES)
-                jh = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows_layout(TILES))))
-                ph = gl.load(order_ptr + first + jh, mask=jh < count, other=0)
-                fs = scales_of_rows(xs_ptr, rows, order_ptr + first, count, DIM, KS, TOPK, TILES)
-                xs = rows_in_slots(x_ptr, ph // TOPK, jh < count, DIM, TILES)
-                fence_async_shared()  # by those who wrote x, before the barrier
-                gl.thread_barrier()
+                xs, fs = _operands(x_ptr, xs_ptr, rows, order_ptr + first, count, DIM, KS, TOPK, TILES)
                 m = gl.arange(0, 64 * TILES, gl.SliceLayout(1, MMA))
                 top_at = top_ptr + expert * (2 * INNER) + (m // 16) * 8 + m % 8 + ((m // 8) % 2) * INNER
                 jo = gl.arange(0, 8, gl.SliceLayout(0, MMA))
@@ -80,9 +75,23 @@ def up(
 
 
 @gluon.jit
-def _entry(tile_ptr, tile):
+def entry(tile_ptr, tile):
     """Expert, first place in `order` and pairs of a tile."""
     return gl.load(tile_ptr + tile * 3), gl.load(tile_ptr + tile * 3 + 1), gl.load(tile_ptr + tile * 3 + 2)
+
+
+@gluon.jit
+def _operands(
+    x_ptr, xs_ptr, stride, order_ptr, count, K: gl.constexpr, KS: gl.constexpr, PER: gl.constexpr, TILES: gl.constexpr
+):  # fmt: skip
+    """Rows order[j] / PER of x, j < count, and their scales [K / 128, stride] in shared memory."""
+    j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows_layout(TILES))))
+    pair = gl.load(order_ptr + j, mask=j < count, other=0)
+    fs = scales_of_rows(xs_ptr, stride, order_ptr, count, K, KS, PER, TILES)
+    xs = rows_in_slots(x_ptr, pair // PER, j < count, K, TILES)
+    fence_async_shared()  # by those who wrote x, before the barrier
+    gl.thread_barrier()
+    return xs, fs
 
 
 @gluon.jit
@@ -98,9 +107,7 @@ def _finish(
     j = gl.convert_layout(pair, gl.SliceLayout(0, L))
     keep = gl.convert_layout(wanted.to(gl.int32), gl.SliceLayout(0, L)) != 0
     weight = gl.convert_layout(gates, gl.SliceLayout(0, L))
-    gate = gl.where(gate > limit, limit, gate)
-    up_ = gl.where(up_ > limit, limit, gl.where(up_ < -limit, -limit, up_))
-    hidden = gate / (1.0 + gl.exp(-gate)) * up_ * weight[None, :]
+    hidden = swiglu(gate, up_, limit) * weight[None, :]
     n = n0 + gl.arange(0, 32 * TILES, gl.SliceLayout(1, L))
     gl.store(h_ptr + j[None, :] * INNER + n[:, None], hidden, mask=keep[None, :])
     gl.thread_barrier()
@@ -142,31 +149,26 @@ def down(
             INNER, SHARED_ROWS, PARTS, SHARED_STAGES, N,
         )  # fmt: skip
         t = first + gl.arange(0, SHARED_ROWS, gl.SliceLayout(0, N))
-        _keep(acc, pairs + part * rows + t, t < rows, each_ptr, row * 64, DIM)
+        keep(acc, pairs + part * rows + t, t < rows, each_ptr, row * 64, DIM)
         for t0 in range(first, gl.minimum(first + SHARED_ROWS, rows), 8):
-            t8 = t0 + gl.arange(0, 8, gl.SliceLayout(1, _sum_layout(TILES)))
-            _add(t8, t8 < rows, each_ptr, out_ptr, count_ptr, row * 64, rows, pairs, TOPK, PARTS, DIM, TILES)
+            t8 = t0 + gl.arange(0, 8, gl.SliceLayout(1, sum_layout(TILES)))
+            add(t8, t8 < rows, each_ptr, out_ptr, count_ptr, row * 64, rows, pairs, TOPK, PARTS, DIM, TILES)
     else:
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * TILES, 1], [16, 8, 32])
         ws, es, bar = stages(KS, TILES, STAGES)
         it = 0
         for item in range(gl.program_id(0) - others, tiles * RUNS, gl.num_programs(0) - others):
             tile = item // RUNS
-            expert, first, count = _entry(tile_ptr, tile)
+            expert, first, count = entry(tile_ptr, tile)
             if expert >= 0:
                 start = item % RUNS * RUN
                 row = (expert * RUNS * RUN + start) * TILES
                 begin(values, scales, ws, es, bar, it, row, KS, TILES, STAGES)
-                jh = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows_layout(TILES))))
-                ph = gl.load(order_ptr + first + jh, mask=jh < count, other=0)
-                fs = scales_of_rows(hs_ptr, pairs + rows, order_ptr + first, count, INNER, KS, 1, TILES)
-                xs = rows_in_slots(hq_ptr, ph, jh < count, INNER, TILES)
-                fence_async_shared()
-                gl.thread_barrier()
+                xs, fs = _operands(hq_ptr, hs_ptr, pairs + rows, order_ptr + first, count, INNER, KS, 1, TILES)
                 top_at = top_ptr + expert * DIM + gl.arange(0, 64 * TILES, gl.SliceLayout(1, MMA))
                 jo = gl.arange(0, 8, gl.SliceLayout(0, MMA))
                 po = gl.load(order_ptr + first + jo, mask=jo < count, other=0)
-                j8 = gl.arange(0, 8, gl.SliceLayout(1, _sum_layout(TILES)))
+                j8 = gl.arange(0, 8, gl.SliceLayout(1, sum_layout(TILES)))
                 t8 = gl.load(order_ptr + first + j8, mask=j8 < count, other=0) // TOPK
                 for i in range(RUN):
                     n0 = (start + i) * (64 * TILES)
@@ -177,12 +179,12 @@ def down(
                     )
                     it += INNER // 128 // KS
                     row += TILES
-                    _keep(acc, po, jo < count, each_ptr, n0, DIM)
-                    _add(t8, j8 < count, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, TILES)
+                    keep(acc, po, jo < count, each_ptr, n0, DIM)
+                    add(t8, j8 < count, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, TILES)
 
 
 @gluon.jit
-def _keep(acc, pair, wanted, each_ptr, n0, DIM: gl.constexpr):
+def keep(acc, pair, wanted, each_ptr, n0, DIM: gl.constexpr):
     """Products acc [64 TILES, N] into rows `pair` [N] of each."""
     MMA: gl.constexpr = acc.type.layout
     row = n0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, MMA))
@@ -191,18 +193,18 @@ def _keep(acc, pair, wanted, each_ptr, n0, DIM: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _sum_layout(tiles):
+def sum_layout(tiles):
     """[8, 64 tiles] float32 of outputs."""
     return gl.BlockedLayout([1, 2], [1, 32], [4 * tiles, 1], [1, 0])
 
 
 @gluon.jit
-def _add(
+def add(
     t, there, each_ptr, out_ptr, count_ptr, n0, rows, pairs,
     TOPK: gl.constexpr, PARTS: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Another of the products of rows t [8] is kept; of those whose last it is they are added up."""
-    B: gl.constexpr = _sum_layout(TILES)
+    B: gl.constexpr = sum_layout(TILES)
     mine = count_ptr + t * (DIM // 64) + n0 // 64
     before = gl.atomic_add(mine, gl.full([8], 1, gl.int32, gl.SliceLayout(1, B)), mask=there, sem="acq_rel")
     last = there & (before == TOPK + PARTS - 1)

@@ -1,9 +1,9 @@
 """The router of few rows: shares of the logits and rounded rows, then choice and the experts' lists.
 
 A program has 64 experts, up to 64 rows and 128 columns, all read at once. A gate of float32 is three bf16 numbers, and
-the products of those with bf16 rows are exact. Other programs of the launch round rows. The last program of the launch
-chooses for a single row; of more each has a program in a second launch, the last of which writes the lists: one program
-would take longer for two rows than a launch. Sums are in a fixed order. Counters are back at zero afterwards.
+the products of those with bf16 rows are exact. Other programs of the launch round rows. In a second launch each row has
+a program that chooses, and the last of them writes the lists: one program would take longer for two rows than a launch.
+Sums are in a fixed order. Counters are back at zero afterwards.
 """
 
 from __future__ import annotations
@@ -37,47 +37,42 @@ def route_few(
     part = torch.empty(split, rows, experts, dtype=torch.float32, device=dev)
     weights = torch.empty(rows, k, dtype=torch.float32, device=dev)
     tile = torch.empty(tiles, 3, dtype=torch.int32, device=dev)
-    order = torch.empty(experts if rows > 1 else 1, rows * k, dtype=torch.int32, device=dev)
+    order = torch.empty(experts, rows * k, dtype=torch.int32, device=dev)
     values = torch.empty(rows, dim, dtype=torch.float8_e4m3fn, device=dev)
     scales = torch.empty(dim // 128, rows, dtype=torch.float32, device=dev)
     tall = max(16, min(64, triton.next_power_of_2(rows)))
     parts = triton.cdiv(experts, _SOME) * split * triton.cdiv(rows, tall)
+    score_rows[(parts + triton.cdiv(dim, 512) * triton.cdiv(rows, 16),)](
+        *(x, router.gate, values, scales, part, rows, parts, dim),
+        COUNT=experts,
+        SPLIT=split,
+        DEPTH=_DEPTH,
+        SOME=_SOME,
+        BLOCK=tall,
+        num_warps=4,
+    )
     hashed = router.tid2eid is not None
-    chosen = (
+    choose_rows[(rows,)](
         *(part, router.bias if router.bias is not None else part, router.tid2eid if hashed else token_ids, token_ids),
         *(weights, tile, order, counters, rows, tiles, router.scaling),
-    )
-    shape = dict(
         HASHED=hashed,
         COUNT=experts,
         EXPERTS=triton.next_power_of_2(experts),
         TOPK=k,
         SPLIT=split,
         PAIRS=n,
+        num_warps=1,
     )
-    score_rows[(parts + triton.cdiv(dim, 512) * triton.cdiv(rows, 16),)](
-        *(x, router.gate, values, scales, *chosen, parts, dim),
-        CHOOSE=rows == 1,
-        DEPTH=_DEPTH,
-        SOME=_SOME,
-        BLOCK=tall,
-        num_warps=4,
-        **shape,
-    )
-    if rows > 1:
-        choose_rows[(rows,)](*chosen, num_warps=1, **shape)
     return weights, tile, order, Fp8Rows(values, scales.T)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "parts"])
+@triton.jit(do_not_specialize=["rows", "parts"])
 def score_rows(
-    x_ptr, gate_ptr, values_ptr, scales_ptr, part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr,
-    count_ptr, rows, tiles, scaling, parts, dim,
-    HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, CHOOSE: tl.constexpr, DEPTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, gate_ptr, values_ptr, scales_ptr, part_ptr, rows, parts, dim,
+    COUNT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x [rows, dim] -> part [SPLIT, rows, COUNT] float32, shares of the logits, by `parts` programs; values e4m3 [rows,
-    dim] and scales [dim / 128, rows] by the others. CHOOSE: also all that choose_rows does, for a single row."""
+    dim] and scales [dim / 128, rows] by the others."""
     at = tl.program_id(0)
     if at >= parts:
         columns = tl.cdiv(dim, 512)
@@ -89,14 +84,6 @@ def score_rows(
         total = _logits(x_ptr, gate_ptr, r, e, rows, COUNT, dim, piece * DEPTH + tl.arange(0, DEPTH))
         place = part_ptr + (piece * rows + r[None, :]) * COUNT + e[:, None]
         tl.store(place, total, mask=(r < rows)[None, :] & (e < COUNT)[:, None])
-        if CHOOSE:
-            tl.debug_barrier()
-            if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
-                choose(
-                    part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, 0, rows,
-                    scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, True,
-                )  # fmt: skip
-                tl.store(count_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -112,9 +99,9 @@ def choose_rows(
     One warp a row: nothing waits for other warps. Where a pair stands among those of its expert depends on who came
     first, and no result on that: its products are its own, and a row's are added in the order of its choices.
     """
-    choose(
+    _choose(
         part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, tl.program_id(0), rows,
-        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT, False,
+        scaling, HASHED, COUNT, EXPERTS, TOPK, SPLIT,
     )  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -126,11 +113,11 @@ def choose_rows(
 def _logits(x_ptr, gate_ptr, r, e, rows, count, dim, d):
     """Products [experts, rows] of columns d."""
     w = tl.load(gate_ptr + e[:, None] * dim + d[None, :], mask=(e < count)[:, None], other=0.0).to(tl.float32)
-    return exact_products(w, tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0))
+    return _exact_products(w, tl.load(x_ptr + r[:, None] * dim + d[None, :], mask=(r < rows)[:, None], other=0.0))
 
 
 @triton.jit
-def exact_products(w, x):
+def _exact_products(w, x):
     """w [experts, columns] float32 times x [rows, columns] of bf16 values: [experts, rows]."""
     x = tl.trans(x.to(tl.bfloat16))
     high = _first_bits(w)
@@ -160,13 +147,11 @@ def _round_rows(x_ptr, values_ptr, scales_ptr, row, group, rows, dim):
 
 
 @triton.jit
-def choose(
+def _choose(
     part_ptr, bias_ptr, table_ptr, token_ptr, weights_ptr, tile_ptr, order_ptr, count_ptr, r, rows, scaling,
     HASHED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Experts and weights of row r, and its pairs among those of each; of a row that is ALONE, whose experts are all
-    different, both lists."""
+    """Experts and weights of row r, and its pairs among those of each."""
     K: tl.constexpr = triton.next_power_of_2(TOPK)
     e = tl.arange(0, EXPERTS)
     slot = tl.arange(0, K)
@@ -189,14 +174,8 @@ def choose(
     chosen = tl.where(keep, tl.gather(score, ids, 0), 0.0)
     weights = chosen * (scaling / (tl.sum(chosen, 0) + 1e-20))
     tl.store(weights_ptr + r * TOPK + slot, weights, mask=keep)
-    if ALONE:
-        tl.store(tile_ptr + slot * 3, ids, mask=keep)
-        tl.store(tile_ptr + slot * 3 + 1, slot, mask=keep)
-        tl.store(tile_ptr + slot * 3 + 2, 1, mask=keep)
-        tl.store(order_ptr + slot, slot, mask=keep)
-    else:
-        rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
-        tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
+    rank = tl.atomic_add(count_ptr + 1 + ids, 1, mask=keep, sem="relaxed")
+    tl.store(order_ptr + ids * (rows * TOPK) + rank, r * TOPK + slot, mask=keep)
 
 
 @triton.jit

@@ -138,13 +138,19 @@ def _round(sums_ptr, hq_ptr, hs_ptr, first, group, rows, pairs, limit, INNER: gl
     for part in gl.static_range(PARTS):
         gate += gl.load(at + 2 * part * rows * INNER, mask=there, other=0.0, cache_modifier=".cg")
         up += gl.load(at + (2 * part + 1) * rows * INNER, mask=there, other=0.0, cache_modifier=".cg")
-    gate = gl.where(gate > limit, limit, gate)
-    up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
-    hidden = gate / (1.0 + gl.exp(-gate)) * up
+    hidden = swiglu(gate, up, limit)
     scale, inverse = scale_of(gl.max(gl.abs(hidden), axis=1))
     values = (hidden * inverse[:, None]).to(gl.float8e4nv).to(gl.uint8, bitcast=True)
     gl.store(hq_ptr + (pairs + r)[:, None] * INNER + group * 128 + d[None, :], values, mask=there)
     gl.store(hs_ptr + group * (pairs + rows) + pairs + r, scale, mask=r < rows)
+
+
+@gluon.jit
+def swiglu(gate, up, limit):
+    """Hidden values of gates and ups of one layout."""
+    gate = gl.where(gate > limit, limit, gate)
+    up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
+    return gate / (1.0 + gl.exp(-gate)) * up
 
 
 @gluon.jit

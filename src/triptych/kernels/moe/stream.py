@@ -60,7 +60,7 @@ def _more(tiles):
 
 
 @gluon.constexpr_function
-def _factor_layout(tiles, blocks):
+def factor_layout(tiles, blocks):
     """[8, blocks] float32 scales of rows: a thread has those of the two rows that it has of the result."""
     deep = [[1, 0]] + [[0, 1 << i] for i in range(blocks.bit_length() - 1)]
     lanes = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
@@ -159,12 +159,14 @@ def begin(values, scales, ws, es, bar, it, row, KS: gl.constexpr, TILES: gl.cons
 def multiply(
     values, scales, ws, es, bar, it, row, next_row, xs, fs, top,
     K: gl.constexpr, KS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+    SHARE: gl.constexpr = 1,
 ):  # fmt: skip
     """sum over K of row tiles [row, row + TILES) times x -> float32 [64 TILES, 8]; its first chunks are on their way,
     and those of `next_row` are then, unless it is -1. `it` chunks of KS blocks came before.
 
-    xs [K / 128, 8, 128] e4m3 in shared memory, in slots, and fs [.., 8, KS] float32, the scales of x's blocks, see
-    scales_of_rows; top [64 TILES] are the rows' largest codes. No more STAGES than chunks.
+    xs [K / 128 / SHARE, 8, 128] e4m3 in shared memory, in slots, each for SHARE blocks (operands.py), and fs
+    [.., 8, KS] float32, the scales of x's blocks; top [64 TILES] are the rows' largest codes. No more STAGES than
+    chunks.
     """
     CHUNKS: gl.constexpr = K // 128 // KS
     A: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -174,11 +176,11 @@ def multiply(
         s = (it + chunk) % STAGES
         mbarrier.wait(bar.index(s), ((it + chunk) // STAGES) & 1)
         shift = shifts(es.index(s), TILES, KS)
-        factors = fs.index(chunk).load(_factor_layout(TILES, KS))
+        factors = fs.index(chunk).load(factor_layout(TILES, KS))
         before = zero
         for step in gl.static_range(KS):
             a = expand(ws.index(s).slice(step * 32, 32, 1), shift, step, KS, TILES, MMA)
-            x = xs.index(chunk * KS + step).permute((1, 0))
+            x = xs.index((chunk * KS + step) // SHARE).permute((1, 0))
             running = warpgroup_mma(a, x, zero, use_acc=False, is_async=True)
             if step > 0:
                 # the next product is on its way before the last one's sum is taken: ptxas would wait first otherwise

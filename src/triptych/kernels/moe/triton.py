@@ -19,7 +19,7 @@ from torch import Tensor
 from triptych.kernels.gpu import is_hopper
 from triptych.kernels.linear.triton import linear
 from triptych.kernels.mhc.ref import Uncollapsed
-from triptych.kernels.mhc.triton import collapse
+from triptych.kernels.mhc.together import collapse
 from triptych.kernels.moe import portable, ref
 from triptych.kernels.moe.affinity import affinity
 from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of

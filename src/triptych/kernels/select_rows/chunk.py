@@ -37,10 +37,13 @@ from triptych.kernels.quant.formats import PackedRows
 from triptych.kernels.select_rows.queries import rounded_queries
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.kernels.select_rows.weigh import (
+    columns_of,
+    folded_rows,
     in_order,
     pair_layout,
     summed,
     weighed_rows,
+    weight_at,
     weight_of,
     weights_of,
 )
@@ -89,6 +92,7 @@ def score(queries: IndexQueries, keys: PagedEntries, ready: Gathered, out: tuple
     scores[(triton.cdiv(total, stretch), triton.cdiv(rows, ROWS))](
         *(q, power, queries.weights, queries.weights.stride(0), values, ready.factors, ready.factors.shape[1]),
         *(keys.seq, keys.visible, *out, total, queries.count, stretch, rows),
+        KIND=1 if keys.pool.format.kind == "fp8" else 2,
         STAGES=2,
         ROWS=ROWS,
         num_warps=4,
@@ -104,7 +108,7 @@ def gather(
 ):  # fmt: skip
     """Keys of each sequence side by side, [sequences, total, 128] e4m3, and a factor of each, a _BLOCK in four tiles.
 
-    MXFP4 keys are over their largest scale times 2^6, as weigh.expanded has them, with dims in the same order.
+    MXFP4 keys are over their largest scale times 2^5, as mxfp4.py has them, with dims in the same order.
     """
     s = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)
@@ -123,7 +127,7 @@ def gather(
         x = tl.load(values[:, None] + half[None, :], mask=there[:, None], other=0).to(tl.int32)
         code = (word[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 255
         largest = tl.max(code, 1)
-        raised = tl.maximum(11 - (largest[:, None] - code), 0) - 5
+        raised = tl.maximum(10 - (largest[:, None] - code), 0) - 5
         raised = ((127 + raised) << 23).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(x & 15, x >> 4), [SOME, 4, 32])
         # the bits of a magnitude, at the top of float32's mantissa and the foot of its exponent, lack 2^126
@@ -131,7 +135,7 @@ def gather(
         x = (x * raised[:, :, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         x = tl.permute(tl.reshape(x, [SOME, 4, 4, 2, 4]), (0, 2, 3, 1, 4))
         x = tl.reshape(x, [SOME, 128])
-        factor = (tl.maximum(largest - 6, 1) << 23).to(tl.float32, bitcast=True)
+        factor = (tl.maximum(largest - 5, 1) << 23).to(tl.float32, bitcast=True)
     place = s * total + n // 256 * 256 + n % 4 * 64 + n // 4 % 64
     tl.store(keys_ptr + place[:, None] * 128 + d[None, :], x, mask=there[:, None])
     tl.store(factors_ptr + place, factor, mask=there)
@@ -141,7 +145,7 @@ def gather(
 def scores(  # noqa: C901  (loops that the compiler unrolls)
     q_ptr, power_ptr, weight_ptr, weight_row, keys, factors_ptr, room, seq_ptr, visible_ptr, out_ptr, tops_ptr, total,
     heads, stretch, count,
-    STAGES: gl.constexpr, ROWS: gl.constexpr,
+    KIND: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Ordered scores of ROWS of the `count` rows, see triton.py; q [R, heads, 128] e4m3 lacks 2^power [R, heads].
 
@@ -181,13 +185,24 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
         q_s.index(p).store(gl.load(q_ptr + place[:, None] + d[None, :], mask=(i % 64 < heads)[:, None], other=0))
     for n in gl.static_range(ROWS):
         row = gl.minimum(r + n, count - 1)
-        weights_s.index(n).store(weight_of(power_ptr + row * heads, weight_ptr + row * weight_row, h, heads))
+        if KIND == 1:
+            weights_s.index(n).store(weight_of(power_ptr + row * heads, weight_ptr + row * weight_row, h, heads))
+        else:
+            weights_s.index(n).store(weight_at(power_ptr + row * heads, weight_ptr + row * weight_row, h, heads))
     fence_async_shared()
     gl.thread_barrier()
     out_ptr += r.to(gl.int64) * total + begin
     tops_ptr += r.to(gl.int64) * (total // 8) + begin // 8
     lies = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L))
-    x = gl.zeros([KEYS, 128], gl.float32, layout=MMA)
+    x = gl.zeros([KEYS, 128], gl.float32 if KIND == 1 else gl.float16, layout=MMA)
+    columns, lacking = (), ()
+    if KIND == 2:
+        for p in gl.static_range(ROWS // 2):
+            w0, power0 = columns_of(weights_s.index(2 * p), 4)
+            w1, power1 = columns_of(weights_s.index(2 * p + 1), 4)
+            second = gl.arange(0, 2, layout=gl.SliceLayout(0, L))[None, :]
+            columns += (w0, w1)  # type: ignore[assignment]
+            lacking += (((127 + gl.where(second == 0, power0, power1)) << 23).to(gl.float32, bitcast=True),)  # type: ignore[assignment]
     for turn in range(turns):
         mine = gl.minimum(r + turn, count - 1)
         first = gl.load(seq_ptr + mine).to(gl.int32) * room + begin
@@ -205,23 +220,33 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
             at = block * (4 * KEYS)
             factor = gl.load(factors_ptr + (first + at) + lies)
             mbarrier.wait(bar.index(0), 0)
-            x = _product(keys_s, q_s, 0, 0, x)
+            if KIND == 1:
+                x = _product(keys_s, q_s, 0, 0, x)
             kept = ()
             for tile in gl.static_range(4):
                 scale = factor
                 for p in gl.static_range(ROWS // 2):
-                    w0 = weights_of(weights_s.index(2 * p), 4)
-                    w1 = weights_of(weights_s.index(2 * p + 1), 4)
-                    x = warpgroup_mma_wait(0, deps=(x,))
-                    sums = weighed_rows(x, w0, w1, 4)
-                    # the next product is on its way before the rest is done with this one
-                    if p + 1 < ROWS // 2:
-                        x = _product(keys_s, q_s, tile % STAGES, p + 1, x)
-                    elif tile < 3:
-                        factor = gl.load(factors_ptr + (first + at + (tile + 1) * KEYS) + lies)
-                        mbarrier.wait(bar.index((tile + 1) % STAGES), (tile + 1) // STAGES % 2)
-                        x = _product(keys_s, q_s, (tile + 1) % STAGES, 0, x)
-                    kept += (in_order(summed(sums, 4, 2), scale[:, None]),)  # type: ignore[assignment]
+                    if KIND == 1:
+                        w0 = weights_of(weights_s.index(2 * p), 4)
+                        w1 = weights_of(weights_s.index(2 * p + 1), 4)
+                        x = warpgroup_mma_wait(0, deps=(x,))
+                        sums = weighed_rows(x, w0, w1, 4)
+                        # the next product is on its way before the rest is done with this one
+                        if p + 1 < ROWS // 2:
+                            x = _product(keys_s, q_s, tile % STAGES, p + 1, x)
+                        elif tile < 3:
+                            factor = gl.load(factors_ptr + (first + at + (tile + 1) * KEYS) + lies)
+                            mbarrier.wait(bar.index((tile + 1) % STAGES), (tile + 1) // STAGES % 2)
+                            x = _product(keys_s, q_s, (tile + 1) % STAGES, 0, x)
+                        kept += (in_order(summed(sums, 4, 2), scale[:, None]),)  # type: ignore[assignment]
+                    else:
+                        y = _product_now(keys_s, q_s, tile % STAGES, p, x)
+                        if (p + 1 == ROWS // 2) & (tile < 3):
+                            factor = gl.load(factors_ptr + (first + at + (tile + 1) * KEYS) + lies)
+                        y = folded_rows(y, columns[2 * p], columns[2 * p + 1], 4)
+                        kept += (in_order(y, scale[:, None] * lacking[p]),)  # type: ignore[assignment]
+                        if (p + 1 == ROWS // 2) & (tile < 3):
+                            mbarrier.wait(bar.index((tile + 1) % STAGES), (tile + 1) // STAGES % 2)
                 gl.thread_barrier()
                 if (tile + STAGES < 4) | (block + 1 < blocks):
                     ahead = first + at + (tile + STAGES) * KEYS
@@ -271,6 +296,15 @@ def _product(keys_s, q_s, slot: gl.constexpr, p: gl.constexpr, x):
     keys = keys_s.index(slot)._reinterpret(gl.float8e4nv, [keys_s.shape[1], 128], eight)
     q = q_s.index(p)._reinterpret(gl.float8e4nv, [128, 128], eight).permute((1, 0))
     return warpgroup_mma(keys, q, x, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _product_now(keys_s, q_s, slot: gl.constexpr, p: gl.constexpr, x):
+    """A tile of keys times the queries of pair p."""
+    eight: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    keys = keys_s.index(slot)._reinterpret(gl.float8e4nv, [keys_s.shape[1], 128], eight)
+    q = q_s.index(p)._reinterpret(gl.float8e4nv, [128, 128], eight).permute((1, 0))
+    return warpgroup_mma(keys, q, x, use_acc=False)
 
 
 @gluon.jit

@@ -37,7 +37,7 @@ def rounded_queries(queries: IndexQueries, kind: int) -> tuple[Tensor, Tensor]:
     """Queries rotated and rounded to e4m3 [R, heads, 128], as bytes, and the power of two int32 [R, heads] that they
     lack.
 
-    Their dims are as they come for FP8 keys (`kind` 1), and in the order of weigh.expanded for MXFP4 keys (2).
+    Their dims are as they come for FP8 keys (`kind` 1), and in the order of mxfp4.py for MXFP4 keys (2).
     """
     rows, heads, device = len(queries.heads), queries.count, queries.heads.device
     raw = queries.heads[:, -heads * queries.dim :]
@@ -64,12 +64,10 @@ def query_layout():
 
 
 @gluon.jit
-def _turned(x, cos_ptr, sin_ptr, ROPE: gl.constexpr):
-    """x [64, 128] with the last ROPE dims rotated in pairs."""
+def _turned(x, turns):
+    """x [64, 128] with its last dims rotated in pairs."""
     even, odd = gl.split(gl.reshape(x, [64, 64, 2]))
-    pair = gl.arange(0, 64, layout=gl.SliceLayout(0, even.type.layout)) - (128 - ROPE) // 2
-    cos = gl.load(cos_ptr + pair, mask=pair >= 0, other=1.0)[None, :]
-    sin = gl.load(sin_ptr + pair, mask=pair >= 0, other=0.0)[None, :]
+    cos, sin = turns[0][None, :], turns[1][None, :]
     return gl.reshape(gl.join(even * cos - odd * sin, odd * cos + even * sin), [64, 128])
 
 
@@ -125,18 +123,48 @@ def _rounded_e2m1(x):
 
 
 @gluon.jit
-def made(
-    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
-):  # fmt: skip
-    """Queries of a row at q_ptr -> [64, 128] e4m3, which lack 2^power [64], by eight warps.
+def _within(x, power):
+    """x [64, 128] and power [64] such that float16 holds what a head's products with MXFP4 keys may add up to.
 
-    For MXFP4 keys their dims are in the order in which weigh.expanded expands those."""
+    Those are at most 6 * 2^5, see mxfp4.py."""
+    size = gl.sum(gl.abs(x), 1).to(gl.int32, bitcast=True)
+    over = gl.maximum((size >> 23) - 135 + ((size & 0x7FFFFF) > 0x2A8000).to(gl.int32), -60)  # 341 at most
+    x = x * gl.expand_dims(((127 - over) << 23).to(gl.float32, bitcast=True), 1)
+    return x, power + gl.convert_layout(over, power.type.layout)
+
+
+@gluon.jit
+def asked_for(q_ptr, cos_ptr, sin_ptr, heads, ROPE: gl.constexpr):
+    """Queries of a row at q_ptr [64, 128], 0 beyond `heads`, and what pairs of their dims are rotated by, 1 and 0 for
+    all but the last ROPE dims. By eight warps."""
     L: gl.constexpr = query_layout()
     h = gl.arange(0, 64, layout=gl.SliceLayout(1, L))[:, None]
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
-    x = gl.load(q_ptr + h * 128 + d, mask=(h < heads) & (d >= 0), other=0.0).to(gl.float32)
+    raw = gl.load(q_ptr + h * 128 + d, mask=(h < heads) & (d >= 0), other=0.0)
+    even, _ = gl.split(gl.reshape(raw, [64, 64, 2]))
+    pair = gl.arange(0, 64, layout=gl.SliceLayout(0, even.type.layout)) - (128 - ROPE) // 2
+    cos = gl.load(cos_ptr + pair, mask=(pair >= 0) & (heads > 0), other=1.0)
+    return raw, (cos, gl.load(sin_ptr + pair, mask=(pair >= 0) & (heads > 0), other=0.0))
+
+
+@gluon.jit
+def made(
+    q_ptr, cos_ptr, sin_ptr, heads, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr
+):  # fmt: skip
+    """made_of the queries of a row at q_ptr, by eight warps."""
+    raw, turns = asked_for(q_ptr, cos_ptr, sin_ptr, heads, ROPE)
+    return made_of(raw, turns, ROUNDS, ROPE, KIND)
+
+
+@gluon.jit
+def made_of(raw, turns, ROUNDS: gl.constexpr, ROPE: gl.constexpr, KIND: gl.constexpr):
+    """Queries of a row, as they were asked for -> [64, 128] e4m3, which lack 2^power [64].
+
+    For MXFP4 keys their dims are in the order in which mxfp4.py expands those."""
+    L: gl.constexpr = query_layout()
+    x = raw.to(gl.float32)
     if ROPE > 0:
-        x = gl.convert_layout(_turned(x, cos_ptr, sin_ptr, ROPE), L)
+        x = gl.convert_layout(_turned(x, turns), L)
     if ROUNDS:
         x = _transformed(x) * 0.08838834764831845  # 128 ** -0.5
         x = gl.inline_asm_elementwise(_AS_BF16, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
@@ -146,6 +174,8 @@ def made(
         top = gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True)
         power = gl.maximum((top >> 23) - 135 + ((top & 0x7FFFFF) > 0x600000).to(gl.int32), -100)
         x = x * ((127 - power) << 23).to(gl.float32, bitcast=True)[:, None]
+    if KIND == 2:
+        x, power = _within(x, power)
     x = x.to(gl.float8e4nv)
     if KIND == 2:
         x = gl.reshape(gl.permute(gl.reshape(x, [64, 4, 4, 2, 4]), (0, 2, 3, 1, 4)), [64, 128])

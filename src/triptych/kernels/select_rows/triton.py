@@ -5,12 +5,14 @@
              order, and with it the highest of each 8 of them
     highest  the k highest of a row
 
-Two launches do it anywhere: queries and scores by the kernel below, and highest.py. On Hopper hopper.py does all in one
-for rows that may be of different sequences, and queries.py, chunk.py and narrow.py for many that share their keys.
+Two launches do it anywhere: queries and scores by the kernel below, and highest.py. On Hopper hopper.py (FP8 keys) and
+mxfp4.py do all in one for rows that may be of different sequences, and queries.py, chunk.py and narrow.py for many that
+share their keys.
 
 FP8 keys and queries meet in the FP8 tensor cores. Queries are e2m1 with a scale for each 32 dims, of which e4m3 has
-room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0, or on Hopper as
-if its scale were 2^11 below the largest.
+room for differences of up to 2^14; of MXFP4 keys it is up to 2^11, beyond which a group counts as 0. On Hopper it is up
+to 2^8 for queries of MXFP4 keys, beyond which they are rounded, and up to 2^10 for such keys, beyond which a group
+counts as if its scale were 2^10 below the largest.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ _ALONE = 128  # rows that may all be of different sequences, as those of a decod
 _COUNTED = 1 << 15  # rows at once at most: hopper.py counts the programs of each that are done
 _SCORES = 1 << 28  # bytes of scores alive at once in prefill
 _GATHERED = 1 << 27  # and of keys side by side at most: more than three sequences of a million tokens
+_MODULES = {"fp8": "hopper", "mxfp4": "mxfp4"}
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter multiplies in float32 only."""
 
@@ -78,8 +81,7 @@ def _chosen(queries: IndexQueries, keys: PagedEntries, topk: int, ready: Any, *,
     if ready is None and (queries.rounds or rounded) and _on_hopper(queries, keys.pool):
         room = _room(queries, keys)
         if importlib.import_module("triptych.kernels.select_rows.narrow").fits(room[0].shape[1], topk):
-            hopper = importlib.import_module("triptych.kernels.select_rows.hopper")
-            return hopper.choose(queries, keys, room, topk)  # type: ignore[no-any-return]
+            return _for_hopper(keys.pool).choose(queries, keys, room, topk)  # type: ignore[no-any-return]
     scores, tops = ordered_scores(queries, keys, rounded=rounded, ready=ready)
     return highest(scores, tops, keys.visible, topk)
 
@@ -106,7 +108,7 @@ def ordered_scores(
     if _on_hopper(queries, pool) and (queries.rounds or rounded):
         ready = ready or _gathered(queries, keys)
         if ready is None:
-            importlib.import_module("triptych.kernels.select_rows.hopper").score(queries, keys, out)
+            _for_hopper(pool).score(queries, keys, out)
         else:
             importlib.import_module("triptych.kernels.select_rows.chunk").score(queries, keys, ready, out)
         return out
@@ -161,6 +163,12 @@ def _on_hopper(queries: IndexQueries, pool: Rows) -> bool:
         and pool.shape[1] in (16, 32, 64, 128)
         and not any(p % 16 for p in places)
     )
+
+
+def _for_hopper(pool: Rows) -> Any:
+    """The module with the kernel of rows that may be of different sequences, for keys of this format."""
+    assert isinstance(pool, PackedRows)
+    return importlib.import_module(f"triptych.kernels.select_rows.{_MODULES[pool.format.kind]}")
 
 
 def _gathered(queries: IndexQueries, keys: PagedEntries) -> Any:

@@ -1,10 +1,14 @@
-"""What the kernels for Hopper share: MXFP4 keys expanded, products weighed and summed over heads.
+"""What the kernels for Hopper share: products of keys and queries weighed and summed over heads.
 
-A thread of a product [16 keys a warp, 64 heads a row] has 16 of the heads of two keys; with two rows, or two products,
-it has four sums, of which its neighbours in a quad have the other quarters. They swap halves, so that each thread ends
-with one score instead of all four with the same ones. relu is a product that saturates: it keeps the unit for
-comparisons free, which serves half as many a cycle as the one for products. The order of a sum is the same everywhere,
-so a score depends on its row and key alone.
+FP8 keys: a thread of a product [16 keys a warp, 64 heads a row] has 16 of the heads of two keys; with two rows, or two
+products, it has four sums, of which its neighbours in a quad have the other quarters. They swap halves, so that each
+thread ends with one score instead of all four with the same ones. relu is a product that saturates: it keeps the unit
+for comparisons free, which serves half as many a cycle as the one for products.
+
+MXFP4 keys: sums of products of e2m1 fit float16, as long as a key's scales are much alike, so relu takes two at a time,
+and products with columns of weights sum them over heads in float32.
+
+The order of a sum is the same everywhere, so a score depends on its row and key alone.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 _RELU: Any = gl.constexpr("mul.sat.f32 $0, $1, 0f33000000;")
 """relu of a product times 2^-25, and so below 1: e4m3 sums over 128 dims are less than 2^25."""
@@ -44,24 +49,6 @@ add.rn.f32 $0, b, d;
 )
 """Sums of a quad: $1 and $2 of the first of two keys, $3 and $4 of the second; a thread's number in it is $5."""
 
-_EXPAND: Any = gl.constexpr(
-    """
-{
-.reg .b32 s, t, u, v;
-and.b32 s, $2, 0x77777777;
-prmt.b32 t, $7, $3, s;
-shr.u32 s, s, 16;
-prmt.b32 u, $7, $3, s;
-shl.b32 s, $2, 4;
-prmt.b32 v, s, $2, 0xd9c8;
-prmt.b32 s, s, $2, 0xfbea;
-lop3.b32 $0, v, 0x80808080, t, 0xea;
-lop3.b32 $1, s, 0x80808080, u, 0xea;
-}
-"""
-)
-"""Eight e2m1 ($2) to twice four e4m3: a table of bytes has the magnitudes, 0 to 3 in $7 and 4 to 7 in $3."""
-
 
 @gluon.constexpr_function
 def bits(n):
@@ -91,30 +78,21 @@ def _weight_layout(warps):
     return gl.DistributedLinearLayout(deep, lanes, [[0, 0, 0] for _ in bits(warps)], [], [4, 4, 4])
 
 
-@gluon.constexpr_function
-def _packed_layout(warps):
-    """[16 warps, 64] bytes of MXFP4 keys: a thread has 16, a group, of each of its two keys."""
-    deep = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
-    lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(deep, lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 64])
-
-
-@gluon.constexpr_function
-def _code_layout(warps):
-    """[16 warps, 4] codes of groups' scales, each where the group is."""
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16 * b, 0] for b in bits(warps)], [], [16 * warps, 4])
+@gluon.jit
+def weight_at(power_ptr, weight_ptr, head, heads):
+    """Weights of some heads of a row, times what queries lack."""
+    power = gl.load(power_ptr + head, mask=head < heads, other=0)
+    weight = gl.load(weight_ptr + head, mask=head < heads, other=0.0)
+    return weight * ((127 + power) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def weight_of(power_ptr, weight_ptr, i, heads):
-    """Weights of a row's heads, times what queries and products lack, in the order in which weights_of reads them.
+    """weight_at, times what products lack, in the order in which weights_of reads them.
 
     What a thread of a product needs comes 16 bytes a time."""
     head = i // 16 * 16 + i % 4 // 2 * 8 + i // 4 % 4 * 2 + i % 2
-    power = gl.load(power_ptr + head, mask=head < heads, other=0)
-    weight = gl.load(weight_ptr + head, mask=head < heads, other=0.0)
-    return weight * ((127 + power) << 23).to(gl.float32, bitcast=True) * _UNSATURATED
+    return weight_at(power_ptr, weight_ptr, head, heads) * _UNSATURATED
 
 
 @gluon.jit
@@ -195,46 +173,64 @@ def summed(sums, WARPS: gl.constexpr, ROWS: gl.constexpr):
         return gl.convert_layout(x, line_layout(WARPS), assert_trivial=True)
 
 
+@gluon.constexpr_function
+def _sums_layout(warps):
+    """[16 warps, 8] sums over heads."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+
+
+@gluon.jit
+def columns_of(weights, WARPS: gl.constexpr):
+    """Weights [64] in shared memory -> [64, 8] float16, and the power of two that they lack.
+
+    Even columns have what weights are rounded to, odd ones what that leaves."""
+    B: gl.constexpr = gl.DotOperandLayout(1, _sums_layout(WARPS), 2)
+    w = weights.load(gl.SliceLayout(1, B))
+    power = gl.maximum((gl.max(gl.abs(w), 0).to(gl.int32, bitcast=True) >> 23) - 126, -100)
+    w = w * ((127 - power) << 23).to(gl.float32, bitcast=True)
+    high = w.to(gl.float16)
+    low = (w - high.to(gl.float32)).to(gl.float16)
+    odd = gl.arange(0, 8, layout=gl.SliceLayout(0, B)) & 1
+    return gl.where((odd == 0)[None, :], high[:, None], low[:, None]), power
+
+
+@gluon.jit
+def folded(s, w, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 64] -> their relus times weights, summed over heads: [16 WARPS, 4 of a quad], all alike."""
+    M: gl.constexpr = _sums_layout(WARPS)
+    one = gl.full_like(s, 1.0)
+    zero = gl.full_like(s, 0.0)
+    s = gl.inline_asm_elementwise(
+        "fma.rn.relu.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [s, one, zero], gl.float16, is_pure=True, pack=2
+    )
+    s = gl.convert_layout(s, gl.DotOperandLayout(0, M, 2), assert_trivial=True)
+    a, b = gl.split(gl.reshape(mma_v2(s, w, gl.zeros([s.shape[0], 8], gl.float32, layout=M)), [s.shape[0], 4, 2]))
+    return a + b
+
+
+@gluon.jit
+def folded_rows(s, w0, w1, WARPS: gl.constexpr):
+    """Products s [16 WARPS, 2 rows of 64] folded by the rows' columns_of -> sums [16 WARPS, 2] in pair_layout."""
+    a, b = gl.split(gl.permute(gl.reshape(s, [16 * WARPS, 2, 64]), (0, 2, 1)))
+    x = picked(folded(a, w0, WARPS), folded(b, w1, WARPS), WARPS)
+    x = gl.reshape(gl.permute(x, (0, 2, 1, 3)), [16 * WARPS, 2])
+    return gl.convert_layout(x, pair_layout(WARPS), assert_trivial=True)
+
+
+@gluon.jit
+def picked(a, b, WARPS: gl.constexpr):
+    """Of sums [16 WARPS, 4 of a quad] of two rows or products, a thread's own: [WARPS, key of 8, half of keys, row or
+    product]."""
+    quad = gl.arange(0, 4, layout=gl.SliceLayout(0, a.type.layout))[None, :]
+    x = gl.where((quad & 1) == 0, a, b)
+    low, high = gl.split(gl.permute(gl.reshape(x, [WARPS, 2, 8, 2, 2]), (0, 2, 3, 4, 1)))
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, low.type.layout))))
+    half = gl.expand_dims(gl.expand_dims(gl.expand_dims(half, 0), 1), 3)
+    return gl.where(half == 0, low, high)
+
+
 @gluon.jit
 def in_order(s, factor):
     """Scores as integers that sort like the floats; -0 is 0."""
     bits = gl.fma(s, factor, 0.0).to(gl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@gluon.jit
-def factors_of(scales, layout: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr):
-    """Factors [KEYS] of keys from their scales in shared memory."""
-    word = scales._reinterpret(gl.int32, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(layout)
-    if KIND == 1:
-        return word.to(gl.float32, bitcast=True)
-    else:
-        most = gl.maximum(gl.maximum(word & 255, (word >> 8) & 255), gl.maximum((word >> 16) & 255, (word >> 24) & 255))
-        return (gl.maximum(most - 6, 1) << 23).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def expanded(keys, scales, WARPS: gl.constexpr, MMA: gl.constexpr):
-    """MXFP4 keys in shared memory [16 WARPS, 64] and codes of their scales [16 WARPS, 4] -> the left operand, e4m3.
-
-    Each is over the largest scale of its key times 2^6: exponents are lowered by the distance of a group's scale, by 11
-    at most. A thread has a group of 32 dims, so dims lie in the order of queries.made.
-    """
-    KEYS: gl.constexpr = 16 * WARPS
-    code = scales.load(_code_layout(WARPS)).to(gl.int32)
-    shift = gl.maximum(11 - (gl.max(code, 1)[:, None] - code), 0)
-    packed = gl.reshape(keys.load(_packed_layout(WARPS)), [KEYS, 4, 4, 4])  # key, group, word, place
-    L: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, packed.type.layout))
-    shift = gl.convert_layout(shift, L, assert_trivial=True)
-    _, high = gl.broadcast(packed, gl.expand_dims(gl.expand_dims(shift * 0x08080808 + 0x24201C18, 2), 3))
-    _, low = gl.broadcast(packed, gl.expand_dims(gl.expand_dims(shift * 0x08080800 + 0x14100800, 2), 3))
-    a, b = gl.inline_asm_elementwise(
-        _EXPAND,
-        "=r,=r,r,r,r,r,r,r,r,r,r",
-        [packed, high, low],
-        dtype=(gl.float8e4nv, gl.float8e4nv),
-        is_pure=True,
-        pack=4,
-    )
-    slots = gl.permute(gl.join(a, b), (0, 2, 4, 1, 3))  # key, word, half of it, group, place
-    return gl.convert_layout(gl.reshape(slots, [KEYS, 128]), gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
