@@ -15,11 +15,12 @@ from triptych.kernels.attend import triton as attend
 from triptych.kernels.attend_rows import triton as rows
 from triptych.kernels.index import ref as index_ref
 from triptych.kernels.index import triton as index
+from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.quant.formats import RowFormat
 from triptych.kernels.select_rows import triton as select
 from triptych.kernels.select_rows.highest import highest
-from triptych.kernels.select_rows.ref import index_queries
+from triptych.kernels.select_rows.ref import IndexQueries, index_queries
 
 ENTRY = RowFormat("entry", 512, 64)
 VISIBLE = [1500, 900, 3, 64, 0]
@@ -103,16 +104,8 @@ def test_programs_choose_together_whatever_the_scores(name: str, visible: list[i
     """Scores of any kind are what equal keys have by their scales. Where candidates are too many, one program chooses
     alone; counters are left 0 in either case."""
     hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
-    queries, keys = cases.index_case("fp8", [32] * len(visible), 64, 128, "cuda")
-    queries.weights.abs_()
     seen = torch.tensor(visible, device="cuda")
-    pages = len(visible) * -(-max(visible) // 32)
-    pool = cases.pool_of(pages, 32, RowFormat("fp8", 128), "cuda")
-    pool.values[:] = keys.pool.values[keys.page_table[0, 0], 0]
-    values = scores_of(name, seen, pages * 32 // len(visible))
-    pool.scales[:] = values.view(pages, 32, 1).view(torch.uint8)
-    table = torch.arange(pages, device="cuda", dtype=torch.int32).view(len(visible), -1)
-    keys = keys._replace(pool=pool, page_table=table, visible=seen, most=max(visible))
+    queries, keys = keys_with(scores_of(name, seen, -(-max(visible) // 32) * 32), seen)
     room = select.ordered_scores(queries, keys)
     ordered = torch.where(room[0] < 0, room[0] ^ 0x7FFFFFFF, room[0]).view(torch.float32)
     unseen = torch.arange(ordered.shape[1], device="cuda") >= seen.unsqueeze(1)
@@ -121,6 +114,29 @@ def test_programs_choose_together_whatever_the_scores(name: str, visible: list[i
         got = hopper.choose(queries, keys, room, topk, programs)
         assert torch.equal(got, cases.best(ordered.masked_fill(unseen, float("-inf")), seen, topk))
         assert not counters(got.device).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("many", [1, 300, 2000, 5000])
+def test_ids_are_a_rows_own_whatever_its_scores(value: float, many: int) -> None:
+    """Scores that are no numbers cost their own row only: attention must not read where nothing is."""
+    hopper = pytest.importorskip("triptych.kernels.select_rows.hopper")
+    seen = torch.tensor([33000, 5000, 33000], device="cuda")
+    values = scores_of("random", seen, 33024)
+    for row in (0, 1):
+        values[row, torch.randperm(5000, device="cuda")[:many]] = value
+    queries, keys = keys_with(values, seen)
+    room = select.ordered_scores(queries, keys)
+    ordered = torch.where(room[0] < 0, room[0] ^ 0x7FFFFFFF, room[0])[2:, :33000].view(torch.float32)
+    for topk in (512, 1024):
+        good = cases.best(ordered, seen[2:], topk)[0]
+        for programs in (1, 44):
+            poison()
+            got = hopper.choose(queries, keys, room, topk, programs)
+            assert own_and_different(got, seen)
+            assert torch.equal(got[2], good)
+            assert not counters(got.device).any()
+        assert own_and_different(highest(*cases.ordered(values), seen, topk), seen)
 
 
 @pytest.mark.parametrize("apart", [0, 2, 4, 10])
@@ -156,6 +172,25 @@ def test_selection_of_prefill_rows(kind: str) -> None:
     got, want = (f(q, queries.weights[seq], keys, 512) for f in (index.select_entries, index_ref.select_entries))
     same = sum(len(set(a) & set(b)) for a, b in zip(got.tolist(), want.tolist(), strict=True))
     assert same >= 0.999 * want.numel(), "scores that differ by rounding may change places at the end"
+
+
+def own_and_different(ids: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Whether all ids [B, k] are of what rows see, and none is there twice."""
+    alike = any(len(set(line)) < ids.shape[1] for line in ids.tolist())
+    return bool(((ids >= 0) & (ids < seen.unsqueeze(1))).all()) and not alike
+
+
+def keys_with(values: torch.Tensor, seen: torch.Tensor) -> tuple[IndexQueries, PagedEntries]:
+    """Queries, and keys whose scores are in proportion to values [B, total]: equal keys, by their scales."""
+    batch = len(values)
+    queries, keys = cases.index_case("fp8", [32] * batch, 64, 128, "cuda")
+    queries.weights.abs_()
+    pages = values.numel() // 32
+    pool = cases.pool_of(pages, 32, RowFormat("fp8", 128), "cuda")
+    pool.values[:] = keys.pool.values[keys.page_table[0, 0], 0]
+    pool.scales[:] = values.view(pages, 32, 1).view(torch.uint8)
+    table = torch.arange(pages, device="cuda", dtype=torch.int32).view(batch, -1)
+    return queries, keys._replace(pool=pool, page_table=table, visible=seen, most=int(seen.max()))
 
 
 def scores_of(name: str, visible: torch.Tensor, total: int) -> torch.Tensor:

@@ -8,8 +8,8 @@
 Peaks need not be of all scores, so programs write them a little before they are done; the warp that fetches keys has
 nothing left to do by then and finds the bound meanwhile. Programs wait for each other's peaks, and for how many
 candidates those before them have. Waiting ends after a while, whatever the others do; then, and where candidates come
-to be too many, since high scores are neighbours, the last program chooses from all scores, see narrow.py. Ids stay in
-order, and of equal ones the lower are taken, which is the reference's rule.
+to be too many, since high scores are neighbours, or too few, since some are infinite, the last program chooses from all
+scores, see narrow.py. Ids stay in order, and of equal ones the lower are taken, which is the reference's rule.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def chosen_together(
         more = _found(scores_ptr + rest, end - rest, bound, said_s, WARPS)
     gl.store(counts_ptr + part, gl.where(bound == _HIGHEST, MOST + 1, found + more) + 1)
     before, many, in_time = _counts_of_all(counts_ptr, part, parts, said_s, WARPS)
-    fits = in_time & (many <= MOST)
+    fits = in_time & (many >= k) & (many <= MOST)
     if fits:
         gl.store(ids_ptr + before + place, at + begin, mask=x >= bound)
         gl.store(values_ptr + before + place, x, mask=x >= bound)
