@@ -18,6 +18,11 @@ from triptych.model.weights import WeightStore
 from triptych.words import SamplingParams, TokenIds
 
 NEAR_TIE = 1e-3  # nats between likely tokens that float32 rounding in another order may turn over
+NATIVE = 0.5
+"""As NEAR_TIE, of native numerics: a value that float32 rounds otherwise may fall to the other side of a step of its
+format. Where many tokens are as likely, processors differ by 0.3 nats among themselves, and from exact numerics."""
+LIKELY = 5
+"""Tokens that are compared then."""
 
 
 @dataclass

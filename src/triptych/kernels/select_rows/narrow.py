@@ -238,7 +238,8 @@ def _write(y, least, base, k, put_ptr, said_s, WIDE: gl.constexpr, WARPS: gl.con
     ahead = gl.sum(gl.where(other < warp, said, 0), 1)
     earlier += gl.convert_layout(ahead, gl.SliceLayout(1, earlier.type.layout), assert_trivial=True)[:, None]
     earlier = gl.convert_layout(gl.reshape(earlier, [32 * WARPS]), gl.SliceLayout(1, L), assert_trivial=True)
-    wanted = k - (gl.sum(_said(said_s.index(4), WARPS), 0) & 0xFFFF)
+    # NaN and infinity may be above though nobody counted them
+    wanted = gl.maximum(k - (gl.sum(_said(said_s.index(4), WARPS), 0) & 0xFFFF), 0)
     before = gl.associative_scan(flag, 1, _add) - flag + earlier[:, None]
     rank = before >> 16
     place = (before & 0xFFFF) + gl.minimum(rank, wanted)
