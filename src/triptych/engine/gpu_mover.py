@@ -1,7 +1,8 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
     demotion   frames --gather--> stage --copies--> pinned host frames     gathered in the step's stream, then in `down`
-    fetch      host frames --copies--> stage --scatter--> frames           in `up`; stores fill pinned staging first
+    fetch      host frames --copies--> stage --scatter--> frames           in the stage's stream, beside other stages'
+               stores --> pinned staging --copies--> frames                in `up`
     save       frames --copies--> pinned staging --> store                 in `down`
 
 Order. What a step writes is enqueued in the compute stream, all steps in order. A demotion is gathered there before the
@@ -12,16 +13,19 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: the sum of a frame's words, each times a random odd number, modulo 2**64, is made where
 frames are gathered and compared where they come back, at a small part of the copy's time. One wrong word always changes
-it. From Python a copy costs as long as its page takes over the link, so pages that are neighbours on the host go
-together, and a batch is sorted for that.
+it. From Python a copy costs as long as its page takes over the link, and several times as long where threads ask by
+turns, since each waits for the interpreter again. So one thread brings all that comes from the host; a batch is asked
+for in one call, sorted, and pages that are neighbours on the host go together.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -38,11 +42,13 @@ _STAGES = 4  # buffers of that many frames, for each direction
 
 
 class _Stage:
-    """Device memory that frames pass through, and when it is free again."""
+    """Device memory that frames pass through, when it is free again, and for the way up a stream and an answer."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.frames = torch.empty(_BATCH, size, dtype=torch.uint8, device=device)
         self.filled, self.free = torch.cuda.Event(), torch.cuda.Event()
+        self.stream = torch.cuda.Stream(device)
+        self.same = torch.empty(_BATCH, dtype=torch.bool, pin_memory=device.type == "cuda")
 
 
 class GpuMover(Mover):
@@ -64,10 +70,9 @@ class GpuMover(Mover):
         size, count = self._frames.shape[1], _STAGES if host_frames else 0
         self._falling = [_Stage(size, pools.device) for _ in range(count)]
         self._turn = 0
-        self._rising: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
-        for _ in range(count):
-            self._rising.put(_Stage(size, pools.device))
-        self._word = torch.int32 if size % 4 == 0 else torch.uint8
+        self._rising = [_Stage(size, pools.device) for _ in range(count)]
+        self._riser = ThreadPoolExecutor(1, thread_name_prefix="triptych-rise")  # several would not share a link better
+        self._word = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
         words = torch.empty(0, dtype=self._word).element_size()
         generator = torch.Generator().manual_seed(0)
         factors = torch.randint(-(1 << 62), 1 << 62, (size // words,), generator=generator) * 2 + 1
@@ -87,6 +92,11 @@ class GpuMover(Mover):
         fences[1].record(self._down)
         self._fences = fences  # a job that reads later ones waits longer, never too short
         super().run(Jobs((), jobs.fetches, jobs.saves, jobs.touches))
+
+    def close(self) -> None:
+        """See Mover.close."""
+        self._riser.shutdown()
+        super().close()
 
     # ---- down
 
@@ -111,29 +121,41 @@ class GpuMover(Mover):
         stage.filled.record(compute)
         with torch.cuda.stream(self._down):
             self._down.wait_event(stage.filled)
-            for at, first, count in _runs(host_frames):
-                self._pinned[first : first + count].copy_(held[at : at + count], non_blocking=True)
+            torch._foreach_copy_(*self._pieces(host_frames, held), non_blocking=True)
             stage.free.record(self._down)
 
     def _sums_of(self, frames: Tensor) -> Tensor:
         """Checksums [n] int64 of frames [n, bytes], which are contiguous."""
         words = frames.view(self._word)
-        return torch.cat([(some.long() * self._factors).sum(dim=1) for some in words.split(16)])
+        # narrow words become eight times as wide, so only some at a time
+        return torch.cat(
+            [(some * self._factors).sum(dim=1) for some in words.split(_BATCH * words.element_size() // 8)]
+        )
+
+    def _pieces(self, host_frames: Sequence[int], held: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Stretches of host frames, and the frames of `held` that belong to them."""
+        runs = _runs(host_frames)
+        host = [self._pinned[first : first + count] for _, first, count in runs]
+        return host, list(held.split([count for *_, count in runs]))
 
     def _index(self, frames: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(frames).numpy(), self._where)
 
     # ---- up
 
+    def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
+        """As many as follow each other from the host by the one thread for it, others as usual."""
+        out: list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]] = []
+        for from_host, group in groupby(parts, lambda part: part.tier == HOST):
+            some = list(group)
+            out += [(self._riser, some)] if from_host else super()._slices(some)
+        return out
+
     def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
-        good: dict[int, bool] = {}
         pairs = sorted(
             pair for part in parts if part.tier == HOST for pair in zip(part.host_frames, part.frames, strict=True)
         )
-        for at in range(0, len(pairs), _BATCH):
-            host, device = zip(*pairs[at : at + _BATCH], strict=True)
-            good |= zip(host, self._send_up(host, device), strict=True)
-        self._own.good = good
+        self._own.good = self._bring_up(pairs)
         return super()._bring_slice(parts)
 
     def _bring_from_host(self, part: FetchPart) -> bool:
@@ -142,27 +164,36 @@ class GpuMover(Mover):
             self._tell_damage(part.key)
         return whole
 
-    def _send_up(self, host_frames: Sequence[int], frames: Sequence[int]) -> list[bool]:
-        """Copy host frames into frames, wait for it, and say which of them are what once came down."""
-        stage = self._rising.get()
-        try:
-            held = stage.frames[: len(frames)]
-            with torch.cuda.stream(self._up):
-                for fence in self._fences:
-                    self._up.wait_event(fence)
-                for at, first, count in _runs(host_frames):
-                    held[at : at + count].copy_(self._pinned[first : first + count], non_blocking=True)
-                same = self._sums_of(held) == self._table.index_select(0, self._index(host_frames))
-                # nobody sees these frames before the answer is known
-                self._frames.index_copy_(0, self._index(frames), held)
-                answer = torch.empty(len(frames), dtype=torch.bool, pin_memory=self._where.type == "cuda")
-                answer.copy_(same, non_blocking=True)
-                stage.free.record(self._up)
-            stage.free.synchronize()
-            found: list[bool] = answer.tolist()
-            return found
-        finally:
-            self._rising.put(stage)
+    def _bring_up(self, pairs: Sequence[tuple[int, int]]) -> dict[int, bool]:
+        """Copy host frames into frames, by ascending (host frame, frame), batches on their way while others are asked
+        for. Says of each host frame whether it is what once came down."""
+        good: dict[int, bool] = {}
+        asked: deque[tuple[_Stage, Sequence[int]]] = deque()
+        for turn, at in enumerate(range(0, len(pairs), _BATCH)):
+            if len(asked) == _STAGES:
+                good |= _answer(*asked.popleft())
+            host_frames, frames = zip(*pairs[at : at + _BATCH], strict=True)
+            stage = self._rising[turn % _STAGES]
+            self._send_up(stage, host_frames, frames)
+            asked.append((stage, host_frames))
+        for one in asked:
+            good |= _answer(*one)
+        return good
+
+    def _send_up(self, stage: _Stage, host_frames: Sequence[int], frames: Sequence[int]) -> None:
+        """Ask for a batch. Until all of a fetch has been reported nobody sees its frames, right or not."""
+        count = len(frames)
+        held, stream = stage.frames[:count], stage.stream
+        with torch.cuda.stream(stream):
+            for fence in self._fences:
+                stream.wait_event(fence)
+            host, device = self._pieces(host_frames, held)
+            torch._foreach_copy_(device, host, non_blocking=True)
+            places = self._index([*host_frames, *frames])
+            same = self._sums_of(held) == self._table.index_select(0, places[:count])
+            self._frames.index_copy_(0, places[count:], held)
+            stage.same[:count].copy_(same, non_blocking=True)
+            stage.free.record(stream)
 
     def _bring_from_store(self, part: FetchPart) -> bool:
         staging, memory = self._staging(len(part.frames))
@@ -210,3 +241,9 @@ def _runs(frames: Sequence[int]) -> list[tuple[int, int, int]]:
         else:
             out.append((at, frame, 1))
     return out
+
+
+def _answer(stage: _Stage, host_frames: Sequence[int]) -> dict[int, bool]:
+    """Wait for a batch that came up: whether each frame is what it was."""
+    stage.free.synchronize()
+    return dict(zip(host_frames, stage.same[: len(host_frames)].tolist(), strict=True))

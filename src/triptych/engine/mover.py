@@ -156,14 +156,14 @@ class Mover:
 
     def _start_fetch(self, fetch: Fetch) -> None:
         """Split a fetch over the threads; the last slice to end reports it."""
-        slices = [fetch.parts[at : at + _SLICE] for at in range(0, len(fetch.parts), _SLICE)]
+        slices = self._slices(fetch.parts)
         results: dict[int, tuple[bool, ...]] = {}
         started: list[float] = []  # when the first slice had its turn: waiting for others says nothing about the tier
         lock = threading.Lock()
 
         def bring(index: int) -> None:
             started.append(time.perf_counter())
-            brought = self._bring_slice(slices[index])
+            brought = self._bring_slice(slices[index][1])
             with lock:
                 results[index] = brought
                 last = len(results) == len(slices)
@@ -172,8 +172,12 @@ class Mover:
                 self._done.put([Done(fetch.job, ok, time.perf_counter() - started[0])])
 
         self._under_way += 1
-        for index in range(len(slices)):
-            self._fetchers.submit(bring, index)
+        for index, (threads, _) in enumerate(slices):
+            threads.submit(bring, index)
+
+    def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
+        """Parts that follow each other, and the threads of which one brings them."""
+        return [(self._fetchers, parts[at : at + _SLICE]) for at in range(0, len(parts), _SLICE)]
 
     def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
         return tuple(self._bring(part) for part in parts)
