@@ -27,7 +27,7 @@ from triptych.config import EngineConfig, ModelShape
 from triptych.engine.device_sampler import Draw
 from triptych.engine.graphs import DecodeSteps
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner, Runner
+from triptych.engine.runner import DeviceRunner
 from triptych.engine.sampler import SamplerState
 from triptych.kernels.mhc.ref import Uncollapsed
 from triptych.kernels.mhc.together import collapse
@@ -59,7 +59,7 @@ def main() -> None:
         parser.error("--steps must be 6 or more: three prepare, and the next ones overlap")
     started = time.monotonic()
     shape = made.shape_of(given.model, given.layers)
-    weights = made.released_weights(shape)
+    weights = made.released_weights(shape, tiles=not given.deterministic)
     torch.cuda.synchronize()
     print(f"{torch.cuda.get_device_name()}: weights {torch.cuda.memory_allocated() / 2**30:.1f} GiB "
           f"in {time.monotonic() - started:.1f} s", flush=True)  # fmt: skip
@@ -70,8 +70,7 @@ def main() -> None:
             continue
         batch, context = (int(part) for part in case.split("x"))
         config = made.config_of(context + given.steps + 8, batch, deterministic=given.deterministic)
-        run = measure_deterministic if given.deterministic else measure
-        table.append(run(weights, config, (batch, context, given.steps), detail=given.profile))
+        table.append(measure(weights, config, (batch, context, given.steps), detail=given.profile))
         print(table[-1], flush=True)
     values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
     rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
@@ -88,40 +87,37 @@ def measure(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: 
     for plan in plans[:3]:
         runner.start(plan, draws).finish()
     ready = time.perf_counter() - begun
-    found = []
-    flight = runner.start(plans[3], draws)
-    for plan in plans[4:]:  # as the loop does: the next step is enqueued before the last one's tokens are taken
-        begun = time.perf_counter()
-        coming = runner.start(plan, draws)
-        flight.finish()
-        flight = coming
-        found.append((time.perf_counter() - begun) * 1e3)
-    flight.finish()
+    found = step_times(runner, plans[3:], draws)
     key = runner.steps.key(plans[0].chunks)
     out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
+    if config.deterministic:
+        out |= {"deterministic": 1}
     out |= {"ms": round(statistics.median(found), 3), "graph_ms": round(replays(runner, key, steps), 3)}
     out |= {"ready_s": round(ready, 1)}
     out |= launches(lambda: runner.steps.replay(key), shape.num_layers, detail=detail)
-    out |= {"experts_per_layer": experts_used(runner, plans[0]), "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
+    used = experts_used(runner, plans[0], chunked=config.deterministic)
+    out |= {"experts_per_layer": used, "frames": frames, "bucket": f"{key[0]}x{key[1]}"}
     if (batch, context) in GOALS and shape.num_layers == 20:
         out |= dict(zip(("goal_ms", "vllm_ms"), GOALS[batch, context], strict=True))
     return out
 
 
-def measure_deterministic(weights: ModelWeights, config: EngineConfig, case: Case, *, detail: bool) -> Row:
-    """As `measure`, of deterministic mode: rows run as prompts do, without graphs, and a step ends before the next."""
-    shape, (batch, context, _) = weights.shape, case
-    pools, frames = pools_of(shape, config, case)
-    runner = Runner(weights, config, pools)
-    plans, draws = work_of(shape, case, frames)
+def step_times(runner: DeviceRunner, plans: list[StepPlan], draws: list[Draw]) -> list[float]:
+    """Milliseconds of steps as the loop runs them: the next one is enqueued before the last one's tokens are taken,
+    where the runner allows it."""
     found = []
-    for plan in plans:
+    flight = runner.start(plans[0], draws)
+    for plan in plans[1:]:
         begun = time.perf_counter()
-        runner.start(plan, draws).finish()
+        if not runner.depth:
+            flight.finish()
+        coming = runner.start(plan, draws)
+        if runner.depth:
+            flight.finish()
+        flight = coming
         found.append((time.perf_counter() - begun) * 1e3)
-    out: Row = {"card": torch.cuda.get_device_name(), "layers": shape.num_layers, "batch": batch, "context": context}
-    out |= {"deterministic": 1, "ms": round(statistics.median(found[3:]), 3)}
-    return out | launches(lambda: runner.logits(plans[-1]), shape.num_layers, detail=detail)
+    flight.finish()
+    return found
 
 
 def pools_of(shape: ModelShape, config: EngineConfig, case: Case) -> tuple[Pools, int]:
@@ -176,7 +172,7 @@ def launches(step: Callable[[], Any], layers: int, *, detail: bool) -> Row:
     return {"launches_per_layer": round(len(events) / layers, 1), "longest_us": text}
 
 
-def experts_used(runner: DeviceRunner, plan: StepPlan) -> str:
+def experts_used(runner: DeviceRunner, plan: StepPlan, *, chunked: bool) -> str:
     """Least, mean and most distinct experts of a layer in one step."""
     counts: list[int] = []
     kernels = runner.model.kernels
@@ -187,7 +183,8 @@ def experts_used(runner: DeviceRunner, plan: StepPlan) -> str:
         counts.append(int(ids.unique().numel()))
         return kernels.moe_rows(x, token_ids, router, *rest)
 
-    steps = DecodeSteps(runner.model, runner.pools, runner.steps.rows[-1], runner.steps.pages[-1], capture=False)
+    most = runner.steps.rows[-1], runner.steps.pages[-1]
+    steps = DecodeSteps(runner.model, runner.pools, *most, capture=False, chunked=chunked)
     runner.model.use_kernels(replace(kernels, moe_rows=moe_rows))
     steps.run(plan.chunks)
     runner.model.use_kernels(kernels)

@@ -35,13 +35,16 @@ def config_of(context: int, batch: int, **options: object) -> EngineConfig:
     return EngineConfig.from_options(**given)
 
 
-def released_weights(shape: ModelShape, device: str = "cuda") -> ModelWeights:
-    """Random weights in the released formats; a product of normed inputs comes out near unit size."""
+def released_weights(shape: ModelShape, device: str = "cuda", *, tiles: bool = True) -> ModelWeights:
+    """Random weights in the released formats; a product of normed inputs comes out near unit size.
+
+    `tiles`: on a GPU as usual kernels read them, which those of deterministic mode do not.
+    """
     store = WeightStore(shape, "released", mtp=False, device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, target in store._targets.items():
         _fill(name, target.values, target.scales, shape, generator)
-    return in_tiles(store.weights) if device == "cuda" else store.weights
+    return in_tiles(store.weights) if device == "cuda" and tiles else store.weights
 
 
 def _fill(name: str, values: Tensor, scales: Tensor | None, shape: ModelShape, generator: torch.Generator) -> None:

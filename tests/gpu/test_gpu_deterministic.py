@@ -15,9 +15,11 @@ from torch import Tensor
 from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.checkpoint import random_tensors
 from triptych.config import PAGE, EngineConfig
+from triptych.engine.device_sampler import Draw
 from triptych.engine.load import _DTYPES
 from triptych.engine.pools import Pools
-from triptych.engine.runner import Runner
+from triptych.engine.runner import DeviceRunner, Runner
+from triptych.engine.sampler import SamplerState
 from triptych.model.weights import ModelWeights, WeightStore
 from triptych.words import Chunk, StepPlan
 
@@ -35,14 +37,17 @@ def weights_of(dtype: str) -> ModelWeights:
     return store.weights
 
 
-def runner_of(options: dict[str, Any], slots: int = 4) -> Runner:
-    config = EngineConfig.from_options(**{"device": "cuda", "deterministic": True, **options})
+def runner_of(options: dict[str, Any], slots: int = 4, *, graphs: bool = False) -> Runner:
+    config = EngineConfig.from_options(
+        **{"device": "cuda", "deterministic": True, "max_running": slots, "max_context": PAGES * PAGE, **options}
+    )
     geometry = CacheGeometry.of(NARROW_FLASH, config.cache.kv_format, config.cache.index_format)
     pools = Pools(NARROW_FLASH, geometry, CacheCapacity(slots * PAGES, slots), torch.device("cuda"), spare=1)
     for value in vars(pools).values():  # what was there before must not matter
         if isinstance(value, Tensor):
             value.fill_(0)
-    return Runner(weights_of(config.weight_dtype), config, pools)
+    weights = weights_of(config.weight_dtype)
+    return DeviceRunner(weights, config, pools, capture=True) if graphs else Runner(weights, config, pools)
 
 
 def chunk(slot: int, tokens: np.ndarray, start: int, end: int) -> Chunk:
@@ -76,6 +81,41 @@ def test_chunks_and_company_change_no_bit(name: str) -> None:
         got = in_pieces(runner_of(FORMATS[name]), tokens, cuts, company)
         wrong = (got != want).any(1).nonzero().flatten().tolist()
         assert not wrong, (len(wrong), wrong[:5], float((got - want).abs().max()))
+
+
+def caches(runner: Runner) -> list[Tensor]:
+    """All that requests can own; padding rows write into what is spare."""
+    pools, slots = runner.pools, runner.pools.spare_slot
+    rings = (pools._csa, pools._index, pools._hca)
+    per_slot = (pools.csa_stride, pools.csa_stride, pools.hca_stride)
+    kept = [ring[: slots * stride] for ring, stride in zip(rings, per_slot, strict=True)]
+    return [pools.frames[: pools.spare_frame], pools.window[:slots], *kept]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_graphs_change_no_bit(name: str) -> None:
+    """Rows of 1, 3 and 16 sequences in graphs of 1, 4 and 16, beside chunks of which small ones have graphs, too."""
+    lengths = [LONG, 1, 126, 511, 40, 2040, *range(250, 260)]
+    texts = [text(NARROW_FLASH, n, length + 60) for n, length in enumerate(lengths)]
+    plain, graphs = (runner_of(FORMATS[name], 16, graphs=captured) for captured in (False, True))
+    assert isinstance(graphs, DeviceRunner)
+    at = list(lengths)
+    for runner in (plain, graphs):
+        runner.logits(StepPlan(0, tuple(chunk(n, texts[n], 0, end) for n, end in enumerate(at))))
+    steps = [(1, ()), (3, ()), (16, ()), (1, ()), (3, (4,)), (16, ()), (2, (5, 6)), (2, (5, 6)), (2, (5, 6)), (16, ())]
+    for rows, longer in steps:
+        spans = [(n, 1) for n in range(rows)] + [(n, 9) for n in longer]
+        chunks = tuple(chunk(n, texts[n], at[n], at[n] + span) for n, span in spans)
+        draws = [Draw(SamplerState(f"r{n}", greedy(1), NARROW_FLASH.vocab_size), n, 0) for n, _ in spans]
+        want = plain.logits(StepPlan(0, chunks))
+        got = graphs.start(StepPlan(0, chunks), draws)
+        got.finish()
+        assert got.logits is not None and torch.isfinite(want).all()
+        assert torch.equal(got.logits, want), (rows, longer, float((got.logits - want).abs().max()))
+        for n, span in spans:
+            at[n] += span
+    assert graphs.steps.captured == 4
+    assert all(torch.equal(a, b) for a, b in zip(caches(graphs), caches(plain), strict=True))
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "none"])

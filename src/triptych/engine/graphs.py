@@ -21,6 +21,7 @@ from torch import Tensor
 from triptych.config import CSA_RATIO, HCA_RATIO, PAGE
 from triptych.engine.batching import PageTables, Staging, decode_vectors
 from triptych.engine.pools import Pools
+from triptych.engine.row_chunks import as_chunks
 from triptych.model.batch import DecodeBatch
 from triptych.model.transformer import Transformer
 from triptych.words import Chunk
@@ -55,12 +56,22 @@ def bucket_of(need: int, buckets: Sequence[int]) -> int:
 class DecodeSteps:
     """Runs decode rows: one row of each of several sequences. Holds no request state but pages and newest tokens.
 
-    `most_rows` and `most_pages` bound every step. `capture`: with CUDA graphs.
+    `most_rows` and `most_pages` bound every step. `capture`: with CUDA graphs. `chunked`: rows run as prompts do, of
+    the same kernels and so to the same bits, which deterministic mode asks for.
     """
 
-    def __init__(self, model: Transformer, pools: Pools, most_rows: int, most_pages: int, *, capture: bool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pools: Pools,
+        most_rows: int,
+        most_pages: int,
+        *,
+        capture: bool,
+        chunked: bool = False,
+    ) -> None:
         device, slots = pools.device, pools.spare_slot + 1
-        self._model, self._pools, self._capture = model, pools, capture
+        self._model, self._pools, self._capture, self._chunked = model, pools, capture, chunked
         self.rows, self.pages = row_buckets(most_rows), page_buckets(most_pages)
         self.tables = PageTables(slots, most_pages, device)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -155,5 +166,9 @@ class DecodeSteps:
         tokens, table = kernels.newest_rows(tokens, slots, self.tokens, self.tables.device, pages)
         most = {ratio: pages * (PAGE // ratio) for ratio in (CSA_RATIO, HCA_RATIO)}
         batch = DecodeBatch(tokens, positions, slots, lowest, table, most[CSA_RATIO], most[HCA_RATIO])
-        logits = self._model.decode(batch, self._pools.layers, self._logits[:rows])
+        logits = self._logits[:rows]
+        if self._chunked:
+            logits.copy_(self._model.forward(as_chunks(batch, self._pools), self._pools.layers))
+        else:
+            self._model.decode(batch, self._pools.layers, logits)
         kernels.likeliest(logits, slots, self.tokens, self._chosen[: 2 * rows].view(2, rows))

@@ -35,7 +35,7 @@ from triptych.engine.rates import starting_rates
 from triptych.engine.room import room_for_caches
 from triptych.engine.runner import DeviceRunner, Runner
 from triptych.engine.stores import namespace, open_stores
-from triptych.engine.warmup import prepare, prepare_chunks, warm_up
+from triptych.engine.warmup import prepare, warm_up
 from triptych.errors import CheckpointError, ConfigError, nearest, reason_of
 from triptych.kernels import parallel
 from triptych.kernels.gpu import is_hopper
@@ -154,21 +154,14 @@ def build_loop(
 
 
 def _runner(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometry, capacity: CacheCapacity) -> Runner:
-    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step.
-
-    In deterministic mode decode rows run as prompts do, of the same kernels and so to the same bits.
-    """
+    """The runner of the device that the weights are on; a GPU's is ready for every size of decode step."""
     device = weights.embed.device
     if kind_of(device) == "cpu":
         return Runner(weights, config, Pools(weights.shape, geometry, capacity, device))
     pools = Pools(weights.shape, geometry, capacity, device, spare=1)
-    if config.deterministic:
-        runner = Runner(weights, config, pools)
-        prepare_chunks(runner, config)
-        return runner
-    fast = DeviceRunner(weights, config, pools, capture=True)
-    prepare(fast, config)
-    return fast
+    runner = DeviceRunner(weights, config, pools, capture=True)
+    prepare(runner, config)
+    return runner
 
 
 def _find(model: str | Path) -> tuple[str, Path]:

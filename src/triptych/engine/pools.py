@@ -49,12 +49,12 @@ class Pools:
         device: torch.device = torch.device("cpu"),  # noqa: B008  (a value, never changed)
         spare: int = 0,
     ) -> None:
-        """`spare`: one slot more than requests can own if 1, for the padding rows of decode batches."""
+        """`spare`: one slot and one frame more than requests can own if 1, for what decode batches write for nobody."""
         layers, c, di = shape.num_layers, shape.head_dim, shape.index_head_dim
         n_csa, n_hca = len(shape.csa_layers), len(shape.hca_layers)
         self.capacity = capacity
         self.device = device
-        self.spare_slot = capacity.slots
+        self.spare_slot, self.spare_frame = capacity.slots, capacity.frames
         slots = capacity.slots + spare
         self.window_stride = layers * SLOT_ROWS
         self.rows_per_frame = geometry.rows_per_frame
@@ -62,7 +62,8 @@ class Pools:
         self.hca_stride = n_hca * HCA_RING
         self._entry = RowFormat("entry", c, shape.rope_dim) if geometry.kv_format == "fp8" else None
         dtype = _DTYPES.get(geometry.kv_format, torch.uint8)
-        self.frames = torch.empty(capacity.frames, geometry.page_bytes // dtype.itemsize, dtype=dtype, device=device)
+        frames = capacity.frames + spare
+        self.frames = torch.empty(frames, geometry.page_bytes // dtype.itemsize, dtype=dtype, device=device)
         ring_bytes = SLOT_ROWS * geometry.window_row_bytes
         self.window = torch.empty(slots, layers, ring_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._dim = c

@@ -18,7 +18,7 @@ from triptych.cache.geometry import CacheCapacity, CacheGeometry
 from triptych.config import PAGE, EngineConfig
 from triptych.engine.chunk_graphs import MOST_GRAPHS, MOST_ROWS
 from triptych.engine.pools import Pools
-from triptych.engine.runner import DeviceRunner, Runner
+from triptych.engine.runner import DeviceRunner
 from triptych.engine.warmup import prefill, record_chunk
 from triptych.errors import ConfigError
 from triptych.model.weights import ModelWeights
@@ -38,7 +38,7 @@ def room_for_caches(weights: ModelWeights, config: EngineConfig, geometry: Cache
     gc.collect()
     torch.cuda.empty_cache()
     free = int(torch.cuda.mem_get_info(device)[0])
-    room = free - transients - graphs - _MARGIN - geometry.slot_bytes  # of the spare slot
+    room = free - transients - graphs - _MARGIN - geometry.slot_bytes - geometry.page_bytes  # what is spare
     if room <= 0:
         raise ConfigError(
             f"Beside the weights {free / 2**30:.1f} GiB of the GPU are free, but a step of {config.step_tokens:,} "
@@ -56,9 +56,7 @@ def _measure(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometr
     pools = Pools(weights.shape, geometry, CacheCapacity(frames, config.max_running), device, spare=1)
     held = torch.cuda.memory_reserved(device)
     # page buckets are those of a request as long as may come, not those of these few frames
-    runner: Runner = Runner(weights, config, pools)
-    if not config.deterministic:
-        runner = DeviceRunner(weights, config, pools, capture=True, most_pages=-(-most // PAGE))
+    runner = DeviceRunner(weights, config, pools, capture=True, most_pages=-(-most // PAGE))
     static = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     for position in sorted({0, max(0, most - rows)}):
@@ -66,8 +64,6 @@ def _measure(weights: ModelWeights, config: EngineConfig, geometry: CacheGeometr
     prefill(runner, min(rows, most), max(0, most - rows), min(config.max_running, rows))
     torch.cuda.synchronize()
     transients = torch.cuda.max_memory_reserved(device) - static
-    if not isinstance(runner, DeviceRunner):
-        return transients, static - held
     steps = runner.steps
     before = _free(device)
     steps.record((steps.rows[-1], steps.pages[-1]))

@@ -106,18 +106,22 @@ class DeviceRunner(Runner):
     """A runner that enqueues steps. `capture`: decode by CUDA graphs; without them it runs on a processor, for tests.
 
     `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless
-    somebody has to see every step's logits.
+    somebody has to see every step's logits. In deterministic mode the host samples, and the next step waits for it.
     """
 
     def __init__(
         self, weights: ModelWeights, config: EngineConfig, pools: Pools, *, capture: bool, most_pages: int = 0
     ) -> None:
         super().__init__(weights, config, pools)
-        self.depth = 0 if config.cache.canary else 1
+        self.depth = 0 if config.cache.canary or config.deterministic else 1
         context = min(config.max_context or weights.shape.max_position, weights.shape.max_position)
         pages = most_pages or min(-(-context // PAGE), pools.capacity.frames)
-        self.steps = DecodeSteps(self.model, pools, config.max_running, pages, capture=capture)
-        self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size, self.model.kernels.likeliest)
+        self.steps = DecodeSteps(
+            self.model, pools, config.max_running, pages, capture=capture, chunked=config.deterministic
+        )
+        self._sampler: DeviceSampler | None = None
+        if not config.deterministic:  # torch's sums over a row depend on the number of rows, some on the run
+            self._sampler = DeviceSampler(self.steps.tokens, weights.shape.vocab_size, self.model.kernels.likeliest)
         self._cuda = pools.device.type == "cuda"
         self._graphs: ChunkGraphs | None = None
         if capture and self._cuda and config.numerics == "native":
@@ -128,7 +132,8 @@ class DeviceRunner(Runner):
         """Enqueue the step; `Flight.finish` waits for it."""
         begun = self._mark()
         self._prepare(plan)
-        self._sampler.begin(draws)
+        if self._sampler is not None:
+            self._sampler.begin(draws)
         by_slot = {draw.slot: draw for draw in draws}
         decodes = [chunk for chunk in plan.chunks if is_decode(chunk)]
         rest = [chunk for chunk in plan.chunks if not is_decode(chunk)]
@@ -137,7 +142,7 @@ class DeviceRunner(Runner):
 
         def take(logits: Tensor, chosen: Tensor | None, chunks: Sequence[Chunk]) -> None:
             some = [by_slot[chunk.slot] for chunk in chunks if chunk.samples]
-            if some:
+            if some and self._sampler is not None:
                 arriving.append((some, self._sampler.draw(logits, chosen, some).to_host()))
             if not self.depth:  # somebody looks at logits, whose buffer the next step overwrites
                 rows.update(zip([draw.slot for draw in some], logits.clone(), strict=True))
@@ -150,13 +155,15 @@ class DeviceRunner(Runner):
         if prefilled is not None:
             take(prefilled, None, rest)
         ended = self._mark()
+        logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
 
         def finish() -> tuple[list[SampledToken | str], float]:
             seconds = _seconds(begun, ended)
+            if self._sampler is None:
+                return [] if logits is None else sample(logits, [draw.state for draw in draws]), seconds
             found = {d.slot: r for some, one in arriving for d, r in zip(some, one.results(some), strict=True)}
             return [found[draw.slot] for draw in draws], seconds
 
-        logits = torch.stack([rows[draw.slot] for draw in draws]) if rows else None
         return Flight(plan, draws, finish, logits, scored)
 
     def _chunks(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Scores | None]:

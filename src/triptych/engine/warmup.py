@@ -64,20 +64,15 @@ def warm_up(config: EngineConfig) -> None:
 
 def prepare(runner: DeviceRunner, config: EngineConfig) -> None:
     """Compile for a GPU by running chunks of several sizes, and record decode steps of every size."""
-    prepare_chunks(runner, config)
+    rows = config.step_tokens or PAGE
+    for count in sorted({1, min(rows, PAGE + 2), rows}):
+        prefill(runner, count, 0)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Recording decode steps", total=None)
         runner.steps.record_all(
             _RECORDING_SECONDS, lambda done, total: progress.update(task, completed=done, total=total)
         )
     torch.cuda.synchronize()
-
-
-def prepare_chunks(runner: Runner, config: EngineConfig) -> None:
-    """Compile for a GPU by running chunks of several sizes."""
-    rows = config.step_tokens or PAGE
-    for count in sorted({1, min(rows, PAGE + 2), rows}):
-        prefill(runner, count, 0)
 
 
 def prefill(runner: Runner, rows: int, position: int, requests: int = 1) -> None:
