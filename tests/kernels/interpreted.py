@@ -14,7 +14,6 @@ from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
 from triptych.kernels.linear.rounding import parted
-from triptych.kernels.mhc import fixed as mhc_fixed
 from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
@@ -34,7 +33,6 @@ def main() -> None:
             for rows in (1, 3, 17):
                 result = verify(row.op, "triton", rows, rows)
                 print(json.dumps({"what": f"{row.op} {rows}", "ok": result.ok, "error": result.error}))
-    mhc_fixed.ROWS = 8  # the interpreter is slow
     for row in table("auto", device="cuda", deterministic=True):
         file = "fixed" if row.op in FIXED.get(FOLDER[row.op], ()) else "triton"
         module = importlib.import_module(f"triptych.kernels.{FOLDER[row.op]}.{file}")

@@ -4,7 +4,7 @@ The kernels that prompts run through then have them, and so a row's bits are the
 such a batch on the host, whose lists are as long as what the step completes. Here each row has one group of every
 ratio and all the window rows that it may see, and everything is worked out on the device, so a CUDA graph can hold it:
 
-    groups         one a row; what is not complete yet goes to the spare frame, which nobody reads
+    groups         one a row; what stands for one that is not complete yet goes to the spare frame, which nobody reads
     window         [ WINDOW - 1 past rows | the row itself ] for each row; those before `lowest` are not looked at
 """
 
@@ -73,11 +73,12 @@ def _entry_plan(
     pos = ((group + 1) * ratio - reach)[:, None] + torch.arange(reach, device=at.device)
     kept = -1 - (slots[:, None] * stride + pos % ring)
     source = torch.where(pos == at[:, None], every[:, None], torch.where(pos >= 0, kept, ABSENT))
+    done = (at + 1) % ratio == 0
     page = table.gather(1, (at // PAGE)[:, None])[:, 0]
     return EntryPlan(
         compress=CompressPlan(
-            src=source,
-            page=torch.where((at + 1) % ratio == 0, page, spare),
+            src=torch.where(done[:, None], source, ABSENT),
+            page=torch.where(done, page, spare),
             offset=group % (PAGE // ratio),
             phase=at % ratio,
             keep_src=every,

@@ -260,7 +260,7 @@ _FAST: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 FIXED: dict[str, tuple[str, ...]] = {
-    "mhc": ("mhc_pre", "mhc_head", "mhc_rows", "mhc_first", "mhc_last"),
+    "mhc": ("mhc_pre", "mhc_head", "mhc_rows", "mhc_first"),
     "linear": ("linear", "front_linear", "grouped_linear"),
     "moe": ("route", "experts", "shared_expert", "moe_rows"),
     "ends": ("head_rows",),

@@ -25,7 +25,8 @@ class CompressPlan(NamedTuple):
     """Which rows of a step pool into which entries; the same for every layer of one ratio.
 
     src [E, k] int64: k = 8 (CSA, the four A rows first) or 128 (HCA). s >= 0 is row s of this step, s < 0 is row
-    -1-s of the flattened state rings, ABSENT no row. page, offset [E]: where the entry goes. phase [R] is position
+    -1-s of the flattened state rings, ABSENT no row; a group without its last row is none, and its entry means nothing.
+    page, offset [E]: where the entry goes. phase [R] is position
     mod m of each row of the step. keep_src [K] rows of this step go to ring rows keep_dst [K] afterwards.
     """
 

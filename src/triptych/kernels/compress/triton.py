@@ -69,6 +69,8 @@ def _pool(
     DIM: tl.constexpr,
 ):
     e = tl.program_id(0).to(tl.int64)
+    if tl.load(src_ptr + (e + 1) * GROUP - 1) == ABSENT_ROW:
+        return
     d = tl.arange(0, DIM)
     inside = d < dim
     peak = tl.full([DIM], float("-inf"), tl.float32)
@@ -134,6 +136,8 @@ def _pool_tiles(
     Where the next ones lie is looked up while these are on their way.
     """
     e = tl.program_id(0).to(tl.int64)
+    if tl.load(src_ptr + (e + 1) * GROUP - 1) == ABSENT_ROW:
+        return
     d = tl.arange(0, DIM)
     i = tl.arange(0, TILE)
     src_ptr += e * GROUP

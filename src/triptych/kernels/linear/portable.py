@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3, scale_of
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
 FIXED_ROWS = 64
 """Rows of a tile in deterministic mode."""
+_STAGES = 5
+"""Of programs with narrow tiles: in 80 KiB of shared memory, which GPUs since Ampere have."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter has no bfloat16 arithmetic."""
@@ -80,17 +83,29 @@ def _launch(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, tall:
     wide = INTERPRETED or values.dtype == torch.float32
     scale = values if scales is None else scales
     deep = 32 if values.dtype == torch.float32 else 64
-    _products[(triton.cdiv(rows, tall) * triton.cdiv(columns, 64), groups)](
+    down = triton.cdiv(rows, tall)
+    across, stages = _across(down * groups, columns, x.device)
+    _products[(down * triton.cdiv(columns, across), groups)](
         *(x, values.view(torch.uint8) if scales is not None else values, scale, out),
         *(rows, columns, depth, x.stride(0), out.stride(0), values.stride(0), values.stride(1)),
         *((0, 0) if scales is None else (scale.stride(0), scale.stride(1))),
         FP8=scales is not None,
         WIDE=wide,
         TALL=tall,
+        ACROSS=across,
         DEEP=deep,
         num_warps=4,
-        num_stages=3,
+        num_stages=stages,
     )
+
+
+def _across(others: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Columns of a program and its pipeline stages, of `others` programs a tile of columns: narrow ones, which wait
+    for the memory less long, while there are too few to keep a GPU busy. No sum is in another order for it."""
+    across = 64
+    while across > 16 and others * triton.cdiv(columns, across) < 2 * multiprocessors(device):
+        across //= 2
+    return across, 3 if across == 64 else _STAGES
 
 
 @triton.jit
@@ -122,20 +137,21 @@ def _products(
     FP8: tl.constexpr,
     WIDE: tl.constexpr,
     TALL: tl.constexpr,
+    ACROSS: tl.constexpr,
     DEEP: tl.constexpr,
 ):
-    """TALL rows by 64 columns of group program_id(1); its inputs and outputs lie behind those of groups before it."""
+    """TALL rows by ACROSS columns of group program_id(1); inputs and outputs lie behind those of groups before it."""
     kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     down = tl.cdiv(rows, TALL)
     group = tl.program_id(1).to(tl.int64)
     r = (tl.program_id(0) % down).to(tl.int64) * TALL + tl.arange(0, TALL)
-    first = tl.program_id(0) // down * 64
-    c = first + tl.arange(0, 64)
+    first = tl.program_id(0) // down * ACROSS
+    c = first + tl.arange(0, ACROSS)
     d = tl.arange(0, DEEP)
     x_ptr += group * depth + r[:, None] * x_row + d[None, :]
     w_ptr += group * w_group + c.to(tl.int64)[None, :] * w_row + d[:, None]
     s_ptr += group * s_group + (first // 128) * s_row
-    total = tl.zeros([TALL, 64], tl.float32)
+    total = tl.zeros([TALL, ACROSS], tl.float32)
     for at in range(0, depth, DEEP):
         deep = at + d < depth
         x = tl.load(x_ptr + at, mask=(r < rows)[:, None] & deep[None, :], other=0.0).to(kind)

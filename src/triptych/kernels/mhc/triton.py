@@ -75,13 +75,17 @@ def mhc_rows(y: Tensor, before: Residual, site: MhcSite, norm: Tensor) -> SiteRo
 
 def mhc_first(token_ids: Tensor, embed: Tensor, site: MhcSite, norm: Tensor) -> SiteRows:
     """See ref.mhc_first; one launch, or two."""
+    return _site(embed, token_ids, no_residual(token_ids, embed, site), site, norm, first=True)
+
+
+def no_residual(token_ids: Tensor, embed: Tensor, site: MhcSite) -> Residual:
+    """What stands for the residual before the first site, which does not read it: only sizes count."""
     rows, n = len(token_ids), site.fn.shape[1] // embed.shape[1]
-    nothing = Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
-    return _site(embed, token_ids, nothing, site, norm, first=True)
+    return Residual(embed.new_empty(rows, n, embed.shape[1]), site.base, site.base)
 
 
 def mhc_last(y: Tensor, before: Residual, head: MhcHead, norm: Tensor) -> Tensor:
-    """See ref.mhc_last; two launches."""
+    """See ref.mhc_last; two launches. A row's bits are its own."""
     rows, n, dim = before.streams.shape
     streams, share = _expand(y, y, before, head.fn, first=False)
     out, slices = streams.new_empty(rows, dim), share.shape[1]
@@ -111,24 +115,33 @@ def _site(y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor,
     assert n == 4, "the programs of a whole site are written for four streams"
     if rows >= _MANY and many.fits(before.streams) and not _INTERPRETED:
         return many.site((y, ids, before.streams, before.post, before.comb), first, site, norm)
-    post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
     if together.fits(before.streams):
+        post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
         streams = torch.empty_like(before.streams)
         left = before._replace(streams=ids) if first else before
         whole = Uncollapsed(y, left, site, norm, streams, post, comb)
         leaves = site.leaves and not first
         return whole if leaves else together.collapse(whole, first=first), streams, post, comb
+    return in_two(y, ids, before, site, norm, first=first, apart=rows <= _APART)
+
+
+def in_two(
+    y: Tensor, ids: Tensor, before: Residual, site: MhcSite, norm: Tensor, *, first: bool, apart: bool
+) -> SiteRows:
+    """A site in two launches, `apart`: with a program of its own for Sinkhorn. A row's bits are its own."""
+    rows, n, _ = before.streams.shape
+    post, comb = torch.empty(rows, n, device=y.device), torch.empty(rows, n, n, device=y.device)
     streams, share = _expand(y, ids, before, site.fn, first=first)
-    return _collapse(streams, share, site, norm, post, comb), streams, post, comb
+    return _collapse((streams, share), site, norm, (post, comb), apart=apart), streams, post, comb
 
 
 def _collapse(
-    streams: Tensor, share: Tensor, site: MhcSite, norm: Tensor, post: Tensor, comb: Tensor
+    expanded: tuple[Tensor, Tensor], site: MhcSite, norm: Tensor, maps: tuple[Tensor, Tensor], *, apart: bool
 ) -> Tensor | BothRows:
-    """The second half of a site: its x. Fills post and comb."""
+    """The second half of a site: its x, from streams and share. Fills maps, post and comb."""
+    (streams, share), (post, comb) = expanded, maps
     rows, n, dim = streams.shape
     x, slices = streams.new_empty(rows, dim), share.shape[1]
-    apart = rows <= _APART
     rounds = site.rounds and rounds_rows(x.device, dim)
     rounded = empty_rows(rows, dim, x.device) if rounds else Fp8Rows(x, post)
     sites.mix[(rows, 1 + apart)](
