@@ -15,6 +15,7 @@ from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
 from triptych.kernels.linear.rounding import parted
 from triptych.kernels.mhc import triton as mhc
+from triptych.kernels.moe import pairs
 from triptych.kernels.moe.ref import Router, route
 from triptych.kernels.moe.router import route_few
 from triptych.kernels.moe.sorted import place_and_round
@@ -23,6 +24,20 @@ from triptych.kernels.quant.matrices import BothRows, Fp8Rows, quantize_rows
 from triptych.kernels.quant.ref import fake_quant_fp8
 from triptych.kernels.registry import FIXED, FOLDER, table
 from triptych.kernels.verify import verify
+
+
+def sorted_in_one() -> bool:
+    """Few pairs in one launch, against the library's sort of many."""
+    ok, few = True, pairs._FEW
+    for rows, k, count, tile in ((1, 1, 4, 64), (1, 6, 256, 64), (3, 6, 8, 4), (21, 6, 16, 16), (16, 8, 100, 4)):
+        ids = torch.stack([torch.randperm(count)[:k] for _ in range(rows)])
+        pairs._FEW = few
+        got = pairs.sorted_pairs(ids, count, tile)
+        pairs._FEW = 0
+        want = pairs.sorted_pairs(ids, count, tile)
+        ok &= got.tiles == want.tiles and all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+    pairs._FEW = few
+    return ok
 
 
 def main() -> None:
@@ -43,6 +58,7 @@ def main() -> None:
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
     print(json.dumps({"what": "rows in pairs", "ok": paired(), "error": 0.0}))
+    print(json.dumps({"what": "pairs sorted in one launch", "ok": sorted_in_one(), "error": 0.0}))
     for rounded in (rounded_site, rounded_query):
         print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
     index.SCORES = 256  # a few rows at a time

@@ -17,9 +17,6 @@ from triptych.kernels.moe.pairs import add_up, sorted_pairs, tile_of
 from triptych.kernels.moe.ref import Experts
 from triptych.kernels.quant.matrices import Mxfp4Matrix
 
-ACROSS, STAGES = 32, 4
-"""Columns of a program and its pipeline stages: so few registers that several programs share a multiprocessor."""
-
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, tile: int | None = None) -> Tensor:
     """See ref.experts, in native numerics: inputs and hidden values are rounded here. Does not synchronise."""
@@ -32,15 +29,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, tile: int | N
     tile = tile or (16 if rows * k <= 16 * count else 64)
     pairs = sorted_pairs(ids, count, tile)
     hidden = torch.empty(rows * k, inner, device=x.device)
-    shape = dict(PAIRS=tile, WIDE=INTERPRETED, EXPERTS=triton.next_power_of_2(count), num_warps=4)
-    shape |= dict(ACROSS=ACROSS, num_stages=STAGES)
-    _up[(pairs.tiles, triton.cdiv(inner, ACROSS))](
+    shape = dict(PAIRS=tile, WIDE=INTERPRETED, EXPERTS=triton.next_power_of_2(count), num_warps=4, num_stages=3)
+    _up[(pairs.tiles, triton.cdiv(inner, 64))](
         *(rounded(x), w13.values, w13.scales, weights.contiguous(), hidden, *pairs[:3]),
         *(count, k, dim, inner, moe.limit),
         **shape,
     )
     each = torch.empty(rows * k, dim, device=x.device)
-    _down[(pairs.tiles, triton.cdiv(dim, ACROSS))](
+    _down[(pairs.tiles, triton.cdiv(dim, 64))](
         *(rounded(hidden), w2.values, w2.scales, each, *pairs[:3], count, inner, dim), **shape
     )
     return add_up(each, rows, x.dtype)
@@ -55,9 +51,11 @@ def _halves(both, scale):
     """
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 a, b, c, d, e, f, m, z;
+        .reg .b32 a, b, c, d, e, f, m, s, t, z;
         mov.b32 m, 0x7e807e80;
         mov.b32 z, 0x80008000;
+        mov.b32 s, $5;
+        mov.b32 t, $6;
         prmt.b32 a, $4, 0, 0x1404;
         prmt.b32 b, $4, 0, 0x3424;
         shr.u32 c, a, 2;
@@ -70,8 +68,8 @@ def _halves(both, scale):
         lop3.b32 d, f, 0x80008000, d, 0xea;
         fma.rn.bf16x2 c, c, m, z;
         fma.rn.bf16x2 d, d, m, z;
-        fma.rn.bf16x2 $0, c, $5, z;
-        fma.rn.bf16x2 $1, d, $6, z;
+        fma.rn.bf16x2 $0, c, s, z;
+        fma.rn.bf16x2 $1, d, t, z;
         shr.u32 c, a, 6;
         shr.u32 d, b, 6;
         and.b32 c, c, 0x01c001c0;
@@ -80,8 +78,8 @@ def _halves(both, scale):
         lop3.b32 d, b, 0x80008000, d, 0xea;
         fma.rn.bf16x2 c, c, m, z;
         fma.rn.bf16x2 d, d, m, z;
-        fma.rn.bf16x2 $2, c, $5, z;
-        fma.rn.bf16x2 $3, d, $6, z;
+        fma.rn.bf16x2 $2, c, s, z;
+        fma.rn.bf16x2 $3, d, t, z;
         }""",
         "=r,=r,=r,=r,r,r,r",
         [both, scale],
@@ -93,8 +91,7 @@ def _halves(both, scale):
 
 @triton.jit
 def _unpacked(w_ptr, s_ptr, row, here, at, depth, kind: tl.constexpr):
-    """Columns [at, at + 64) of rows `row` [N] of a packed matrix as `kind` [N, 64], 0 where `here` is not."""
-    ROWS: tl.constexpr = row.shape[0]
+    """Columns [at, at + 64) of rows `row` [64] of a packed matrix as `kind` [64, 64], 0 where `here` is not."""
     half = at // 2 + tl.arange(0, 32)
     both = tl.load(
         w_ptr + row[:, None] * (depth // 2) + half[None, :], mask=here[:, None] & (half < depth // 2)[None, :], other=0
@@ -106,14 +103,14 @@ def _unpacked(w_ptr, s_ptr, row, here, at, depth, kind: tl.constexpr):
     if kind == tl.bfloat16:
         bits = tl.where(code == 0, 1 << 6, tl.where(code == 255, 0x7FC0, code << 7))
         scale = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)[:, :, None]
-        low, high = _halves(tl.reshape(both, [ROWS, 2, 16]), tl.broadcast_to(scale, [ROWS, 2, 16]))
-        return tl.reshape(tl.join(low, high), [ROWS, 64])
+        low, high = _halves(tl.reshape(both, [64, 2, 16]), tl.broadcast_to(scale, [64, 2, 16]))
+        return tl.reshape(tl.join(low, high), [64, 64])
     else:
-        codes = tl.reshape(tl.join(both & 15, both >> 4), [ROWS, 2, 32]).to(tl.int32)
+        codes = tl.reshape(tl.join(both & 15, both >> 4), [64, 2, 32]).to(tl.int32)
         # the bits of a magnitude, at the top of float32's mantissa and the foot of its exponent, lack 2^126
         size = (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
         bits = tl.where(code == 0, 1 << 22, tl.where(code == 255, 0x7FC00000, code << 23))
-        return tl.reshape(size * bits.to(tl.float32, bitcast=True)[:, :, None], [ROWS, 64]).to(kind)
+        return tl.reshape(size * bits.to(tl.float32, bitcast=True)[:, :, None], [64, 64]).to(kind)
 
 
 @triton.jit
@@ -134,19 +131,18 @@ def _up(
     EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
-    ACROSS: tl.constexpr,
 ):
-    """ACROSS hidden columns of a tile of pairs: W13, SwiGLU and the pair's weight."""
+    """64 hidden columns of a tile of pairs: W13, SwiGLU and the pair's weight."""
     kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     expert, place, valid = tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
     if expert < count:
         pair = tl.load(order_ptr + place, mask=valid, other=0)
-        n = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+        n = tl.program_id(1) * 64 + tl.arange(0, 64)
         d = tl.arange(0, 64)
         rows_ptr = x_ptr + (pair // k)[:, None] * dim + d[None, :]
         row = expert * 2 * inner + n
-        gate = tl.zeros([PAIRS, ACROSS], tl.float32)
-        up = tl.zeros([PAIRS, ACROSS], tl.float32)
+        gate = tl.zeros([PAIRS, 64], tl.float32)
+        up = tl.zeros([PAIRS, 64], tl.float32)
         for at in range(0, dim, 64):
             x = tl.load(rows_ptr + at, mask=valid[:, None] & (at + d < dim)[None, :], other=0.0).to(kind)
             w = _unpacked(w_ptr, s_ptr, row, n < inner, at, dim, kind)
@@ -174,17 +170,16 @@ def _down(
     EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
-    ACROSS: tl.constexpr,
 ):
-    """ACROSS output columns of a tile of pairs."""
+    """64 output columns of a tile of pairs."""
     kind: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
     expert, place, valid = tile_of(ends_ptr, tile_ends_ptr, count, PAIRS, EXPERTS)
     if expert < count:
         pair = tl.load(order_ptr + place, mask=valid, other=0)
-        n = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+        n = tl.program_id(1) * 64 + tl.arange(0, 64)
         d = tl.arange(0, 64)
         rows_ptr = hidden_ptr + pair[:, None] * inner + d[None, :]
-        y = tl.zeros([PAIRS, ACROSS], tl.float32)
+        y = tl.zeros([PAIRS, 64], tl.float32)
         for at in range(0, inner, 64):
             h = tl.load(rows_ptr + at, mask=valid[:, None] & (at + d < inner)[None, :], other=0.0).to(kind)
             w = _unpacked(w_ptr, s_ptr, expert * dim + n, n < dim, at, inner, kind)
