@@ -19,6 +19,7 @@ threads ask for them by turns: while one fetch is on its way, the next is enqueu
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded
 from triptych.engine.pools import Pools
 from triptych.kernels.frames import bringer
 from triptych.kernels.frames.ref import checksums, factors_of
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 64  # frames gathered at once
 _STAGES = 4  # buffers of that many frames
@@ -139,7 +142,12 @@ class GpuMover(Mover):
     def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
         from_host = [part for part in parts if part.tier == HOST]
         pairs = [pair for part in from_host for pair in zip(part.host_frames, part.frames, strict=True)]
-        self._own.damaged = self._bring_up(pairs) if pairs else set()
+        try:
+            self._own.damaged = self._bring_up(pairs) if pairs else set()
+        except Exception:
+            logger.exception("fetching %d frames from the host failed; they are computed again", len(pairs))
+            self._rise.synchronize()  # what was enqueued must not write into frames that others get
+            return (False,) * len(parts)
         return super()._bring_slice(parts)
 
     def _bring_from_host(self, part: FetchPart) -> bool:
