@@ -20,6 +20,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
+import frames_cases  # noqa: E402
 import packed_cases as cases  # noqa: E402
 import test_gpu_chunks as chunks  # noqa: E402
 import test_gpu_released as released  # noqa: E402
@@ -29,6 +30,7 @@ from triptych.kernels import inputs  # noqa: E402
 from triptych.kernels.attend import triton as attend  # noqa: E402
 from triptych.kernels.attend_rows import triton as rows  # noqa: E402
 from triptych.kernels.compress.triton import compress  # noqa: E402
+from triptych.kernels.frames import triton as frames  # noqa: E402
 from triptych.kernels.index import triton as index  # noqa: E402
 from triptych.kernels.linear import fixed as fixed_linears  # noqa: E402
 from triptych.kernels.linear import portable as linears  # noqa: E402
@@ -211,6 +213,12 @@ def many_mixtures() -> None:
         fixed_mixtures.moe_rows(x, tokens, router, moe, shared)
 
 
+def tiers() -> None:
+    """Frames that come up from the host, of every size of words."""
+    for size in frames_cases.SIZES:
+        frames_cases.comes_up(frames.bring_up, size, 4, "cuda")
+
+
 def steps() -> None:
     """Prompts and decode steps of a small model in the released formats, as an engine runs them."""
     decode = importlib.import_module("test_gpu_decode")
@@ -245,6 +253,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "sites": sites,
     "few": few_mixtures,
     "many": many_mixtures,
+    "tiers": tiers,
     "steps": steps,
     "vendor": vendor,
 }

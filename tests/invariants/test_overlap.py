@@ -182,3 +182,20 @@ def test_a_page_that_is_damaged_on_the_host_is_computed_again() -> None:
     assert engine.ask(prompt, 20).tokens == want
     assert engine.loop.stats().cache["fetches_failed"] > 0
     engine.cache.check_integrity()
+
+
+@pytest.mark.usefixtures("gpu_mover")
+def test_what_the_gpu_has_no_room_to_bring_up_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would ever be told of a fetch whose thread died."""
+    engine = _engine(pages=40, host_pages=40)
+    prompt = _text(3, 700)
+    want = engine.ask(prompt, 20).tokens
+    engine.spoil_device()
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine.loop._mover, "_bring_frames", no_room)
+    assert engine.ask(prompt, 20).tokens == want
+    assert engine.loop.stats().cache["fetches_failed"] > 0
+    engine.cache.check_integrity()

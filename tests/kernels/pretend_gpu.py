@@ -31,7 +31,7 @@ class OnProcessor(TorchFunctionMode):
     """Tensors of "cuda" are made on the processor, and say that they are on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = dict(kwargs or {}) | ({"pin_memory": False} if kwargs and "pin_memory" in kwargs else {})
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]

@@ -197,6 +197,33 @@ def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, parts:
     assert made.metadata.shared <= 227 << 10
 
 
+def test_frames_come_up_by_sixteen_bytes_and_leave_most_registers_to_others() -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+    from triptych.kernels.frames import triton as frames
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    words = 492_832 // 8
+    sizes = {"WORDS": words, "SOURCE": words, "TARGET": words, "LINE": 16, "BLOCK": frames._BLOCK // 8, "EVEN": 2}
+    kernel = frames._bring_up
+    signature = {name: "constexpr" if name in sizes else "*i64" for name in kernel.arg_names} | {"count": "i32"}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    options = {"num_warps": frames._WARPS}
+    made = triton.compile(ASTSource(kernel, signature, sizes, aligned), GPUTarget("cuda", 90, 32), options)
+    code = _disassembled(triton, made.asm["ptx"])
+    asked = frames._BLOCK // (frames._WARPS * 32 * 16)
+    assert code.count("LDG.E.128.STRONG.GPU") == code.count("STG.E.128") == asked
+    assert code[: code.index("STG.E.128")].count("LDG.E.128.STRONG.GPU") == asked, "all are on their way at once"
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    used = re.search(r"Used (\d+) registers", said)
+    assert used and int(used[1]) * frames._WARPS * 32 <= 65536 // 8
+
+
 def _type(name: str, sizes: dict[str, int]) -> str:
     if name in sizes:
         return "constexpr"

@@ -1,7 +1,7 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
     demotion   frames --gather--> stage --copies--> pinned host frames     gathered in the step's stream, then in `down`
-    fetch      host frames --copies--> stage --scatter--> frames           in the stage's stream, beside other stages'
+    fetch      host frames --one launch--> frames                          in `rise`
                stores --> pinned staging --copies--> frames                in `up`
     save       frames --copies--> pinned staging --> store                 in `down`
 
@@ -11,22 +11,22 @@ events that `run` records behind everything enqueued so far, demotions included:
 ago are not overwritten before their last readers and writers have run. A fetch is reported when its copies have
 ended, so that whatever is enqueued afterwards sees them.
 
-Checksums are the GPU's work: the sum of a frame's words, each times a random odd number, modulo 2**64, is made where
-frames are gathered and compared where they come back, at a small part of the copy's time. One wrong word always changes
-it. From Python a copy costs as long as its page takes over the link, and several times as long where threads ask by
-turns, since each waits for the interpreter again. So one thread brings all that comes from the host; a batch is asked
-for in one call, sorted, and pages that are neighbours on the host go together.
+Checksums are the GPU's work: they are made where frames are gathered and compared where they come back, at a small part
+of the copy's time. From Python a copy costs as long as its page takes over the link. So demotions that are neighbours
+on the host go together, and what comes up is read by the GPU itself (kernels/frames), a fetch in one launch. Two
+threads ask for them by turns: while one fetch is on its way, the next is enqueued and the one before is reported.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,19 +36,21 @@ from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
 from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded
 from triptych.engine.pools import Pools
+from triptych.kernels.frames import bringer
+from triptych.kernels.frames.ref import checksums, factors_of
 
-_BATCH = 64  # frames gathered or scattered at once
-_STAGES = 4  # buffers of that many frames, for each direction
+logger = logging.getLogger(__name__)
+
+_BATCH = 64  # frames gathered at once
+_STAGES = 4  # buffers of that many frames
 
 
 class _Stage:
-    """Device memory that frames pass through, when it is free again, and for the way up a stream and an answer."""
+    """Device memory that frames pass through on their way down, and when it is free again."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.frames = torch.empty(_BATCH, size, dtype=torch.uint8, device=device)
         self.filled, self.free = torch.cuda.Event(), torch.cuda.Event()
-        self.stream = torch.cuda.Stream(device)
-        self.same = torch.empty(_BATCH, dtype=torch.bool, pin_memory=device.type == "cuda")
 
 
 class GpuMover(Mover):
@@ -66,21 +68,19 @@ class GpuMover(Mover):
         self._frames = pools.frames.view(torch.uint8)
         self._pinned = torch.from_numpy(self._host)
         self._where = pools.device
-        self._down, self._up = (torch.cuda.Stream(pools.device) for _ in range(2))
-        size, count = self._frames.shape[1], _STAGES if host_frames else 0
-        self._falling = [_Stage(size, pools.device) for _ in range(count)]
+        self._down, self._up, self._rise = (torch.cuda.Stream(pools.device) for _ in range(3))
+        size = self._frames.shape[1]
+        self._falling = [_Stage(size, pools.device) for _ in range(_STAGES if host_frames else 0)]
         self._turn = 0
-        self._rising = [_Stage(size, pools.device) for _ in range(count)]
-        self._riser = ThreadPoolExecutor(1, thread_name_prefix="triptych-rise")  # several would not share a link better
-        self._word = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
-        words = torch.empty(0, dtype=self._word).element_size()
-        generator = torch.Generator().manual_seed(0)
-        factors = torch.randint(-(1 << 62), 1 << 62, (size // words,), generator=generator) * 2 + 1
-        self._factors = factors.to(pools.device)
+        self._risers = ThreadPoolExecutor(2, thread_name_prefix="triptych-rise")
+        self._factors = factors_of(size).to(pools.device)
+        self._bring_frames = bringer(self._pinned, pools.device)
         self._table = torch.zeros(host_frames, dtype=torch.int64, device=pools.device)  # checksums of host frames
         self._names: list[ObjectKey | None] = [None] * host_frames  # what begins in a host frame
         self._fences = torch.cuda.Event(), torch.cuda.Event()
         self._own = threading.local()
+        if host_frames:
+            self._bring_up([])  # compiles what brings them
 
     def run(self, jobs: Jobs) -> None:
         """Gather what is demoted, mark where the streams are, start the rest."""
@@ -95,7 +95,7 @@ class GpuMover(Mover):
 
     def close(self) -> None:
         """See Mover.close."""
-        self._riser.shutdown()
+        self._risers.shutdown()
         super().close()
 
     # ---- down
@@ -117,26 +117,14 @@ class GpuMover(Mover):
         compute.wait_event(stage.free)
         held = stage.frames[: len(frames)]
         torch.index_select(self._frames, 0, self._index(frames), out=held)
-        self._table.index_copy_(0, self._index(host_frames), self._sums_of(held))
+        self._table.index_copy_(0, self._index(host_frames), checksums(held, self._factors))
         stage.filled.record(compute)
         with torch.cuda.stream(self._down):
             self._down.wait_event(stage.filled)
-            torch._foreach_copy_(*self._pieces(host_frames, held), non_blocking=True)
+            runs = _runs(host_frames)
+            host = [self._pinned[first : first + count] for first, count in runs]
+            torch._foreach_copy_(host, list(held.split([count for _, count in runs])), non_blocking=True)
             stage.free.record(self._down)
-
-    def _sums_of(self, frames: Tensor) -> Tensor:
-        """Checksums [n] int64 of frames [n, bytes], which are contiguous."""
-        words = frames.view(self._word)
-        # narrow words become eight times as wide, so only some at a time
-        return torch.cat(
-            [(some * self._factors).sum(dim=1) for some in words.split(_BATCH * words.element_size() // 8)]
-        )
-
-    def _pieces(self, host_frames: Sequence[int], held: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Stretches of host frames, and the frames of `held` that belong to them."""
-        runs = _runs(host_frames)
-        host = [self._pinned[first : first + count] for _, first, count in runs]
-        return host, list(held.split([count for *_, count in runs]))
 
     def _index(self, frames: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(frames).numpy(), self._where)
@@ -144,56 +132,44 @@ class GpuMover(Mover):
     # ---- up
 
     def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
-        """As many as follow each other from the host by the one thread for it, others as usual."""
+        """As many as follow each other from the host in one, others as usual."""
         out: list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]] = []
         for from_host, group in groupby(parts, lambda part: part.tier == HOST):
             some = list(group)
-            out += [(self._riser, some)] if from_host else super()._slices(some)
+            out += [(self._risers, some)] if from_host else super()._slices(some)
         return out
 
     def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
-        pairs = sorted(
-            pair for part in parts if part.tier == HOST for pair in zip(part.host_frames, part.frames, strict=True)
-        )
-        self._own.good = self._bring_up(pairs)
+        from_host = [part for part in parts if part.tier == HOST]
+        pairs = [pair for part in from_host for pair in zip(part.host_frames, part.frames, strict=True)]
+        try:
+            self._own.damaged = self._bring_up(pairs) if pairs else set()
+        except Exception:
+            logger.exception("fetching %d frames from the host failed; they are computed again", len(pairs))
+            self._rise.synchronize()  # what was enqueued must not write into frames that others get
+            return (False,) * len(parts)
         return super()._bring_slice(parts)
 
     def _bring_from_host(self, part: FetchPart) -> bool:
-        whole = self._names[part.host_frames[0]] == part.key and all(self._own.good[at] for at in part.host_frames)
+        whole = self._names[part.host_frames[0]] == part.key and self._own.damaged.isdisjoint(part.host_frames)
         if not whole:
             self._tell_damage(part.key)
         return whole
 
-    def _bring_up(self, pairs: Sequence[tuple[int, int]]) -> dict[int, bool]:
-        """Copy host frames into frames, by ascending (host frame, frame), batches on their way while others are asked
-        for. Says of each host frame whether it is what once came down."""
-        good: dict[int, bool] = {}
-        asked: deque[tuple[_Stage, Sequence[int]]] = deque()
-        for turn, at in enumerate(range(0, len(pairs), _BATCH)):
-            if len(asked) == _STAGES:
-                good |= _answer(*asked.popleft())
-            host_frames, frames = zip(*pairs[at : at + _BATCH], strict=True)
-            stage = self._rising[turn % _STAGES]
-            self._send_up(stage, host_frames, frames)
-            asked.append((stage, host_frames))
-        for one in asked:
-            good |= _answer(*one)
-        return good
-
-    def _send_up(self, stage: _Stage, host_frames: Sequence[int], frames: Sequence[int]) -> None:
-        """Ask for a batch. Until all of a fetch has been reported nobody sees its frames, right or not."""
-        count = len(frames)
-        held, stream = stage.frames[:count], stage.stream
-        with torch.cuda.stream(stream):
+    def _bring_up(self, pairs: Sequence[tuple[int, int]]) -> set[int]:
+        """Copy host frames into frames, pairs of (host frame, frame), and wait. Returns the host frames that are not
+        what once came down; until all of a fetch has been reported nobody sees its frames, right or not."""
+        ended = torch.cuda.Event()
+        answer = torch.empty(len(pairs), dtype=torch.bool, pin_memory=self._where.type == "cuda")
+        with torch.cuda.stream(self._rise):
             for fence in self._fences:
-                stream.wait_event(fence)
-            host, device = self._pieces(host_frames, held)
-            torch._foreach_copy_(device, host, non_blocking=True)
-            places = self._index([*host_frames, *frames])
-            same = self._sums_of(held) == self._table.index_select(0, places[:count])
-            self._frames.index_copy_(0, places[count:], held)
-            stage.same[:count].copy_(same, non_blocking=True)
-            stage.free.record(stream)
+                self._rise.wait_event(fence)
+            places = to_device(np.array(pairs, np.int64).reshape(-1, 2).T, self._where)
+            sums = self._bring_frames(self._pinned, self._frames, places, self._factors)
+            answer.copy_(sums != self._table.index_select(0, places[0]), non_blocking=True)
+            ended.record(self._rise)
+        ended.synchronize()
+        return {host_frame for (host_frame, _), wrong in zip(pairs, answer.tolist(), strict=True) if wrong}
 
     def _bring_from_store(self, part: FetchPart) -> bool:
         staging, memory = self._staging(len(part.frames))
@@ -232,18 +208,12 @@ class GpuMover(Mover):
         return torch.from_numpy(memory), memory
 
 
-def _runs(frames: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Stretches of ascending frames that follow each other: (place of the first, first frame, count)."""
-    out: list[tuple[int, int, int]] = []
-    for at, frame in enumerate(frames):
-        if out and frame == out[-1][1] + out[-1][2]:
-            out[-1] = (out[-1][0], out[-1][1], out[-1][2] + 1)
+def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of ascending frames that follow each other: (first frame, count)."""
+    out: list[tuple[int, int]] = []
+    for frame in frames:
+        if out and frame == sum(out[-1]):
+            out[-1] = (out[-1][0], out[-1][1] + 1)
         else:
-            out.append((at, frame, 1))
+            out.append((frame, 1))
     return out
-
-
-def _answer(stage: _Stage, host_frames: Sequence[int]) -> dict[int, bool]:
-    """Wait for a batch that came up: whether each frame is what it was."""
-    stage.free.synchronize()
-    return dict(zip(host_frames, stage.same[: len(host_frames)].tolist(), strict=True))

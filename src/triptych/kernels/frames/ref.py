@@ -1,0 +1,45 @@
+"""Frames that come up from the host, with their checksums, in plain PyTorch.
+
+A checksum is the sum of a frame's words, each times a random odd number, modulo 2**64. One wrong word always changes
+it, and its terms may be added in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_AT_ONCE = 64  # frames whose products are in memory together, if words have 8 bytes
+
+
+def factors_of(size: int) -> Tensor:
+    """Odd numbers [words] int64 for frames of `size` bytes, the same ones each time.
+
+    A word has 8 bytes, or 4, or 1, as many as divide the size.
+    """
+    words = size // (8 if size % 8 == 0 else 4 if size % 4 == 0 else 1)
+    return torch.randint(-(1 << 62), 1 << 62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+def words_of(frames: Tensor, factors: Tensor) -> Tensor:
+    """Frames [n, bytes] uint8 as the words [n, words] that have factors; no copy."""
+    wide = frames.shape[1] // len(factors)
+    return frames.view({8: torch.int64, 4: torch.int32, 1: torch.uint8}[wide])
+
+
+def checksums(frames: Tensor, factors: Tensor) -> Tensor:
+    """Checksums [n] int64 of frames [n, bytes] uint8."""
+    words = words_of(frames, factors)
+    # narrow words become eight times as wide, so only some at a time
+    return torch.cat([(some * factors).sum(dim=1) for some in words.split(_AT_ONCE * words.element_size() // 8)])
+
+
+def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor) -> Tensor:
+    """Copy frames of the host's memory [H, bytes] uint8 into frames [F, bytes] uint8, and add up what arrives.
+
+    places [2, n] int64: rows of `memory`, and the rows of `frames` that get them, each once; factors [words] as
+    `factors_of` makes them; frames, places and factors on one device. Returns the checksums [n] int64.
+    """
+    arrived = memory.index_select(0, places[0].to(memory.device)).to(frames.device)
+    frames.index_copy_(0, places[1], arrived)
+    return checksums(arrived, factors)
