@@ -39,7 +39,8 @@ def curve() -> Curve:
     against = [row for row in rows.read("cpu_vs_transformers") if row["threads"] == 1][-1:]
     prefills, prefill_rows = newest_points("gpu_prefill", ("context",))
     decodes, decode_rows = newest_points("gpu_decode", ("batch", "context"))
-    made_from = [*tiny, *against, *prefill_rows, *decode_rows]
+    exact, exact_rows = newest_points("gpu_decode", ("batch", "context"), deterministic=True)
+    made_from = [*tiny, *against, *prefill_rows, *decode_rows, *(row for row in exact_rows if row not in decode_rows)]
     with Sheet(2, 2, (11, 7.6)) as sheet:
         (cpu_prefill, card_prefill), (cpu_decode, card_decode) = sheet.axes
         _cpu(cpu_prefill, cpu_decode, tiny, against)
@@ -49,15 +50,20 @@ def curve() -> Curve:
             made_from,
             ["Crosses: vLLM 0.26.0 on another H200, same layers, measured beforehand. Dashed there: planner's floor."],
         )
-    return Curve("throughput", "Prefill and decode over the context", _text(tiny, prefills, decodes), picture)
+    return Curve("throughput", "Prefill and decode over the context", _text(tiny, prefills, decodes, exact), picture)
 
 
-def newest_points(name: str, keys: tuple[str, ...]) -> tuple[dict[Any, dict[str, Any]], list[Row]]:
-    """Of the tables in rows of `name` with LAYERS layers the newest line for each point, and the rows they are from."""
+def newest_points(
+    name: str, keys: tuple[str, ...], *, deterministic: bool = False
+) -> tuple[dict[Any, dict[str, Any]], list[Row]]:
+    """Of the tables in rows of `name` with LAYERS layers the newest line for each point, and the rows they are from.
+
+    `deterministic`: of that mode, else of the usual one."""
     found: dict[Any, tuple[dict[str, Any], Row]] = {}
     for row in rows.read(name):
         for line in row.get("table", ()):
-            if line["layers"] == LAYERS and line.get("model", "flash") == "flash":
+            same = line["layers"] == LAYERS and line.get("model", "flash") == "flash"
+            if same and bool(line.get("deterministic")) == deterministic:
                 found[tuple(line[key] for key in keys)] = line, row
     used = [row for _, row in found.values()]
     return {point: line for point, (line, _) in found.items()}, [row for row in rows.read(name) if row in used]
@@ -135,7 +141,9 @@ def _finish(axes: Axes) -> None:
     axes.legend()
 
 
-def _text(tiny: Sequence[Row], prefills: Mapping[Any, Row], decodes: Mapping[Any, Row]) -> str:
+def _text(
+    tiny: Sequence[Row], prefills: Mapping[Any, Row], decodes: Mapping[Any, Row], exact: Mapping[Any, Row]
+) -> str:
     lines = [
         (
             f"prefill of {context:,}",
@@ -153,6 +161,10 @@ def _text(tiny: Sequence[Row], prefills: Mapping[Any, Row], decodes: Mapping[Any
             f"graph alone {line['graph_ms']:.2f} ms",
         )
         for (batch, context), line in sorted(decodes.items())
+    ]
+    lines += [
+        (f"the same in deterministic mode, {batch} x {context:,}", f"{line['ms']:.2f} ms", "–", "")
+        for (batch, context), line in sorted(exact.items())
     ]
     card = markdown_table((f"{LAYERS} layers, H200", "ours", "vLLM 0.26.0", ""), lines)
     cpu = "\n\n".join(_cpu_table(row) for row in tiny) or "No row of `context_throughput` yet."

@@ -9,9 +9,12 @@ which on a grammar holds nothing is computed at all.
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from triptych.text.tokenizer import Tokenizer
 from triptych.words import Grammar
 
 MaskBits = npt.NDArray[np.int32]
+_OLDEST = (1, 9)  # llguidance that takes several ends of text
 _MOST_COMPILED = 256  # grammars; a compiled one takes from tens of kilobytes to some megabytes
 _MOST_ITEMS = 20_000  # of a parser's row: an object of some thousand optional properties
 _MOST_STATES = 50_000  # of a lexer; one takes a kilobyte or two
@@ -29,18 +33,32 @@ _LONGEST = 4 << 20  # characters of one grammar
 
 
 def available() -> bool:
-    """True if llguidance is installed."""
-    return importlib.util.find_spec("llguidance") is not None
+    """True if an llguidance is installed that this works with."""
+    return importlib.util.find_spec("llguidance") is not None and _version() >= _OLDEST
 
 
 def require(param: str) -> None:
-    """Raises Unsupported, blaming `param`, unless llguidance is installed."""
-    if not available():
+    """Raises Unsupported, blaming `param`, unless llguidance is installed, and new enough."""
+    if available():
+        return
+    if importlib.util.find_spec("llguidance") is None:
         raise Unsupported(
             f"{param} needs grammars, which are not installed here.",
             "Install them with 'pip install triptych[grammar]'.",
             param=param,
         )
+    oldest = ".".join(map(str, _OLDEST))
+    raise Unsupported(
+        f"{param} needs llguidance {oldest} or newer; {metadata.version('llguidance')} is installed.",
+        "Bring it up to date with 'pip install --upgrade triptych[grammar]'.",
+        param=param,
+    )
+
+
+@cache
+def _version() -> tuple[int, ...]:
+    """Major and minor number of the installed llguidance."""
+    return tuple(int(part) for part in re.findall(r"\d+", metadata.version("llguidance"))[:2])
 
 
 class GrammarState:
