@@ -43,8 +43,7 @@ bench: $(VENV)/.dev  ## docs/curves.md and docs/gpu.md from committed rows; ARGS
 
 test-gpu: $(VENV)/.dev  ## tests that need an NVIDIA GPU; SANITIZE=1: every kernel under compute-sanitizer
 ifdef SANITIZE
-	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-		--error-exitcode 1 --print-limit 5 $(BIN)/python tests/gpu/sanitize.py $(ARGS) || exit 1; done
+	$(BIN)/python tests/gpu/under_sanitizer.py $(ARGS)
 else
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 endif

@@ -1,8 +1,8 @@
-"""Every kernel once at small sizes, for compute-sanitizer to look at: `make test-gpu SANITIZE=1`.
+"""Every kernel once at small sizes, for compute-sanitizer to look at: under_sanitizer.py, `make test-gpu SANITIZE=1`.
 
 Nothing is compared here, that is what tests do; a kernel that reads or writes beyond its tensors, or whose threads race
-in shared memory, is named by the tool. Names in the arguments choose parts; without any, kernels that no part launched
-are an error. Tensors must be allocations of their own, or the tool cannot see their ends:
+in shared memory, is named by the tool. Arguments are parts (`--list` names them); without any, kernels that no part
+launched are an error. Tensors must be allocations of their own, or the tool cannot see their ends:
 PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
@@ -165,10 +165,9 @@ def grouped_products() -> None:
 def sites() -> None:
     """Hyper-connections of few rows and many, in bfloat16 and float32, first, between and last."""
     dim = 512
-    given = (torch.randn(size, device="cuda") for size in ((24, 4 * dim), 24, 3))
-    site, norm = MhcSite(*given, 20, 1e-6, 1e-6, rounds=True), torch.randn(dim, device="cuda")
+    site, norm = _site(rounds=True)
     head = MhcHead(*(torch.randn(size, device="cuda") for size in ((4, 4 * dim), 4, 1)), 1e-6, 1e-6)
-    for dtype, counts in ((torch.bfloat16, (1, 17, 300, 600)), (torch.float32, (17,))):
+    for dtype, counts in ((torch.bfloat16, (2, 17, 300, 600)), (torch.float32, (17,))):
         embed = torch.randn(99, dim, device="cuda").to(dtype)
         for count in counts:
             mhc.mhc_first(torch.randint(0, 99, (count,), device="cuda"), embed, site, norm)
@@ -183,18 +182,32 @@ def _residual(count: int, dim: int, dtype: torch.dtype) -> Residual:
 
 
 def few_mixtures() -> None:
-    """Experts of up to some hundred rows; a single row that is still in its streams; learned and hashed routes."""
+    """Experts of up to some hundred rows; learned and hashed routes."""
     for hashed in (False, True):
         router, moe, shared = released._layer("tiny", hashed)
         fast, dim = released.tiled(moe), released.DIMS["tiny"][0]
         for count in (3,) if hashed else (1, 3, 40, 200):
             tokens = torch.randint(0, 50, (count,), device="cuda")
             moe_rows(_normal(count, dim), tokens, router, fast, shared)
+
+
+def alone() -> None:
+    """A single row's sites, each in one launch: the first, one between, and one with the router behind it."""
+    site, norm = _site(rounds=True)
+    token, embed = torch.tensor([7], device="cuda"), _normal(99, 512)
+    mhc.mhc_first(token, embed, site, norm)
+    mhc.mhc_rows(_normal(1, 512), _residual(1, 512, torch.bfloat16), site, norm)
+    for hashed in (False, True):
         router, moe, shared = released.layer_of(512, 128, hashed=hashed)
-        given = (torch.randn(size, device="cuda") for size in ((24, 4 * 512), 24, 3))
-        site = MhcSite(*given, 20, 1e-6, 1e-6, leaves=True)
-        halfway = mhc.mhc_rows(_normal(1, 512), _residual(1, 512, torch.bfloat16), site, torch.randn(512).cuda())[0]
-        moe_rows(halfway, torch.tensor([7], device="cuda"), router, released.tiled(moe), shared)
+        site, norm = _site(leaves=True)
+        halfway = mhc.mhc_rows(_normal(1, 512), _residual(1, 512, torch.bfloat16), site, norm)[0]
+        moe_rows(halfway, token, router, released.tiled(moe), shared)
+
+
+def _site(**options: bool) -> tuple[MhcSite, torch.Tensor]:
+    """A site of 512 dims, and its norm's weights."""
+    given = (torch.randn(size, device="cuda") for size in ((24, 4 * 512), 24, 3))
+    return MhcSite(*given, 20, 1e-6, 1e-6, **options), torch.randn(512, device="cuda")
 
 
 def many_mixtures() -> None:
@@ -252,6 +265,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "grouped": grouped_products,
     "sites": sites,
     "few": few_mixtures,
+    "alone": alone,
     "many": many_mixtures,
     "tiers": tiers,
     "steps": steps,
@@ -261,6 +275,9 @@ PARTS: dict[str, Callable[[], None]] = {
 
 def main(names: list[str]) -> int:
     """Run the parts; 1 if all were asked for and a kernel was in none."""
+    if names == ["--list"]:
+        print(*PARTS)
+        return 0
     launches = Launches()
     for name in names or PARTS:
         began = time.perf_counter()
