@@ -74,6 +74,11 @@ def append(name: str, values: Mapping[str, Any], *, kv_bytes: Mapping[str, int],
     return path
 
 
+def command_of(module: str) -> str:
+    """How `module` was run, for benchmarks that are not started by `python -m benchmarks NAME`."""
+    return " ".join([f"python -m benchmarks.{module}", *map(without_machine, sys.argv[1:])])
+
+
 def without_machine(argument: str) -> str:
     """The argument, but of an absolute path only its name: where it lies on this machine helps nobody."""
     return Path(argument).name if argument.startswith("/") else argument

@@ -72,7 +72,7 @@ def main() -> None:
         config = made.config_of(context + given.steps + 8, batch, deterministic=given.deterministic)
         table.append(measure(weights, config, (batch, context, given.steps), detail=given.profile))
         print(table[-1], flush=True)
-    values = {"command": "python -m benchmarks.gpu.decode", "table": table, "layers": given.layers}
+    values = {"command": rows.command_of("gpu.decode"), "table": table, "layers": given.layers}
     rows.append("gpu_decode", values, kv_bytes={"entry": 584}, threads=1)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = measure(given.model, given.layers, given.context, given.batch, int(given.most_gib * 2**30))
     print(out, flush=True)
-    values = {"command": "python -m benchmarks.gpu.memory", "table": [out]}
+    values = {"command": rows.command_of("gpu.memory"), "table": [out]}
     rows.append("gpu_memory", values, kv_bytes={"entry": 584}, threads=1)
 
 

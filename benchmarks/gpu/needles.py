@@ -49,7 +49,7 @@ def main() -> None:
     engine.check_integrity()
     engine.close()
     out = {"card": torch.cuda.get_device_name(), "tokens": given.tokens, "right": sum(one["right"] for one in asked)}
-    values = {"command": "python -m benchmarks.gpu.needles", "table": [out | {"asked": asked}]}
+    values = {"command": rows.command_of("gpu.needles"), "table": [out | {"asked": asked}]}
     print(out, flush=True)
     rows.append("gpu_needles", values, kv_bytes={"entry": 256}, threads=1)
 

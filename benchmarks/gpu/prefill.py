@@ -57,7 +57,7 @@ def main() -> None:
         if left > 0:
             table.append(measure(shape, weights, (context, given.rows), left, detail=given.profile))
             print(table[-1], flush=True)
-    values = {"command": "python -m benchmarks.gpu.prefill", "table": table, "layers": given.layers}
+    values = {"command": rows.command_of("gpu.prefill"), "table": table, "layers": given.layers}
     rows.append("gpu_prefill", values, kv_bytes={"entry": 584}, threads=1)
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         if name not in given.skip:
             table.append(million(shape, weights, given.million, hosted=hosted, deterministic=given.deterministic))
             print(table[-1], flush=True)
-    values = {"command": "python -m benchmarks.gpu.sessions", "table": table, "layers": shape.num_layers}
+    values = {"command": rows.command_of("gpu.sessions"), "table": table, "layers": shape.num_layers}
     values |= {"kinds": given.kinds, "deterministic": given.deterministic}
     rows.append("gpu_sessions", values, kv_bytes={"entry": 584}, threads=1)
 

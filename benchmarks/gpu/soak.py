@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import tempfile
 import time
 from typing import Any
@@ -71,7 +70,7 @@ def main() -> int:
         if torch.cuda.is_available():
             out |= {"card": torch.cuda.get_device_name(), "retries": torch.cuda.memory_stats()["num_alloc_retries"]}
         print(out, flush=True)
-        values = {"command": " ".join(["python -m benchmarks.gpu.soak", *sys.argv[1:]]), "table": [out]}
+        values = {"command": rows.command_of("gpu.soak"), "table": [out]}
         rows.append("gpu_soak", values, kv_bytes={"entry": 584} if given.model == "flash" else {}, threads=1)
         if not load.wrong:
             engine.close()

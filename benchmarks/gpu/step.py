@@ -48,7 +48,7 @@ def main() -> None:
         for batch, count in [*((batch, 1) for batch in given.batch), (1, PREFILL)]:
             table.append(measure(weights, batch, context, count))
             print(table[-1], flush=True)
-    values = {"command": "python -m benchmarks.gpu.step", "table": table}
+    values = {"command": rows.command_of("gpu.step"), "table": table}
     rows.append("gpu_step", values, kv_bytes={"entry": 2 * SHAPE.head_dim}, threads=1)
 
 

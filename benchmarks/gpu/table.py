@@ -14,7 +14,6 @@ scores, top-k and experts are then measured in the same run: see benchmarks/gpu/
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -117,7 +116,7 @@ def run(asked: Sequence[Case], until: float) -> tuple[list[dict[str, Any]], dict
 
 def keep(table: list[dict[str, Any]], values: dict[str, Any]) -> None:
     """Append the row."""
-    values |= {"command": " ".join(["python -m benchmarks.gpu.table", *map(rows.without_machine, sys.argv[1:])])}
+    values |= {"command": rows.command_of("gpu.table")}
     values |= {"card": torch.cuda.get_device_name(), "versions": _versions(), "table": table}
     rows.append("gpu_table", values, kv_bytes=KV_BYTES, threads=1)
 

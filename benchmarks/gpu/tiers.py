@@ -52,7 +52,7 @@ def main() -> None:
             out[f"{name}{way}_share"] = round(out[f"{name}{way}"] / out[f"link_{way}"], 3)
     mover.close()
     print(out, flush=True)
-    values = {"command": "python -m benchmarks.gpu.tiers", "table": [out]}
+    values = {"command": rows.command_of("gpu.tiers"), "table": [out]}
     rows.append("gpu_tiers", values, kv_bytes={"entry": 584}, threads=8)
 
 

@@ -5,8 +5,6 @@ What a frame held before is 0xFF, which is NaN in every format of values and of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -30,25 +28,10 @@ SMALL = ModelShape(
 )  # fmt: skip
 
 
-class _Stream:
-    """A stream or event of a GPU that is never behind."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def _done(self, *_: object) -> None:
-        pass
-
-    wait_event = record = synchronize = _done
-
-
 @pytest.fixture(params=[Mover, GpuMover])
-def mover(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Mover]]:
+def mover(request: pytest.FixtureRequest, streams_on_processor: None) -> type[Mover]:
     """Both movers, that of a GPU on the processor."""
-    for name in ("Stream", "Event", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    yield request.param
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("way", ["host", "disk", "host, then disk"])

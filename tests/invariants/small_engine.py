@@ -210,6 +210,21 @@ class SmallEngine:
         return [answer]
 
 
+def events_of(
+    engine: SmallEngine, prompts: Sequence[tuple[int, ...]], params: SamplingParams
+) -> list[list[TokenEvent]]:
+    """Run prompts together, r0 and on; the events of each. None may fail."""
+    for i, prompt in enumerate(prompts):
+        engine.loop.add(Request(f"r{i}", np.asarray(prompt, np.int32), params))
+    events: list[list[TokenEvent]] = [[] for _ in prompts]
+    while engine.loop.busy:
+        for event in engine.loop.step():
+            assert event.error is None, event.error
+            events[int(event.request_id[1:])].append(event)
+        engine.cache.check_integrity()
+    return events
+
+
 def alone(tokens: tuple[int, ...], weights: ModelWeights | None = None) -> Tensor:
     """The truth: logits [n, V] of all positions of a text, run in one step, nothing cached."""
     geometry = CacheGeometry.of(SHAPE, "float32")

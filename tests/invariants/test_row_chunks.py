@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from small_engine import SHAPE, SmallEngine, alone
+from small_engine import SmallEngine, alone, events_of, text
 
 from triptych.engine.loop import TokenEvent
-from triptych.words import Request, SamplingParams
+from triptych.words import SamplingParams
 
-
-def _text(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(2, SHAPE.vocab_size, length).tolist())
-
-
-PROMPTS = [_text(1, 1), _text(2, 127), _text(3, 129), _text(4, 2300), _text(3, 129) + _text(5, 40), _text(6, 6)]
+PROMPTS = [text(1, 1), text(2, 127), text(3, 129), text(4, 2300), text(3, 129) + text(5, 40), text(6, 6)]
 PLAIN = SamplingParams(temperature=0.0, max_tokens=135, ignore_eos=True, logprobs=3)
 DRAWN = SamplingParams(
     temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, max_tokens=40, ignore_eos=True, seed=7,
     repetition_penalty=1.2, logprobs=3,
 )  # fmt: skip
-
-
-def _answers(engine: SmallEngine, prompts: list[tuple[int, ...]], params: SamplingParams) -> list[list[TokenEvent]]:
-    """The tokens and log-probabilities of prompts that run together."""
-    for i, prompt in enumerate(prompts):
-        engine.loop.add(Request(f"r{i}", np.asarray(prompt, np.int32), params))
-    events: list[list[TokenEvent]] = [[] for _ in prompts]
-    while engine.loop.busy:
-        for event in engine.loop.step():
-            assert event.error is None, event.error
-            events[int(event.request_id[1:])].append(event)
-        engine.cache.check_integrity()
-    return events
 
 
 def _bits(events: list[list[TokenEvent]]) -> list[list[tuple[int | None, object]]]:
@@ -42,21 +23,21 @@ def _bits(events: list[list[TokenEvent]]) -> list[list[tuple[int | None, object]
 
 @pytest.mark.parametrize("params", (PLAIN, DRAWN), ids=("greedy", "drawn"))
 def test_rows_in_buckets_have_the_bits_of_chunks(params: SamplingParams) -> None:
-    want = _bits(_answers(SmallEngine(), PROMPTS, params))
+    want = _bits(events_of(SmallEngine(), PROMPTS, params))
     engine = SmallEngine(overlap=True)
-    assert _bits(_answers(engine, PROMPTS, params)) == want
+    assert _bits(events_of(engine, PROMPTS, params)) == want
     assert engine.loop._runner.steps.tables.device.any()  # type: ignore[attr-defined]  (decode rows went there)
-    assert _bits(_answers(engine, PROMPTS, params)) == want  # resumed: what these rows wrote is read
+    assert _bits(events_of(engine, PROMPTS, params)) == want  # resumed: what these rows wrote is read
     assert engine.loop.stats().cached_tokens > 0
     for prompt, answer in zip(PROMPTS, want, strict=True):
-        [one] = _answers(SmallEngine(overlap=True), [prompt], params)
+        [one] = events_of(SmallEngine(overlap=True), [prompt], params)
         assert _bits([one]) == [answer]
 
 
 def test_rows_in_buckets_are_the_text_alone() -> None:
     """Entries that rows complete, one after the other, over whole pages."""
-    prompt = _text(9, 3)
-    [events] = _answers(SmallEngine(overlap=True), [prompt], PLAIN)
+    prompt = text(9, 3)
+    [events] = events_of(SmallEngine(overlap=True), [prompt], PLAIN)
     tokens = (*prompt, *(int(event.token_id) for event in events if event.token_id is not None))
     likely = alone(tokens[:-1])[len(prompt) - 1 :]
     logprobs = torch.log_softmax(likely.double(), 1)

@@ -151,8 +151,7 @@ def index_case(kind: str, visible: list[int], heads: int, dim: int, device: str)
 
 def index_errors(queries: IndexQueries, keys: PagedEntries, ordered: Tensor) -> tuple[float, Tensor]:
     """How far ordered scores are from float64, and the scores themselves, -inf where a row sees none."""
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    scores = bits.view(torch.float32)[:, : keys.most]
+    scores = floats(ordered)[:, : keys.most]
     wide = index_queries(queries._replace(heads=queries.heads.float())).double()
     want = index_scores(wide, queries.weights.double(), keys)
     seen = torch.arange(scores.shape[1], device=scores.device) < keys.visible.unsqueeze(1)
@@ -174,6 +173,11 @@ def best(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     ids = torch.full((len(scores), k), -1, dtype=torch.int32, device=scores.device)
     ids[:, : order.shape[1]] = torch.where(order < 1 << 40, order, -1).to(torch.int32)
     return ids
+
+
+def floats(ordered: Tensor) -> Tensor:
+    """Ordered scores int32 as the floats that they sort like."""
+    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
 
 
 def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:

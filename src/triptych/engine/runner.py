@@ -105,8 +105,9 @@ class Runner:
 class DeviceRunner(Runner):
     """A runner that enqueues steps. `capture`: decode by CUDA graphs; without them it runs on a processor, for tests.
 
-    `pools` have a spare slot. `most_pages` of a request, if not what context and frames allow. `depth` is 1, unless
-    somebody has to see every step's logits. In deterministic mode the host samples, and the next step waits for it.
+    `pools` have a spare slot and frame. `most_pages` of a request, if not what context and frames allow. `depth` is 1,
+    unless somebody has to see every step's logits. In deterministic mode the host samples, and the next step waits for
+    it.
     """
 
     def __init__(

@@ -34,31 +34,31 @@ _LONGEST = 4 << 20  # characters of one grammar
 
 def available() -> bool:
     """True if an llguidance is installed that this works with."""
-    return importlib.util.find_spec("llguidance") is not None and _version() >= _OLDEST
+    return _lacking() is None
 
 
 def require(param: str) -> None:
     """Raises Unsupported, blaming `param`, unless llguidance is installed, and new enough."""
-    if available():
-        return
+    lacking = _lacking()
+    if lacking is not None:
+        raise Unsupported(f"{param} needs {lacking[0]}", lacking[1], param=param)
+
+
+def _lacking() -> tuple[str, str] | None:
+    """What is missing for grammars and what to do about it, or None."""
     if importlib.util.find_spec("llguidance") is None:
-        raise Unsupported(
-            f"{param} needs grammars, which are not installed here.",
-            "Install them with 'pip install triptych[grammar]'.",
-            param=param,
-        )
-    oldest = ".".join(map(str, _OLDEST))
-    raise Unsupported(
-        f"{param} needs llguidance {oldest} or newer; {metadata.version('llguidance')} is installed.",
-        "Bring it up to date with 'pip install --upgrade triptych[grammar]'.",
-        param=param,
-    )
+        return "grammars, which are not installed here.", "Install them with 'pip install triptych[grammar]'."
+    installed = _installed()
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) >= _OLDEST:
+        return None
+    needed = f"llguidance {'.'.join(map(str, _OLDEST))} or newer; {installed} is installed."
+    return needed, "Bring it up to date with 'pip install --upgrade triptych[grammar]'."
 
 
 @cache
-def _version() -> tuple[int, ...]:
-    """Major and minor number of the installed llguidance."""
-    return tuple(int(part) for part in re.findall(r"\d+", metadata.version("llguidance"))[:2])
+def _installed() -> str:
+    """The version of llguidance; half a millisecond to look up."""
+    return metadata.version("llguidance")
 
 
 class GrammarState:

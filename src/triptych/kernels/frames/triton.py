@@ -5,7 +5,7 @@ copies are the GPU's own. The programs share every frame, a block at a time by t
 they add up on the way is its checksum. Blocks begin at lines of the host's memory, since the link carries whole ones.
 
 Measured on an H200 whose link carries 55 GB/s in one plain copy: beside decode steps a mover with this kernel fetches
-35 GB/s where one that asks for copies from Python has 19; alone 38 to 39 wherever pages lie on the host, where that one
+35 GB/s where one that asks for copies from Python has 19; alone 38 to 44 wherever pages lie on the host, where that one
 has 34 if they lie anywhere and 43 if 64 neighbours are one copy. A decode graph takes 11 to 23 % longer while it runs,
 and 10 to 18 while those copies do, for twice as long. Programs of other sizes (8 to 32 of 8 to 32 KB) bring as much or
 less.
