@@ -43,7 +43,7 @@ def _keep_scaled(target, x, bits, START: gl.constexpr, WORDS: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    target.store(gl.reshape(gl.join(low, high), [64, 2 * WORDS]))
+    target.store(gl.reshape(gl.join(low, high), [x.shape[0], 2 * WORDS]))
 
 
 @gluon.jit

@@ -9,8 +9,8 @@ its own number of keys, so short rows leave their part of the chip to long ones.
 takes from the batch so that it fills the chip, a row's sums may depend on its batch mates in the last bits; with a
 fixed one they do not.
 
-hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else; chunk.py takes the
-many rows of a prefill chunk there.
+hopper.py has the first launch for the released models' sizes on Hopper, portable.py for all else. There, chunk.py takes
+the many rows of a prefill chunk, and together.py few rows of decode, in one launch.
 """
 
 from __future__ import annotations
@@ -70,8 +70,27 @@ def attend_rows(
     out = torch.empty(
         len(queries.heads), queries.count, queries.dim, dtype=queries.heads.dtype, device=window.slots.device
     )
-    _launch(queries, window, entries, ids, attention, out, tiling)
+    if tiling is not None or not _in_one_launch(queries, window, entries, ids, attention, out):
+        _launch(queries, window, entries, ids, attention, out, tiling)
     return out
+
+
+def _in_one_launch(
+    queries: Queries,
+    window: RingRows,
+    entries: PagedEntries | None,
+    ids: Tensor | None,
+    attention: Attention,
+    out: Tensor,
+) -> bool:
+    """Whether the programs of all rows fit the chip side by side, so that together.py serves."""
+    if not _on_hopper(queries, window) or out.dtype != torch.bfloat16 or queries.eps <= 0:
+        return False
+    together = importlib.import_module("triptych.kernels.attend_rows.together")
+    t = together.tiling_of(out, entries, ids)
+    if t is not None:
+        together.launch(queries, window, entries, ids, attention, out, t)
+    return t is not None
 
 
 def attend_rows_deterministic(
