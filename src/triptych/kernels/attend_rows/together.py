@@ -38,7 +38,7 @@ _SLICES = 64
 """Of the result that a row's programs have, at most."""
 _HEADS = 32
 """Of a program at most."""
-_AT_ONCE = 32
+_AT_ONCE = 16
 """Pieces of four numbers that a thread waits for at once, at most."""
 _PROGRAMS = 132
 """At most, for which the workspace has room."""
@@ -51,7 +51,7 @@ def workspace(device: torch.device) -> Tensor:
 
     Made by the first call, which must not be one that is captured.
     """
-    words = _SUMS + _PROGRAMS * _SLICES * 2 * _HEADS
+    words = _SUMS + _PROGRAMS * _SLICES * _HEADS
     return torch.full((words,), _EMPTY.value, dtype=torch.int32, device=device)
 
 
@@ -66,18 +66,25 @@ def _product_layout(tall, width, warps):
 
 @gluon.constexpr_function
 def _gathered_layout(lanes, quads, pairs, warps):
-    """[splits, 4 * pairs of dims, quads of heads]: a thread has all four of a pair, which no other has."""
+    """[splits, 2 * pairs of dims, quads of heads]: a thread has both of a pair, which no other has."""
     wide = min(quads, 32 // lanes, 4)
     beside = 32 // lanes // wide
     tall = min(warps, pairs // beside)
     assert beside * tall == pairs and quads >= wide * (warps // tall)
-    return gl.BlockedLayout([1, 4, 1], [lanes, beside, wide], [1, tall, warps // tall], [2, 1, 0])
+    return gl.BlockedLayout([1, 2, 1], [lanes, beside, wide], [1, tall, warps // tall], [2, 1, 0])
 
 
 @gluon.constexpr_function
-def _each(splits, lanes, quads, pairs, warps):
-    """How many places a thread asks for at once."""
-    return splits * 4 * pairs * quads // (32 * warps)
+def _each(layout, splits, quads):
+    """Of how many splits and quads of heads a thread has a pair of dims."""
+    covers = layout.threads_per_warp[2] * layout.warps_per_cta[2]
+    return splits // layout.threads_per_warp[0] * (quads // covers)
+
+
+@gluon.constexpr_function
+def _pairs_layout(layout):
+    """Of one of each pair of dims [D / 2, quads] of what lies [D, quads] in `layout`."""
+    return gl.SliceLayout(0, gl.BlockedLayout([1, 1, 1], layout.threads_per_warp, layout.warps_per_cta, [2, 1, 0]))
 
 
 @gluon.constexpr_function
@@ -166,61 +173,70 @@ def _normed(raw, cos, sin, eps):
 
 
 @gluon.jit
-def _put(at, sums, START: gl.constexpr, N: gl.constexpr):
-    """Sums [128, N] of dims from START on."""
-    d = START + gl.arange(0, 128, layout=gl.SliceLayout(1, sums.type.layout))[:, None]
-    h = gl.arange(0, N, layout=gl.SliceLayout(0, sums.type.layout))[None, :]
-    gl.store(at + d * N + h, _told(sums))
+def _lined(x):
+    """Columns [.., N] in the order in which a thread's four of sixteen lie side by side: 0, 1, 8, 9, 2, 3, 10, 11, .."""
+    x = gl.reshape(x, [x.shape[0], x.shape[1] // 16, 2, 4, 2])
+    return gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), [x.shape[0], x.shape[1] * x.shape[2] * x.shape[3] * x.shape[4]])
+
+
+@gluon.constexpr_function
+def _lined_layout(width, warps):
+    """[128, width] as products have it, after `_lined`: sixteen bytes of a row a thread."""
+    regs = [[0, 1], [0, 2], *([[0, 16]] if width == 32 else []), [8, 0], *([[64, 0]] if warps == 4 else [])]
+    rows = [[16, 0], [32, 0], *([[64, 0]] if warps == 8 else [])]
+    return gl.DistributedLinearLayout(regs, [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], rows, [], [128, width])
 
 
 @gluon.jit
-def _parts(x):
-    """Of what is gathered, [splits, 4 * pairs, quads], by pairs: even dims, odd dims, peaks and weights."""
-    x = gl.permute(gl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2, x.shape[2]]), (0, 1, 4, 2, 3))
-    former, latter = gl.split(x)
-    even, peak = gl.split(former)
-    odd, weight = gl.split(latter)
-    return even, odd, peak, weight
+def _put(at, x, rows, N: gl.constexpr, WARPS: gl.constexpr):
+    """`rows` rows of x [128, N]."""
+    x = gl.convert_layout(_lined(_told(x)), _lined_layout(N, WARPS), assert_trivial=True)
+    d = gl.arange(0, 128, layout=gl.SliceLayout(1, x.type.layout))[:, None]
+    h = gl.arange(0, N, layout=gl.SliceLayout(0, x.type.layout))[None, :]
+    gl.store(at + d * N + h, x, mask=d < rows)
+
+
+@gluon.jit
+def _merged(so_far, x, share):
+    """Highest share, all shares and sums [dims, quads] of one of each four heads, with those of more splits."""
+    highest0, total, sums = so_far
+    highest = gl.maximum(highest0, gl.max(share, 0))
+    fade, factor = gl.exp2(highest0 - highest), gl.exp2(share - highest[None, :])
+    faded = gl.convert_layout(fade, gl.SliceLayout(0, sums.type.layout), assert_trivial=True)[None, :]
+    return highest, total * fade + gl.sum(factor, 0), sums * faded + gl.sum(x * factor[:, None, :], 0)
+
+
+@gluon.jit
+def _put_result(at, so_far, cos, sin, E: gl.constexpr):
+    """Pairs of dims of one of each four heads, rotated back."""
+    _, total, x = so_far
+    x = x * gl.convert_layout(1.0 / total, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
+    even, odd = gl.split(gl.permute(gl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), (0, 2, 1)))
+    even, odd = gl.convert_layout(even, E, assert_trivial=True), gl.convert_layout(odd, E, assert_trivial=True)
+    pair = gl.join(even * cos + odd * sin, odd * cos - even * sin).to(gl.bfloat16)
+    both = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, pair.type.layout)))[None, None, :]
+    gl.store(gl.convert_layout(at, gl.SliceLayout(2, pair.type.layout), assert_trivial=True)[:, :, None] + both, pair)
 
 
 @gluon.jit
 def _places(
-    line, slice_, s, there, PAIRS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, STATS: gl.constexpr,
-    G: gl.constexpr,
+    line, slice_, s, in_window, seen, REACH: gl.constexpr, KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr,
+    STATS: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    """Where in the workspace what splits `s` have for a slice of the result lies, in pieces of four heads; -1: nowhere.
-
-    Of each pair of dims those two, and then, the same for all of them, peaks and weights.
-    """
-    x = gl.arange(0, 4 * PAIRS, layout=gl.SliceLayout(0, gl.SliceLayout(2, G)))[None, :]
-    dim = slice_ * (2 * PAIRS) + x // 4 * 2 + x % 2
-    program = (line + s)[:, None]
-    row = gl.where(x % 4 < 2, (program * 512 + dim) * (N // 4), STATS + (program * SLICES + slice_) * (N // 2))
-    row += gl.where(x % 4 == 3, N // 4, 0)
+    """Where in the workspace splits s have sums and shares for a slice, in pieces of four heads; -1 where there are none."""
+    DIMS: gl.constexpr = 512 // SLICES
+    begin = s * KEYS
+    there = gl.where(begin < REACH, begin < in_window, begin - REACH < seen)
+    d = slice_ * DIMS + gl.arange(0, DIMS, layout=gl.SliceLayout(0, gl.SliceLayout(2, G)))[None, :]
     q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, G)))
-    return gl.where(there[:, None, None], row[:, :, None] + q[None, None, :], -1)
-
-
-@gluon.jit
-def _merged(so_far, x, there):
-    """Highest peak, weight and sums of even and odd dims of one of each four heads, with those of more splits."""
-    highest0, total, evens, odds = so_far
-    even, odd, peak, weight = _parts(x)
-    peak = gl.where(there, peak, -1.0e30)
-    highest = gl.maximum(highest0, gl.max(peak, 0))
-    fade, factor = gl.exp2(highest0 - highest), gl.exp2(peak - highest[None, :, :])
-    evens = evens * fade + gl.sum(even * factor, 0)
-    return highest, total * fade + gl.sum(weight * factor, 0), evens, odds * fade + gl.sum(odd * factor, 0)
-
-
-@gluon.jit
-def _put_result(at, so_far, cos, sin):
-    """Pairs of dims of one of each four heads, rotated back."""
-    _, total, even, odd = so_far
-    even, odd = even / total, odd / total
-    pair = gl.join(even * cos + odd * sin, odd * cos - even * sin).to(gl.bfloat16)
-    both = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, pair.type.layout)))[None, None, :]
-    gl.store(gl.convert_layout(at, gl.SliceLayout(2, pair.type.layout), assert_trivial=True)[:, :, None] + both, pair)
+    row = ((line + s)[:, None] * 512 + d) * (N // 4)
+    sums = gl.where(there[:, None, None], row[:, :, None] + q[None, None, :], -1)
+    Q: gl.constexpr = gl.SliceLayout(1, G)
+    s = gl.convert_layout(s, gl.SliceLayout(1, Q), assert_trivial=True)
+    there = gl.convert_layout(there, gl.SliceLayout(1, Q), assert_trivial=True)
+    q = gl.convert_layout(q, gl.SliceLayout(0, Q), assert_trivial=True)
+    shares = STATS + ((line + s) * SLICES + slice_)[:, None] * (N // 4) + q[None, :]
+    return sums, gl.where(there[:, None], shares, -1)
 
 
 @gluon.jit
@@ -232,43 +248,42 @@ def _result(
     """A slice of the dims of N heads: what all splits have, BLOCKS times SPLITS of them."""
     PAIRS: gl.constexpr = 256 // SLICES
     G: gl.constexpr = _gathered_layout(LANES, N // 4, PAIRS, WARPS)
-    COUNT: gl.constexpr = _each(SPLITS, LANES, N // 4, PAIRS, WARPS)
+    EACH: gl.constexpr = _each(G, SPLITS, N // 4)
+    E: gl.constexpr = _pairs_layout(G)
+    pair = slice_ * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, E))[:, None]
+    cos = gl.load(cos_ptr + pair - 224, mask=pair >= 224, other=1.0)
+    sin = gl.load(sin_ptr + pair - 224, mask=pair >= 224, other=0.0)
+    q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, E))[None, :]
+    at = out_ptr + (q // 4 * 16 + q % 4 * 2) * 512 + 2 * pair
+    q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, G)))
+    sink_ptr += q // 4 * 16 + q % 4 * 2
+    none = gl.zeros([2 * PAIRS, N // 4], gl.float32, layout=gl.SliceLayout(0, G))
+    one = gl.full([N // 4], 1.0, gl.float32, layout=q.type.layout)
+    of0 = (gl.load(sink_ptr) * 1.4426950408889634, one, none)
+    of1 = (gl.load(sink_ptr + 1) * 1.4426950408889634, one, none)
+    of8 = (gl.load(sink_ptr + 8) * 1.4426950408889634, one, none)
+    of9 = (gl.load(sink_ptr + 9) * 1.4426950408889634, one, none)
     s = gl.arange(0, SPLITS, layout=gl.SliceLayout(1, gl.SliceLayout(2, G)))
     for n in gl.static_range(BLOCKS):
-        begin = (n * SPLITS + s) * KEYS
-        there = gl.where(begin < REACH, begin < in_window, begin - REACH < seen)
-        place = _places(line, slice_, n * SPLITS + s, there, PAIRS, N, SLICES, STATS, G)
-        _, _, at_peak, _ = _parts(place)
-        if n == 0:  # what else is needed is asked for before anything is waited for
-            T: gl.constexpr = gl.SliceLayout(0, at_peak.type.layout)
-            pair = slice_ * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, T))[:, None]
-            head = 4 * gl.arange(0, N // 4, layout=gl.SliceLayout(0, T))[None, :]
-            cos = gl.load(cos_ptr + pair - 224, mask=pair >= 224, other=1.0)
-            sin = gl.load(sin_ptr + pair - 224, mask=pair >= 224, other=0.0)
-            none = gl.zeros([PAIRS, N // 4], gl.float32, layout=T)
-            sinks = sink_ptr + head + 0 * pair
-            of0 = (gl.load(sinks) * 1.4426950408889634, none + 1.0, none, none)
-            of1 = (gl.load(sinks + 1) * 1.4426950408889634, none + 1.0, none, none)
-            of2 = (gl.load(sinks + 2) * 1.4426950408889634, none + 1.0, none, none)
-            of3 = (gl.load(sinks + 3) * 1.4426950408889634, none + 1.0, none, none)
-        x0, x1, x2, x3 = _gathered(work_ptr, place, COUNT)
-        of0 = _merged(of0, x0, at_peak >= 0)
-        of1 = _merged(of1, x1, at_peak >= 0)
-        of2 = _merged(of2, x2, at_peak >= 0)
-        of3 = _merged(of3, x3, at_peak >= 0)
+        sums, shares = _places(line, slice_, n * SPLITS + s, in_window, seen, REACH, KEYS, N, SLICES, STATS, G)
+        # whoever has its shares there has its sums there soon: less is asked for in vain
+        l0, l1, l8, l9 = _gathered(work_ptr, shares, EACH)
+        x0, x1, x8, x9 = _gathered(work_ptr, sums, 2 * EACH)
+        of0 = _merged(of0, x0, gl.where(shares >= 0, l0, -1.0e30))
+        of1 = _merged(of1, x1, gl.where(shares >= 0, l1, -1.0e30))
+        of8 = _merged(of8, x8, gl.where(shares >= 0, l8, -1.0e30))
+        of9 = _merged(of9, x9, gl.where(shares >= 0, l9, -1.0e30))
     # @7
-    at = out_ptr + head * 512 + 2 * pair
-    _put_result(at, of0, cos, sin)
-    _put_result(at + 512, of1, cos, sin)
-    _put_result(at + 1024, of2, cos, sin)
-    _put_result(at + 1536, of3, cos, sin)
+    _put_result(at, of0, cos, sin, E)
+    _put_result(at + 512, of1, cos, sin, E)
+    _put_result(at + 4096, of8, cos, sin, E)
+    _put_result(at + 4608, of9, cos, sin, E)
     # @8
-    gl.thread_barrier()  # all warps have read peaks and weights
+    gl.thread_barrier()  # all warps have read the shares
     for n in gl.static_range(BLOCKS):
-        begin = (n * SPLITS + s) * KEYS
-        there = gl.where(begin < REACH, begin < in_window, begin - REACH < seen)
-        place = _places(line, slice_, n * SPLITS + s, there, PAIRS, N, SLICES, STATS, G)
-        _leave(work_ptr, place, COUNT)
+        sums, shares = _places(line, slice_, n * SPLITS + s, in_window, seen, REACH, KEYS, N, SLICES, STATS, G)
+        _leave(work_ptr, sums, 2 * EACH)
+        _leave(work_ptr, shares, EACH)
     # @6
 
 
@@ -309,17 +324,6 @@ def _scores(q_s, k0_s, k1_s, k2_s, k3_s, none):
 
 
 @gluon.jit
-def _tell_stats(at, peak, p, SLICES: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
-    """Peaks and weights [N], a copy for each slice of the result."""
-    C: gl.constexpr = gl.BlockedLayout([1, 2], [64 // N, N // 2], [WARPS, 1], [1, 0])
-    at = at + gl.arange(0, SLICES, layout=gl.SliceLayout(1, C))[:, None] * (2 * N)
-    at = at + gl.arange(0, N, layout=gl.SliceLayout(0, C))[None, :]
-    gl.store(at, gl.broadcast(gl.convert_layout(_told(peak), gl.SliceLayout(0, C))[None, :], at)[0])
-    weight = gl.convert_layout(_told(gl.sum(p, 0)), gl.SliceLayout(0, C))
-    gl.store(at + N, gl.broadcast(weight[None, :], at)[0])
-
-
-@gluon.jit
 def _sums(k_s, p_s, zeros):
     """Keys turned . weights [128, N], on their way."""
     return warpgroup_mma(k_s.permute((1, 0)), p_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -327,7 +331,7 @@ def _sums(k_s, p_s, zeros):
 
 @gluon.jit
 def _tell_tile(
-    words, bits, valid, scale, q_s, sums_ptr, stats_ptr, stamp_ptr,
+    words, bits, valid, scale, q_s, sums_ptr, shares_ptr, stamp_ptr,
     KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Sums, peaks and weights of a tile of keys, of which `valid` [KEYS] are there, to the workspace."""
@@ -358,17 +362,22 @@ def _tell_tile(
     fence_async_shared()
     gl.thread_barrier()
     # @10
-    zeros = gl.zeros([128, N], gl.float32, layout=_product_layout(128, N, WARPS))
+    A: gl.constexpr = _product_layout(128, N, WARPS)
+    zeros = gl.zeros([128, N], gl.float32, layout=A)
+    ones = gl.full([128, KEYS], 1.0, gl.bfloat16, layout=gl.DotOperandLayout(0, A, 2))
+    weight = warpgroup_mma(ones, p_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
     a0, a1 = _sums(k0_s, p_s, zeros), _sums(k1_s, p_s, zeros)
     a2, a3 = _sums(k2_s, p_s, zeros), _sums(k3_s, p_s, zeros)
-    _tell_stats(stats_ptr, peak, p, SLICES, N, WARPS)
+    peak = gl.convert_layout(peak, gl.SliceLayout(0, A))[None, :]
     # @12
-    a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
+    weight, a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(weight, a0, a1, a2, a3))
     # @13
-    _put(sums_ptr, a0, 0, N)
-    _put(sums_ptr, a1, 128, N)
-    _put(sums_ptr, a2, 256, N)
-    _put(sums_ptr, a3, 384, N)
+    _put(shares_ptr, peak + gl.log2(weight), SLICES, N, WARPS)
+    inverse = 1.0 / weight
+    _put(sums_ptr, a0 * inverse, 128, N, WARPS)
+    _put(sums_ptr + 128 * N, a1 * inverse, 128, N, WARPS)
+    _put(sums_ptr + 256 * N, a2 * inverse, 128, N, WARPS)
+    _put(sums_ptr + 384 * N, a3 * inverse, 128, N, WARPS)
     # @5
 
 
@@ -427,6 +436,7 @@ def attend(
     low, middle, high = _words(values, 0, 32, L), _words(values, 128, 32, L), _words(values, 256, 32, L)
     words = (low, middle, high, _words(values, 384, 16, L), _words(values, 448, 32, L))
     if MODE != 1:
+        gl.thread_barrier()  # else keys would be asked for when the queries have come
         q_s.store(_normed(raw, cos, sin, eps))
     gl.thread_barrier()  # with the branch behind it: else the last keys would be asked for when the first have come
     line = ((r * gl.num_programs(0) + gl.program_id(0)) * gl.num_programs(1)).to(gl.int32)
@@ -435,8 +445,8 @@ def attend(
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(1, _product_layout(KEYS, N, WARPS)))
         valid = gl.where(key < REACH, key < in_window, key - REACH < seen)
         mine = line + split
-        sums_ptr, stats_ptr = work_ptr + mine * (512 * N), work_ptr + (4 * STATS + mine * (SLICES * 2 * N))
-        _tell_tile(words, bits, valid, scale, q_s, sums_ptr, stats_ptr, stamp_ptr, KEYS, N, SLICES, WARPS)
+        sums_ptr, shares_ptr = work_ptr + mine * (512 * N), work_ptr + (4 * STATS + mine * (SLICES * N))
+        _tell_tile(words, bits, valid, scale, q_s, sums_ptr, shares_ptr, stamp_ptr, KEYS, N, SLICES, WARPS)
     if split < SLICES:
         out_ptr += (r * heads + h0) * 512
         _result(
@@ -482,7 +492,7 @@ def tiling_of(out: Tensor, entries: PagedEntries | None, ids: Tensor | None) -> 
 def _gathering(t: Tiling, splits: int) -> tuple[int, int, int]:
     """Splits whose sums are gathered at once, how many times, and how many lanes of a warp share them."""
     quads, pairs = t.heads // 4, 256 // t.slices
-    at_once = min(int(triton.next_power_of_2(splits)), _AT_ONCE * 8 * t.warps // (quads * pairs))
+    at_once = min(int(triton.next_power_of_2(splits)), _AT_ONCE * 16 * t.warps // (quads * pairs))
     for lanes in (1, 2, 4, 8, 16, 32):
         wide = min(quads, 32 // lanes, 4)
         tall = min(t.warps, pairs * lanes * wide // 32)
