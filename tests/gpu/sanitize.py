@@ -69,10 +69,11 @@ def operations() -> None:
 
 
 def decode_attention() -> None:
-    """Rows of a decode step over packed caches: their keys in parts and whole, Hopper's kernel and the portable one."""
+    """Rows of a decode step over packed caches: in one launch and two, keys in parts and whole, as on any GPU too."""
     for kind in KINDS:
         case = cases.decode_case(kind, VISIBLE, 64, ENTRY, 512, "cuda")
         rows.attend_rows(*case)
+        rows.attend_rows(*case, tiling=rows.Tiling(64, 64, 64, 0, 0))
         if kind != "swa":
             rows.attend_rows(*case, tiling=rows.Tiling(16, 32, 96, 4, 3))
     rows.attend_rows(*cases.decode_case("swa", VISIBLE * 35, 64, ENTRY, 512, "cuda"))

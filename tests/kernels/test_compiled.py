@@ -60,6 +60,46 @@ def test_products_of_attention_on_hopper_do_not_wait_for_each_other(mode: int, f
     assert "Used" in said and "serialized" not in said, said
 
 
+@pytest.mark.parametrize("most", [128, 192, 640, 1152, 8320])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_few_rows_of_attention_ask_for_all_of_their_keys_at_once(most: int, heads: int) -> None:
+    """The assembler would ask for the last of them when the first have come; and programs have room side by side."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from triptych.kernels.attend_rows import together
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    kernel, mode = together.attend, {128: 0, 640: 1}.get(most, 2)
+    tilings = [together.tiling_for(rows, heads, most, 132) for rows in range(1, 20)]
+    for rows, tiling in enumerate(tilings, 1):
+        if tiling is not None:
+            splits = max(tiling.slices, -(-most // tiling.keys))
+            assert splits * heads // tiling.heads * rows <= 132
+            together.gathering(tiling.heads, tiling.slices, splits)
+    if tilings[0] is None:
+        return
+    sizes = together.shape_of(tilings[0], most) | {"MODE": mode, "PER_PAGE": 32 if mode == 1 else 1, "RING": 260}
+    signature = {name: _type(name, sizes) for name in kernel.arg_names} | {"scale": "fp32", "eps": "fp32"}
+    signature |= dict.fromkeys(("heads_ptr", "out_ptr"), "*bf16") | {"work_ptr": "*i32"}
+    signature |= dict.fromkeys(("ring_ptr", "pool_ptr", "ring_scales_ptr", "pool_scales_ptr"), "*u8")
+    names = [n for n, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name == "heads_row"]
+    source = GluonASTSource(kernel, signature, sizes, {(n,): [["tt.divisibility", 16]] for n in names})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said and "serialized" not in said, said
+    code = _disassembled(triton, made.asm["ptx"])
+    # of each key 9 pieces, and the queries and their angles
+    asked = tilings[0].keys // 64 * 9 + tilings[0].heads // 8 * 2
+    assert code[: code.index("HGMMA")].count("LDG.E.128") >= asked
+    waits = code.index("BAR.SYNC")
+    assert code[waits : code.index("HGMMA")].count("LDG") == 0
+
+
 @pytest.mark.parametrize(("pairs", "blocks", "stages", "registers", "programs"), [(1, 2, 5, 128, 4), (2, 4, 2, 96, 5)])
 def test_many_programs_of_experts_fit_a_multiprocessor(
     pairs: int, blocks: int, stages: int, registers: int, programs: int
