@@ -45,21 +45,17 @@ def test_decode_attention(model: str, kind: str, tiling: str) -> None:
     assert cases.decode_error(rows.attend_rows(*case, tiling=TILINGS[tiling]), case) < 4e-3
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["csa", "hca", "swa"])
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_few_rows_are_attended_in_one_launch(model: str, kind: str, count: int) -> None:
-    """Again and again, from a graph too, as programs leave the workspace as they found it; the last row is short."""
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_few_rows_are_attended_in_one_launch(kind: str, count: int) -> None:
+    """Again and again, from a graph too, as programs leave the workspace as they found it; some rows are short."""
     together = pytest.importorskip("triptych.kernels.attend_rows.together")
-    heads, topk = MODELS[model]
-    visible = [*VISIBLE[: count - 1], 1 + 60 * (kind == "hca")]
-    case = cases.decode_case(kind, visible, heads, ENTRY, topk, "cuda")
+    visible = [1500 if kind == "csa" else 500 if count > 1 else 1000, 300, 3, 64, 0, 130, 501, 1][:count]
+    case = cases.decode_case(kind, visible, 64, ENTRY, 512, "cuda")
     _, window, entries, ids, _ = case
     if kind != "swa" and count > 1:
         window.lowest[0] = window.positions[0] + 1  # no window
-    out = torch.empty(count, heads, 512, device="cuda")
-    if together.tiling_of(out, entries, ids) is None:
-        pytest.skip("programs of so many rows do not fit side by side")
+    assert together.tiling_of(torch.empty(count, 64, 512, device="cuda"), entries, ids) is not None
     poison()
     got = rows.attend_rows(*case)
     assert cases.decode_error(got, case) < 4e-3
@@ -71,7 +67,7 @@ def test_few_rows_are_attended_in_one_launch(model: str, kind: str, count: int) 
             one.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(one, got) for one in again)
-    assert bool((together.workspace(got.device) == -1).all())
+    assert all(bool((words == -1).all()) for words in together.workspace(got.device))
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca"])

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention
-from triptych.kernels.attend_rows.gathered import EMPTY, WARPS, gathering, put_result, tell_averages, tell_shares
+from triptych.kernels.attend_rows.gathered import EMPTY, WARPS, lanes_for, put_result, tell_shares, tell_sums
 from triptych.kernels.attend_rows.hopper_keys import _keep_scaled, _words
 from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.gpu import multiprocessors
@@ -32,23 +32,23 @@ from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
 
 _LOG2E = 1.4426950408889634
-_SLICES = 64
+_SLICES = 32
 """Of the result that a row's programs have, at most."""
 _HEADS = 32
 """Of a program at most."""
 _PROGRAMS = 132
 """At most, for which the workspace has room."""
-_AVERAGES = _PROGRAMS * 512 * _HEADS // 2  # words
 
 
 @cache
-def workspace(device: torch.device) -> Tensor:
-    """Averages, and behind them shares, on their way, int32, for launches that never overlap.
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sums and shares on their way, int32, see gathered.py, for launches that never overlap.
 
     Made by the first call, which must not be one that is captured.
     """
-    words = _AVERAGES + _PROGRAMS * _SLICES * _HEADS
-    return torch.full((words,), EMPTY.value, dtype=torch.int32, device=device)
+    sizes = (_PROGRAMS * 512 * _HEADS, _PROGRAMS * _SLICES * 2 * _HEADS)
+    sums, shares = (torch.full((size,), EMPTY.value, dtype=torch.int32, device=device) for size in sizes)
+    return sums, shares
 
 
 @gluon.constexpr_function
@@ -144,10 +144,10 @@ def _sums(k_s, p_s, zeros):
 
 @gluon.jit
 def _tell_tile(
-    words, bits, valid, scale, q_s, averages_ptr, shares_ptr,
+    words, bits, valid, scale, q_s, sums_ptr, shares_ptr,
     KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr,
 ):  # fmt: skip
-    """Averages and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace."""
+    """Sums and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace."""
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     S: gl.constexpr = _product_layout(KEYS, N)
@@ -172,19 +172,15 @@ def _tell_tile(
     p_s.permute((1, 0)).store(p.to(gl.bfloat16))
     fence_async_shared()
     gl.thread_barrier()
-    A: gl.constexpr = _product_layout(128, N)
-    zeros = gl.zeros([128, N], gl.float32, layout=A)
-    ones = gl.full([128, KEYS], 1.0, gl.bfloat16, layout=gl.DotOperandLayout(0, A, 2))
-    weight = warpgroup_mma(ones, p_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    zeros = gl.zeros([128, N], gl.float32, layout=_product_layout(128, N))
     a0, a1 = _sums(k0_s, p_s, zeros), _sums(k1_s, p_s, zeros)
     a2, a3 = _sums(k2_s, p_s, zeros), _sums(k3_s, p_s, zeros)
-    peak = gl.convert_layout(peak, gl.SliceLayout(0, A))[None, :]
-    weight, a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(weight, a0, a1, a2, a3))
-    tell_shares(shares_ptr, peak, weight, SLICES, N)
-    tell_averages(averages_ptr, a0, weight, N)
-    tell_averages(averages_ptr + 64 * N, a1, weight, N)
-    tell_averages(averages_ptr + 128 * N, a2, weight, N)
-    tell_averages(averages_ptr + 192 * N, a3, weight, N)
+    tell_shares(shares_ptr, peak, p, SLICES, N)
+    a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
+    tell_sums(sums_ptr, a0, N)
+    tell_sums(sums_ptr + 128 * N, a1, N)
+    tell_sums(sums_ptr + 256 * N, a2, N)
+    tell_sums(sums_ptr + 384 * N, a3, N)
 
 
 @gluon.jit(do_not_specialize=["table_row", "limit"])
@@ -193,10 +189,9 @@ def attend(
     ring_ptr, ring_page, ring_row, ring_scales_ptr, ring_scales_page, ring_scales_row,
     pool_ptr, pool_page, pool_row, pool_scales_ptr, pool_scales_page, pool_scales_row,
     slots_ptr, positions_ptr, lowest_ptr, table_ptr, table_row, visible_ptr, chosen_ptr, chosen_row, chosen_count,
-    sink_ptr, work_ptr, out_ptr, heads, limit,
+    sink_ptr, sums_ptr, shares_ptr, out_ptr, heads, limit,
     MODE: gl.constexpr, PER_PAGE: gl.constexpr, RING: gl.constexpr, REACH: gl.constexpr, KEYS: gl.constexpr,
-    N: gl.constexpr, SLICES: gl.constexpr, SHARES: gl.constexpr, SPLITS: gl.constexpr, TIMES: gl.constexpr,
-    LANES: gl.constexpr,
+    N: gl.constexpr, SLICES: gl.constexpr, SPLITS: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """N heads of row program_id(2): what split program_id(1) has, and of what all splits have a slice of the result.
 
@@ -240,13 +235,13 @@ def attend(
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(1, _product_layout(KEYS, N)))
         valid = gl.where(key < REACH, key < in_window, key - REACH < seen)
         mine = line + split
-        averages_ptr, shares_ptr = work_ptr + mine * (256 * N), work_ptr + (4 * SHARES + mine * (SLICES * N))
-        _tell_tile(words, bits, valid, scale, q_s, averages_ptr, shares_ptr, KEYS, N, SLICES)
+        at, share_at = sums_ptr + mine * (512 * N), shares_ptr + mine * (SLICES * 2 * N)
+        _tell_tile(words, bits, valid, scale, q_s, at, share_at, KEYS, N, SLICES)
     if split < SLICES:
         out_ptr += (r * heads + h0) * 512
         put_result(
-            work_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
-            REACH, KEYS, N, SLICES, SHARES, SPLITS, TIMES, LANES,
+            sums_ptr, shares_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, LANES,
         )  # fmt: skip
 
 
@@ -260,14 +255,23 @@ class Tiling(NamedTuple):
 
 _TILINGS = ((16, 64), (16, 128), (32, 64), (32, 128))
 """Heads and keys of a program, the first first."""
+_SERVED = ((640, 8), (1152, 1))
+"""Keys that a row may have, and of how many rows one launch then takes less time than two: with few heads."""
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | None:
-    """How so many rows of up to `most` keys are served; None where their programs cannot all run side by side."""
+    """How so many rows of up to `most` keys are served; None where two launches take less time.
+
+    Programs are no more than `processors`. As many have a slice of the result as a row has, sixteen at least.
+    """
+    if heads > 64 or all(rows > many or most > keys for keys, many in _SERVED):
+        return None
     for each, keys in _TILINGS:
         beside = processors // (rows * heads // each)  # programs of a row's heads
-        if triton.cdiv(most, keys) <= beside:
-            return Tiling(each, keys, min(_SLICES, 1 << (beside.bit_length() - 1)))
+        splits = triton.cdiv(most, keys)
+        if splits <= beside:
+            wanted = max(16, int(triton.next_power_of_2(splits)))
+            return Tiling(each, keys, min(wanted, _SLICES, 1 << (beside.bit_length() - 1)))
     return None
 
 
@@ -309,7 +313,7 @@ def launch(
     attend[(heads // t.heads, programs, rows)](
         *(queries.heads, queries.heads.stride(0), cos, sin, queries.eps, attention.scale * _LOG2E),
         *(*_strides(window.ring), *_strides(pool)),
-        *(window.slots, window.positions, window.lowest, *listed, attention.sink, workspace(out.device), out),
+        *(window.slots, window.positions, window.lowest, *listed, attention.sink, *workspace(out.device), out),
         *(heads, limit),
         MODE=0 if entries is None else 2 if ids is None else 1,
         PER_PAGE=per_page,
@@ -321,9 +325,10 @@ def launch(
 
 def shape_of(t: Tiling, most: int) -> dict[str, int]:
     """What the kernel is compiled for, beside what the caches look like."""
-    at_once, times, lanes = gathering(t.heads, t.slices, triton.cdiv(most, t.keys))
-    shape = {"KEYS": t.keys, "N": t.heads, "SLICES": t.slices, "SHARES": _AVERAGES // 4, "REACH": WINDOW}
-    return shape | {"SPLITS": at_once, "TIMES": times, "LANES": lanes}
+    lanes = lanes_for(t.heads, t.slices)
+    splits = max(lanes, triton.next_power_of_2(triton.cdiv(most, t.keys)))
+    shape = {"KEYS": t.keys, "N": t.heads, "SLICES": t.slices, "SPLITS": splits, "LANES": lanes}
+    return shape | {"REACH": WINDOW}
 
 
 def _strides(pool: PackedRows) -> tuple[Any, ...]:
