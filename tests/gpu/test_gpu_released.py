@@ -23,7 +23,7 @@ from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontM
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
-LINEARS = [(4096, 8192), (7168, 2048), (256, 256)]
+LINEARS = [(4096, 8192), (7168, 2048), (256, 256), (40960, 1024), (17280, 768)]
 
 
 def fp8(*size: int) -> Fp8Matrix:

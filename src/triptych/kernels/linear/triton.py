@@ -1,18 +1,20 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
     up to 32 rows    one launch that streams the weights (few.py)
+    up to 64         the same where it has many outputs of few columns, the rows at hand for all of them (wide.py)
     up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py)
     more             the library's, or tiles of many.py where that cannot serve
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
 made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
-to 16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs than Hopper to
+to 16 rows and grouped.py's up to 1,024. Dense weights go to the library, released ones on other GPUs than Hopper to
 portable.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import dozens_rows, few_rows, portable, ref, rounding, whole
+from triptych.kernels.linear import dozens_rows, few_rows, grouped_rows, portable, ref, rounding, whole, wide_rows
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, product
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
@@ -44,13 +46,20 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
-    few, dozens = few_rows.serves(rows.shape[0]), dozens_rows.serves(rows.shape[0], weight)
-    if not few and not dozens and dtype == torch.bfloat16 and _for_library(rows, weight):
+    own = _own(rows.shape[0], weight, dtype)
+    if own is None and dtype == torch.bfloat16 and _for_library(rows, weight):
         return _by_library(rows, weight)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device)
-    if few:
-        return few_rows.product(rows, weight, out)
-    return dozens_rows.product(rows, weight, out) if dozens else _many(rows, weight, out)
+    return (own or _many)(rows, weight, out)
+
+
+def _own(rows: int, weight: Fp8Matrix, dtype: torch.dtype) -> Callable[[Fp8Rows, Fp8Matrix, Tensor], Tensor] | None:
+    """The kernel that streams weights for so many rows, if there is one."""
+    if few_rows.serves(rows):
+        return few_rows.product
+    if dtype == torch.bfloat16 and wide_rows.serves(rows, weight):
+        return wide_rows.product
+    return dozens_rows.product if dozens_rows.serves(rows, weight) else None
 
 
 def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
@@ -80,8 +89,8 @@ def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor
     groups, rank, _ = weight.shape
     rows, kind = len(x), x.dtype
     x = x.to(torch.bfloat16).flatten(1)
-    if rows <= _FEW_WHOLE or dozens_rows.serves_groups(rows, weight):
-        run = _whole if rows <= _FEW_WHOLE else dozens_rows.grouped
+    if rows <= _FEW_WHOLE or grouped_rows.serves(rows, weight):
+        run = _whole if rows <= _FEW_WHOLE else grouped_rows.product
         if rounds and rank % 128 == 0:
             result = empty_rows(rows, groups * rank, x.device)
             run(x, weight, result.values, result.scales)
