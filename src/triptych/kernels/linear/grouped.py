@@ -44,7 +44,10 @@ mov.b32 {$0, $1}, w;
 }
 """
 )
-"""Two e4m3 ($2) to bf16: bytes and their signs in halves of words, moved; the 2^120 they lack is in the scale ($3)."""
+"""Two e4m3 ($2) to bf16: bytes and their signs in halves of words, moved. Of the 2^120 they lack 2^104 are in $3."""
+
+_LACKING: Any = gl.constexpr(65536.0)
+"""What sums lack: with all of it in their scales, weights of scales from 2^8 on would not be numbers of bf16."""
 
 
 @gluon.constexpr_function
@@ -83,9 +86,9 @@ def _fetch(w, x, ring, row, line, column, first, PART: gl.constexpr, STAGES: gl.
 
 @gluon.jit
 def _expanded(ws, factor, HALF: gl.constexpr, MMA: gl.constexpr):
-    """Half of a block of weights [128, 128] e4m3 times a scale: the left operand, bf16 [64, 128]."""
+    """Half of a block of weights [128, 128] e4m3 times a scale: the left operand, bf16 [64, 128], 2^-16 of it."""
     pairs = ws._reinterpret(gl.int16, [128, 64], gl.NVMMASharedLayout(128, 16)).slice(HALF * 64, 64, 0).load(_pairs())
-    both = (factor * 1.329227995784916e36).to(gl.int32, bitcast=True).to(gl.uint32, bitcast=True) >> 16
+    both = (factor * 2.028240960365167e31).to(gl.int32, bitcast=True).to(gl.uint32, bitcast=True) >> 16
     both |= both << 16
     low, high = gl.inline_asm_elementwise(
         _EXPAND, "=h,=h,h,r", [pairs, both], dtype=(gl.bfloat16,) * 2, is_pure=True, pack=1
@@ -133,13 +136,14 @@ def _halves(low, high, sums, met, WHO: gl.constexpr):
     mine.slice(64, 64, 1).store(gl.permute(high, (1, 0)))
     meet(met.index(1))
     one = sums.index(0).slice(WHO * (N // 2), N // 2, 0).load(_rows())
-    return one + sums.index(1).slice(WHO * (N // 2), N // 2, 0).load(_rows())
+    other = sums.index(1).slice(WHO * (N // 2), N // 2, 0).load(_rows())
+    return (one + other) * _LACKING
 
 
 @gluon.jit
 def _whole(acc, outputs, where, WHO: gl.constexpr, SPLIT: gl.constexpr):
     """The sums of all parts of half of a tile, and whether they are: only the last program of the tile has them."""
-    _, _, part_ptr, count_ptr = outputs
+    _, _, _, _, part_ptr, count_ptr = outputs
     _, split, place, _, _ = where
     HALF: gl.constexpr = acc.shape[0]
     n = gl.arange(0, 128, gl.SliceLayout(0, _rows()))
@@ -164,7 +168,7 @@ def _whole(acc, outputs, where, WHO: gl.constexpr, SPLIT: gl.constexpr):
 @gluon.jit
 def _store(acc, outputs, where, WHO: gl.constexpr, OUT: gl.constexpr, ROUND: gl.constexpr):
     """Half of a tile. ROUND: bf16 first, as the activations that they are, then e4m3 and scales."""
-    out_ptr, scale_ptr, _, _ = outputs
+    out_ptr, scale_ptr, s_row, s_group, _, _ = outputs
     tile, _, _, line, rows = where
     HALF: gl.constexpr = acc.shape[0]
     n = gl.arange(0, 128, gl.SliceLayout(0, _rows()))
@@ -172,7 +176,7 @@ def _store(acc, outputs, where, WHO: gl.constexpr, OUT: gl.constexpr, ROUND: gl.
     if ROUND:
         acc = acc.to(gl.bfloat16).to(gl.float32)
         scale, inverse = scale_of(gl.max(gl.abs(acc), 1))
-        gl.store(scale_ptr + j * (OUT // 128) + tile, scale, mask=j < rows)
+        gl.store(scale_ptr + j * s_row + tile * s_group, scale, mask=j < rows)
         acc *= inverse[:, None]
     at = tile * 128 + j[:, None] * OUT + n[None, :]
     keep = (j < rows)[:, None] & (n >= 0)[None, :]
@@ -197,9 +201,9 @@ def _multiply(
             _store(acc, outputs, where, WHO, OUT, ROUND)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["rows", "s_row", "s_group"])
 def products(
-    w, f_ptr, x, out_ptr, scale_ptr, part_ptr, count_ptr, rows,
+    w, f_ptr, x, out_ptr, scale_ptr, part_ptr, count_ptr, rows, s_row, s_group,
     K: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, N: gl.constexpr,
     STAGES: gl.constexpr, ROUND: gl.constexpr,
 ):  # fmt: skip
@@ -228,7 +232,7 @@ def products(
     place = tile * down + line
     line *= N
     ring = (ws, xs, full, empty)
-    outputs = (out_ptr, scale_ptr, part_ptr, count_ptr)
+    outputs = (out_ptr, scale_ptr, s_row, s_group, part_ptr, count_ptr)
     shared = (sums, met)
     f_ptr += (tile * SPLIT + split) * PART
     where = (tile, split, place, line, rows)

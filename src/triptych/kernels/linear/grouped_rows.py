@@ -25,16 +25,18 @@ def serves(rows: int, weight: Fp8Matrix) -> bool:
 
 
 def product(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None) -> None:
-    """x [rows, G * K] bf16, not rounded, by matrices [G, N, K] into out [rows, G * N]. With `scales` out is rounded."""
+    """x [rows, G * K] bf16, not rounded, by matrices [G, N, K] into out [rows, G * N]; rounded, if there are `scales`,
+    which may lie either way."""
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
     n = min(_TALL, max(32, triton.next_power_of_2(rows)))
     tiles, blocks = columns // 128 * triton.cdiv(rows, n), depth // 128
     split = parts(tiles, blocks, out.device)
+    strides = (0, 0) if scales is None else scales.stride()
     part = torch.empty(tiles * split * n * 128 if split > 1 else 0, dtype=torch.float32, device=out.device)
     products[(tiles * split,)](
         *(blocks_of(weight.values.view(columns, depth), 128), weight.scales, _blocks(x, n)),
-        *(out, out if scales is None else scales, part, counters(out.device), rows),
+        *(out, out if scales is None else scales, part, counters(out.device), rows, *strides),
         K=depth,
         OUT=columns,
         GROUP=rank,

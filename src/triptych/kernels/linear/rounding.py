@@ -14,13 +14,17 @@ from triptych.kernels.quant.matrices import Fp8Rows, empty_rows
 def rounded(x: Tensor, by_row: bool) -> Fp8Rows:
     """See matrices.quantize_rows, to the bit; scales lie row by row or column by column."""
     rows, width = x.shape
-    out = empty_rows(rows, width, x.device)
-    if not by_row:
-        out = Fp8Rows(out.values, torch.empty(width // 128, rows, dtype=torch.float32, device=x.device).T)
+    out = room(rows, width, x.device, by_row)
     _round[(rows, triton.cdiv(width, 1024))](
         *(x.contiguous(), out.values, out.scales, width, *out.scales.stride()), GROUPS=8, num_warps=4
     )
     return out
+
+
+def room(rows: int, width: int, device: torch.device, by_row: bool) -> Fp8Rows:
+    """Rows whose values are still to be written."""
+    out = empty_rows(rows, width, device)
+    return out if by_row else Fp8Rows(out.values, torch.empty(width // 128, rows, dtype=torch.float32, device=device).T)
 
 
 @triton.jit

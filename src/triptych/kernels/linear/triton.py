@@ -7,7 +7,7 @@
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
 made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
-to 16 rows and grouped.py's up to 1,024. Dense weights go to the library, released ones on other GPUs than Hopper to
+to 8 rows and grouped.py's up to 1,024. Dense weights go to the library, released ones on other GPUs than Hopper to
 portable.py.
 """
 
@@ -27,9 +27,9 @@ from triptych.kernels.gpu import is_hopper, multiprocessors
 from triptych.kernels.linear import dozens_rows, few_rows, grouped_rows, portable, ref, rounding, whole, wide_rows
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, product
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
-_FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
+_FEW_WHOLE = 8  # rows that are not rounded, up to which whole.py serves
 _FEW_FRONT = 16  # rows of a front up to which few.py is the faster one
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
@@ -82,7 +82,7 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
-    """See ref.grouped_linear; of more than a few rows the result is not rounded here."""
+    """See ref.grouped_linear; of very many rows the result is not rounded here."""
     if isinstance(weight, Tensor) or not _fits(weight):
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
@@ -92,7 +92,7 @@ def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor
     if rows <= _FEW_WHOLE or grouped_rows.serves(rows, weight):
         run = _whole if rows <= _FEW_WHOLE else grouped_rows.product
         if rounds and rank % 128 == 0:
-            result = empty_rows(rows, groups * rank, x.device)
+            result = rounding.room(rows, groups * rank, x.device, by_row=few_rows.serves(rows))
             run(x, weight, result.values, result.scales)
             return result
         out = torch.empty(rows, groups * rank, dtype=kind, device=x.device)
@@ -160,13 +160,13 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
+    tiles, blocks = columns // 64, depth // 128
     split = few_rows.parts(tiles, blocks, x.device)
     stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
     whole.products[(tiles * split,)](
-        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, n)),
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, _FEW_WHOLE)),
         *(out, out if scales is None else scales, part, counters(x.device), rows),
         K=depth,
         OUT=columns,
@@ -174,7 +174,7 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         GROUP=rank,
         SPLIT=split,
         TALL=min(128, rank),
-        N=n,
+        N=_FEW_WHOLE,
         KS=stage,
         STAGES=min(few_rows.TILING.stages, blocks // split // stage),
         num_warps=4,
