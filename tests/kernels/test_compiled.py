@@ -227,8 +227,8 @@ def test_all_products_of_rows_that_are_not_rounded_are_made_and_none_waits_for_a
     assert made.metadata.shared <= 227 << 10
 
 
-@pytest.mark.parametrize(("outputs", "columns"), [(40960, 1024), (65536, 1536)])
-def test_products_of_rows_at_hand_do_not_wait_for_each_other(outputs: int, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(64, 40960, 1024), (128, 40960, 1024), (64, 65536, 1536)])
+def test_products_of_rows_at_hand_do_not_wait_for_each_other(rows: int, outputs: int, columns: int) -> None:
     """And what they need of shared memory is there."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -241,17 +241,19 @@ def test_products_of_rows_at_hand_do_not_wait_for_each_other(outputs: int, colum
 
     if INTERPRETED:
         pytest.skip("the interpreter has taken the compiler's place")
-    plan = planned(outputs, columns, 64, 132)
-    sizes = {"K": columns, "OUT": outputs, "N": 64, "STAGES": plan.stages, "MANY": plan.many}
+    plan = planned(outputs, columns, rows, 132)
+    sizes = {"K": columns, "OUT": outputs, "N": rows, "STAGES": plan.stages, "MANY": plan.many}
     signature = {name: _type(name, sizes) for name in products.arg_names} | {"out_ptr": "*bf16"}
-    signature |= dict.fromkeys("wx", f"tensordesc<fp8e4nv[64, 128],{gl.NVMMASharedLayout(128, 8)!r}>")
+    for name, tall in (("w", 64), ("x", rows)):
+        signature[name] = f"tensordesc<fp8e4nv[{tall}, 128],{gl.NVMMASharedLayout(128, 8)!r}>"
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(products, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
     said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores" in said and "serialized" not in said, said
-    assert made.asm["sass"].count("STG.E.128") == made.asm["ptx"].count("wgmma.mma_async") // 2 == 8
+    assert made.asm["sass"].count("QGMMA") == made.asm["ptx"].count("wgmma.mma_async") == 2 * 2 * 4
+    assert made.asm["sass"].count("STG.E.128") == 2 * rows // 16
     assert made.metadata.shared <= 227 << 10
 
 

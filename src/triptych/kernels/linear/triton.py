@@ -1,8 +1,8 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
     up to 32 rows    one launch that streams the weights (few.py)
-    up to 64         the same where it has many outputs of few columns, the rows at hand for all of them (wide.py)
-    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py)
+    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py), or
+                     where it has few and many outputs, for which the rows are kept at hand (wide.py)
     more             the library's, or tiles of many.py where that cannot serve
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
@@ -46,19 +46,20 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
-    own = _own(rows.shape[0], weight, dtype)
+    own = _own(rows, weight, dtype)
     if own is None and dtype == torch.bfloat16 and _for_library(rows, weight):
         return _by_library(rows, weight)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device)
     return (own or _many)(rows, weight, out)
 
 
-def _own(rows: int, weight: Fp8Matrix, dtype: torch.dtype) -> Callable[[Fp8Rows, Fp8Matrix, Tensor], Tensor] | None:
-    """The kernel that streams weights for so many rows, if there is one."""
+def _own(x: Fp8Rows, weight: Fp8Matrix, dtype: torch.dtype) -> Callable[[Fp8Rows, Fp8Matrix, Tensor], Tensor] | None:
+    """The kernel that streams weights for so many rows, if there is one and the library has no faster one."""
+    rows = x.shape[0]
     if few_rows.serves(rows):
         return few_rows.product
     if dtype == torch.bfloat16 and wide_rows.serves(rows, weight):
-        return wide_rows.product
+        return None if _for_library(x, weight) and wide_rows.suits_library(weight) else wide_rows.product
     return dozens_rows.product if dozens_rows.serves(rows, weight) else None
 
 

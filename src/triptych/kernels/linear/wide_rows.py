@@ -13,7 +13,8 @@ from triptych.kernels.linear.few_rows import blocks_of
 from triptych.kernels.linear.wide import products
 from triptych.kernels.quant.matrices import Fp8Matrix, Fp8Rows
 
-_MOST = 64
+_MOST = 128
+_EVEN = 0.9  # part of the multiprocessors that are busy
 _MEMORY = 222 << 10
 """Bytes of shared memory for rows, scales, weights and outputs on their way."""
 
@@ -34,6 +35,13 @@ def serves(rows: int, weight: Fp8Matrix) -> bool:
     if not 0 < rows <= _MOST or outputs < 2 * 64 * most or outputs % 128 or columns % 256:
         return False
     return planned(outputs, columns, height(rows), most).stages >= 4
+
+
+def suits_library(weight: Fp8Matrix) -> bool:
+    """Whether tiles of 128 outputs, as the library's are, keep nearly all multiprocessors busy to the end; measured
+    with 65 to 128 rows on an H200, where this kernel is the faster one if not."""
+    tiles, most = weight.shape[-2] // 128, multiprocessors(weight.values.device)
+    return tiles >= _EVEN * most * -(-tiles // most)
 
 
 def product(x: Fp8Rows, weight: Fp8Matrix, out: Tensor) -> Tensor:
