@@ -150,6 +150,9 @@ def products() -> None:
     for kind in (fixed_linears.linear, linear):
         kind(_normal(70, 256), released.fp8(128, 256))
     linear(_normal(40, 256), released.fp8(17280, 256))  # enough outputs for all rows to be kept at hand
+    for count in (40, 100):  # rows long enough for copies to run ahead, also of a front's columns in bf16
+        linear(_normal(count, 4096), released.fp8(256, 4096))
+        front_linear(_normal(count, 4096), FrontMatrix(released.fp8(128, 4096), _normal(72, 4096)))
 
 
 def grouped_products() -> None:
