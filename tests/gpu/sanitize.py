@@ -150,13 +150,17 @@ def products() -> None:
             kind(narrow_x, front)
     for kind in (fixed_linears.linear, linear):
         kind(_normal(70, 256), released.fp8(128, 256))
+    linear(_normal(40, 256), released.fp8(17280, 256))  # enough outputs for all rows to be kept at hand
+    for count in (40, 100):  # rows long enough for copies to run ahead, also of a front's columns in bf16
+        linear(_normal(count, 4096), released.fp8(256, 4096))
+        front_linear(_normal(count, 4096), FrontMatrix(released.fp8(128, 4096), _normal(72, 4096)))
 
 
 def grouped_products() -> None:
-    """The same of matrices of groups: as they come, rounded, as pairs of e4m3 and widened."""
+    """The same of matrices of groups, with results as they come and rounded."""
     for size in ((4, 64, 128), (2, 128, 1024)):
         weight = released.fp8(*size)
-        for count in (3, 9, 20, 40, 100, 300):
+        for count in (3, 9, 20, 40, 100, 300, 1100):
             x = _normal(count, size[0], size[2])
             grouped_linear(x, weight)
             grouped_linear(x, weight, rounds=True)

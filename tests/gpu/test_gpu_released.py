@@ -23,7 +23,7 @@ from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontM
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
-LINEARS = [(4096, 8192), (7168, 2048), (256, 256)]
+LINEARS = [(4096, 8192), (7168, 2048), (256, 256), (40960, 1024), (17280, 768)]
 
 
 def fp8(*size: int) -> Fp8Matrix:
@@ -95,7 +95,7 @@ def test_grouped_linears(size: tuple[int, int, int], rows: int, run: Callable[..
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (16, 1024, 4096), (2, 128, 128)])
-@pytest.mark.parametrize("rows", [1, 4, 9, 16, 24, 60, 128])
+@pytest.mark.parametrize("rows", [1, 4, 9, 16, 24, 60, 128, 300])
 def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int, int, int], rows: int) -> None:
     weight, x = fp8(*size), torch.randn(rows, size[0], size[2], device="cuda").to(torch.bfloat16)
     got, plain = grouped_linear(x, weight, rounds=True), grouped_linear(x, weight)
@@ -106,7 +106,7 @@ def test_grouped_linears_round_for_who_would_round_their_result(size: tuple[int,
 
 
 @pytest.mark.parametrize("size", [1.0e-4, 1.0, 300.0])
-@pytest.mark.parametrize("rows", [5, 20, 40, 128])
+@pytest.mark.parametrize("rows", [5, 20, 40, 128, 200])
 def test_grouped_linears_lose_nothing_of_rows_of_any_size(rows: int, size: float) -> None:
     """Rows whose values differ by many powers of two, against float64."""
     weight, x = fp8(8, 1024, 4096), torch.randn(rows, 8, 4096, device="cuda") * size
@@ -115,6 +115,20 @@ def test_grouped_linears_lose_nothing_of_rows_of_any_size(rows: int, size: float
     got = grouped_linear(x, weight)
     assert isinstance(got, Tensor)
     assert float((got.double() - want).norm() / want.norm()) < 2.5e-3  # of which bf16 is 1.7e-3
+
+
+@pytest.mark.parametrize("power", [-90, -10, 20])
+@pytest.mark.parametrize("rows", [5, 40, 128])
+def test_grouped_linears_keep_the_smallest_weights(rows: int, power: int) -> None:
+    """Those below e4m3's normal numbers, whatever their scale."""
+    codes = torch.randint(0, 8, (2, 128, 512), device="cuda") + 128 * torch.randint(0, 2, (2, 128, 512), device="cuda")
+    scales = torch.full((2, 1, 4), 2.0**power, device="cuda")
+    weight = Fp8Matrix(codes.to(torch.uint8).view(torch.float8_e4m3fn), scales)
+    x = torch.randn(rows, 2, 512, device="cuda").to(torch.bfloat16)
+    want = torch.einsum("rgk,gnk->rgn", x.double(), weight.dequantize().double()).flatten(1)
+    got = grouped_linear(x, weight)
+    assert isinstance(got, Tensor)
+    assert float((got.double() - want).norm() / want.norm()) < 2.5e-3
 
 
 @pytest.mark.parametrize("dim", [4096, 7168])

@@ -13,7 +13,6 @@ from triptych.kernels import inputs
 from triptych.kernels.front import ref as front_ref
 from triptych.kernels.front import triton as front
 from triptych.kernels.index import triton as index
-from triptych.kernels.linear.rounding import parted
 from triptych.kernels.mhc import triton as mhc
 from triptych.kernels.moe import pairs
 from triptych.kernels.moe.ref import Router, route
@@ -57,7 +56,6 @@ def main() -> None:
     for kind in ("fp8", "mxfp4"):
         for rows in (1, 3, 6, 17):
             print(json.dumps({"what": f"native {kind} {rows}", "ok": native_front(kind, rows), "error": 0.0}))
-    print(json.dumps({"what": "rows in pairs", "ok": paired(), "error": 0.0}))
     print(json.dumps({"what": "pairs sorted in one launch", "ok": sorted_in_one(), "error": 0.0}))
     for rounded in (rounded_site, rounded_query):
         print(json.dumps({"what": rounded.__name__, "ok": rounded(1) and rounded(5), "error": 0.0}))
@@ -113,19 +111,6 @@ def _pairs(tile: torch.Tensor, order: torch.Tensor) -> list[tuple[int, int]]:
     """Expert and pair, as lists in tiles have them."""
     used = [t for t in tile.tolist() if t[0] >= 0]
     return [(expert, pair) for expert, first, size in used for pair in order.flatten()[first : first + size].tolist()]
-
-
-def paired() -> bool:
-    """True if two e4m3 numbers are a bf16 number, which one alone is not, unless it is far below the largest."""
-    draw, rows, width = torch.Generator().manual_seed(5), 3, 2048
-    x = torch.randn(rows, width, generator=draw) * 2.0 ** torch.randint(-12, 1, (rows, width), generator=draw)
-    x = x.to(torch.bfloat16)
-    values, scales = parted(x)
-    parts = values.view(2, rows, -1, 128).double() * scales.T.double().unsqueeze(2)
-    high, low = parts.flatten(2)
-    largest = x.double().view(rows, -1, 128).abs().amax(2).repeat_interleave(128, 1)
-    off = (high + low / 16 - x.double()).abs() / largest
-    return bool((off < 2.0**-19).all()) and not torch.equal(high.to(torch.bfloat16), x)
 
 
 def rounded_site(rows: int) -> bool:

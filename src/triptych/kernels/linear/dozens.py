@@ -9,8 +9,7 @@ A tile is TALL outputs of all rows. The stages of all tiles stand in one line, o
 stretch, so a program may begin or end within a tile; the last of those that share one adds up their parts, in their
 order. Counters are back at zero afterwards. Outputs beyond LATENT are by weights in bf16, in blocks of 64 columns.
 
-TURNED: a tile is computed as W x^T, else as x W^T. PARTS of 2: rows that lose nothing to rounding, as two e4m3 rows
-each (rounding.py), which both meet each block of weights.
+TURNED: a tile is computed as W x^T, else as x W^T.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
 
 from triptych.kernels.barriers import forget
-from triptych.kernels.quant.e4m3 import scale_of
+from triptych.kernels.linear.rings import next_place
 
 
 @gluon.constexpr_function
@@ -73,17 +71,15 @@ def _fetch_weights(
 
 @gluon.jit
 def _fetch_rows(
-    x, wide, ring, stage, place, rows, K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr,
-    GROUP: gl.constexpr, DEEP: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
+    x, wide, ring, stage, place, K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, DEEP: gl.constexpr
+):
     """What these weights are multiplied by."""
-    ws, xs, full, _ = ring
+    _, xs, full, _ = ring
     DEPTH: gl.constexpr = K // 128 // DEEP
     if FIRST == ALL or stage < FIRST:
-        column = stage // DEPTH * ws.shape[1] // GROUP * K + stage % DEPTH * (DEEP * 128)
-        for i in gl.static_range(DEEP * PARTS):
-            at = [i % PARTS * rows, column + i // PARTS * 128]
-            tma.async_copy_global_to_shared(x, at, full.index(place), xs.index(place * (DEEP * PARTS) + i))
+        for i in gl.static_range(DEEP):
+            at = [0, (stage % DEPTH * DEEP + i) * 128]
+            tma.async_copy_global_to_shared(x, at, full.index(place), xs.index(place * DEEP + i))
     else:
         for i in gl.static_range(DEEP):
             at = [0, ((stage - FIRST) % (2 * DEPTH) * DEEP + i) * 64]
@@ -93,37 +89,27 @@ def _fetch_rows(
 
 @gluon.jit
 def _fetch(
-    w, rest, x, wide, ring, begin, end, rows,
-    K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    DEEP: gl.constexpr, PARTS: gl.constexpr,
+    w, rest, x, wide, ring, begin, end,
+    K: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr,
 ):  # fmt: skip
     """Stages [begin, end) of the line."""
     ws, xs, full, empty = ring
-    BYTES: gl.constexpr = DEEP * 128 * (ws.shape[1] + PARTS * xs.shape[1])
-    if PARTS == 2:
-        gdc_wait()  # for the launch that parts the rows
+    BYTES: gl.constexpr = DEEP * 128 * (ws.shape[1] + xs.shape[1])
     phase = 1  # all places are empty
     place = 0
     for stage in range(begin, end):
         mbarrier.wait(empty.index(place), phase)
         mbarrier.expect(full.index(place), BYTES)
         _fetch_weights(w, rest, ring, stage, place, K, FIRST, ALL, DEEP)
-        _fetch_rows(x, wide, ring, stage, place, rows, K, FIRST, ALL, GROUP, DEEP, PARTS)
-        place, phase = _next(place, phase, STAGES)
-
-
-@gluon.jit
-def _next(place, phase, STAGES: gl.constexpr):
-    """The place in the ring after this one; its barriers have another phase in every round."""
-    last = place == STAGES - 1
-    return gl.where(last, 0, place + 1), gl.where(last, phase ^ 1, phase)
+        _fetch_rows(x, wide, ring, stage, place, K, FIRST, ALL, DEEP)
+        place, phase = next_place(place, phase, STAGES)
 
 
 @gluon.jit
 def _keep_factors(
     factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready,
-    HALF: gl.constexpr, K: gl.constexpr, FIRST: gl.constexpr, GROUP: gl.constexpr, TALL: gl.constexpr,
-    DEEP: gl.constexpr, CHUNK: gl.constexpr,
+    HALF: gl.constexpr, K: gl.constexpr, FIRST: gl.constexpr, TALL: gl.constexpr, DEEP: gl.constexpr,
+    CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Scales of weights times scales of rows, of every FP8 block of this program, CHUNK at a time by each
     warpgroup: one after the other would each take the time of a load."""
@@ -137,7 +123,7 @@ def _keep_factors(
         block = gl.minimum(begin * DEEP + c * CHUNK + e // N, FIRST * DEEP - 1)
         row = block // DEPTH * TALL
         f = gl.load(f_ptr + row // 128 * DEPTH + block % DEPTH)
-        s = gl.load(s_ptr + (row // GROUP * DEPTH + block % DEPTH) * s_group + j * s_row)
+        s = gl.load(s_ptr + block % DEPTH * s_group + j * s_row)
         chunks.index(c).store(s * f)
     gl.thread_barrier()
     mbarrier.arrive(ready, count=1)
@@ -148,15 +134,12 @@ def _keep_factors(
 def _multiply(
     f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
     HALF: gl.constexpr, K: gl.constexpr, OUT: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, PARTS: gl.constexpr, SHARERS: gl.constexpr,
-    TURNED: gl.constexpr, ROUND: gl.constexpr, CHUNK: gl.constexpr,
+    STAGES: gl.constexpr, DEEP: gl.constexpr, SHARERS: gl.constexpr, TURNED: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Half of each tile by stages [begin, end) of the line."""
     DEPTH: gl.constexpr = K // 128 // DEEP
     TALL: gl.constexpr = ring[0].shape[1]
-    if PARTS == 2:
-        gdc_wait()
-    _keep_factors(factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready, HALF, K, FIRST, GROUP, TALL, DEEP, CHUNK)
+    _keep_factors(factors, f_ptr, s_ptr, s_row, s_group, rows, begin, ready, HALF, K, FIRST, TALL, DEEP, CHUNK)
     place = 0  # in the ring, of the next stage
     phase = 0
     at = begin
@@ -166,11 +149,11 @@ def _multiply(
             start = tile * DEPTH
             stop = gl.minimum(start + DEPTH, end)
             acc, place, phase = _rounded_part(
-                ring, factors, at - begin, stop - begin, place, phase, HALF, STAGES, DEEP, PARTS, TURNED
+                ring, factors, at - begin, stop - begin, place, phase, HALF, STAGES, DEEP, TURNED
             )
             acc, whole = _whole(acc, outputs, tile, (begin, start, start + DEPTH, at, stop), HALF, ALL, SHARERS)
             if whole:
-                _store(acc, outputs, rows, tile, HALF, TALL, ring[1].shape[1], OUT, TURNED, ROUND, FIRST != ALL)
+                _store(acc, outputs, rows, tile, HALF, TALL, ring[1].shape[1], OUT, TURNED, FIRST != ALL)
         else:
             tile = FIRST // DEPTH + (at - FIRST) // (2 * DEPTH)
             start = FIRST + (at - FIRST) // (2 * DEPTH) * (2 * DEPTH)
@@ -178,7 +161,7 @@ def _multiply(
             more, place, phase = _bf16_part(ring, at, stop, place, phase, HALF, STAGES, DEEP, TURNED)
             more, whole = _whole(more, outputs, tile, (begin, start, start + 2 * DEPTH, at, stop), HALF, ALL, SHARERS)
             if whole:
-                _store(more, outputs, rows, tile, HALF, TALL, ring[1].shape[1], OUT, TURNED, False, False)
+                _store(more, outputs, rows, tile, HALF, TALL, ring[1].shape[1], OUT, TURNED, False)
         at = stop
 
 
@@ -211,7 +194,7 @@ def _factor(factors, block, HALF: gl.constexpr, TURNED: gl.constexpr, MMA: gl.co
 @gluon.jit
 def _rounded_part(
     ring, factors, at, stop, place, phase,
-    HALF: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, PARTS: gl.constexpr, TURNED: gl.constexpr,
+    HALF: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Sums of this program's stages [at, stop), the next of the ring, float32; and where the ring is then."""
     ws, xs, full, empty = ring
@@ -223,22 +206,18 @@ def _rounded_part(
         mbarrier.wait(full.index(place), phase)
         before = zero
         factor = _factor(factors, stage * DEEP, HALF, TURNED, MMA, TALL)
-        for i in gl.static_range(DEEP * PARTS):
-            x = xs.index(place * (DEEP * PARTS) + i)
-            running = _product(ws.index(place * DEEP + i // PARTS), x, zero, False, HALF, TURNED)
+        for i in gl.static_range(DEEP):
+            running = _product(ws.index(place * DEEP + i), xs.index(place * DEEP + i), zero, False, HALF, TURNED)
             if i > 0:
                 part = warpgroup_mma_wait(1, deps=[before])
                 acc += part * factor
-                if i % PARTS == 1:
-                    factor *= 0.0625  # the low part of the same rows
-                else:
-                    factor = _factor(factors, stage * DEEP + i // PARTS, HALF, TURNED, MMA, TALL)
+                factor = _factor(factors, stage * DEEP + i, HALF, TURNED, MMA, TALL)
             before = running
         part = warpgroup_mma_wait(0, deps=[before])
         gl.thread_barrier()  # all warps have read the stage
         mbarrier.arrive(empty.index(place), count=1)
         acc += part * factor
-        place, phase = _next(place, phase, STAGES)
+        place, phase = next_place(place, phase, STAGES)
     return acc, place, phase
 
 
@@ -272,7 +251,7 @@ def _bf16_part(
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.thread_barrier()
         mbarrier.arrive(empty.index(place), count=1)
-        place, phase = _next(place, phase, STAGES)
+        place, phase = next_place(place, phase, STAGES)
     return acc, place, phase
 
 
@@ -281,7 +260,7 @@ def _whole(acc, outputs, tile, span, HALF: gl.constexpr, ALL: gl.constexpr, SHAR
     """The sums of all stages of a tile, and whether they are: only the last of the programs that share it has them.
 
     span: where this program begins in the line; the tile's stages [start, past); those which acc [M, N] sums."""
-    _, _, part_ptr, count_ptr = outputs
+    _, part_ptr, count_ptr = outputs
     begin, start, past, here, stop = span
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
@@ -320,10 +299,10 @@ def _whole(acc, outputs, tile, span, HALF: gl.constexpr, ALL: gl.constexpr, SHAR
 def _store(
     acc, outputs, rows, tile,
     HALF: gl.constexpr, TALL: gl.constexpr, N: gl.constexpr, OUT: gl.constexpr, TURNED: gl.constexpr,
-    ROUND: gl.constexpr, NARROW: gl.constexpr,
+    NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Half of a tile. NARROW: as activations, which are bf16. ROUND, a turned tile of 128 outputs: e4m3 and scales."""
-    out_ptr, scale_ptr, _, _ = outputs
+    """Half of a tile. NARROW: as activations, which are bf16."""
+    out_ptr, _, _ = outputs
     L: gl.constexpr = acc.type.layout
     ROWS: gl.constexpr = gl.SliceLayout(0 if TURNED else 1, L)
     OUTS: gl.constexpr = gl.SliceLayout(1 if TURNED else 0, L)
@@ -333,12 +312,8 @@ def _store(
     C: gl.constexpr = half_of(HALF, TALL, N, TURNED)[3]
     j = R0 + gl.arange(0, R, ROWS)
     n = C0 + gl.arange(0, C, OUTS)
-    if ROUND or NARROW:
+    if NARROW:
         acc = acc.to(gl.bfloat16).to(gl.float32)
-    if ROUND:
-        scale, inverse = scale_of(gl.max(gl.abs(acc), 0))
-        gl.store(scale_ptr + j * (OUT // 128) + tile, scale, mask=j < rows)
-        acc *= inverse[None, :]
     if TURNED:
         at = j[None, :] * OUT + n[:, None]
         keep = (j < rows)[None, :] & (n < OUT - tile * TALL)[:, None]
@@ -350,22 +325,21 @@ def _store(
 
 @gluon.jit(do_not_specialize=["rows", "s_row", "s_group"])
 def products(
-    w, f_ptr, rest, x, s_ptr, wide, out_ptr, scale_ptr, part_ptr, count_ptr, rows, s_row, s_group,
-    K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, DEEP: gl.constexpr, TALL: gl.constexpr, PARTS: gl.constexpr, CHUNK: gl.constexpr,
-    CHUNKS: gl.constexpr, SHARERS: gl.constexpr, TURNED: gl.constexpr, ROUND: gl.constexpr,
+    w, f_ptr, rest, x, s_ptr, wide, out_ptr, part_ptr, count_ptr, rows, s_row, s_group,
+    K: gl.constexpr, OUT: gl.constexpr, LATENT: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DEEP: gl.constexpr, TALL: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, SHARERS: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """out [rows, OUT] of up to N rows x: outputs below LATENT by the FP8 matrix `w`, the others by `rest` in bf16.
 
-    w, rest, x and wide are descriptors; x are rounded rows [rows, K] or, where PARTS is 2, pairs of e4m3, of whose
-    columns every GROUP outputs have K of their own. s are their scales, `wide` the same rows in bf16. ROUND: out are
-    e4m3, and scale [rows, OUT / 128] their scales. part [2 programs, TALL, N] float32 is scratch. A program has up to
-    CHUNK * CHUNKS blocks, a tile up to SHARERS programs. N is 64 or 128 where tiles are not TURNED.
+    w, rest, x and wide are descriptors; x are rounded rows [rows, K], s their scales, `wide` the same rows in bf16.
+    part [2 programs, TALL, N] float32 is scratch. A program has up to CHUNK * CHUNKS blocks, a tile up to SHARERS
+    programs. N is 64 or 128 where tiles are not TURNED.
     """
     FIRST: gl.constexpr = line_of(K, LATENT, OUT, TALL, DEEP)[0]
     ALL: gl.constexpr = line_of(K, LATENT, OUT, TALL, DEEP)[1]
     ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * DEEP, TALL, 128], gl.NVMMASharedLayout(128, 8))
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * DEEP * PARTS, N, 128], gl.NVMMASharedLayout(128, 8))
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * DEEP, N, 128], gl.NVMMASharedLayout(128, 8))
     factors = gl.allocate_shared_memory(gl.float32, [CHUNKS * CHUNK, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -378,20 +352,18 @@ def products(
     begin = gl.program_id(0) * ALL // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * ALL // gl.num_programs(0)
     ring = (ws, xs, full, empty)
-    outputs = (out_ptr, scale_ptr, part_ptr, count_ptr)
+    outputs = (out_ptr, part_ptr, count_ptr)
     gl.warp_specialize(
         [
             (_multiply, (
                 f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
-                0, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND, CHUNK,
+                0, K, OUT, FIRST, ALL, STAGES, DEEP, SHARERS, TURNED, CHUNK,
             )),
             (_multiply, (
                 f_ptr, s_ptr, s_row, s_group, outputs, rows, begin, end, ring, factors, ready,
-                1, K, OUT, FIRST, ALL, GROUP, STAGES, DEEP, PARTS, SHARERS, TURNED, ROUND, CHUNK,
+                1, K, OUT, FIRST, ALL, STAGES, DEEP, SHARERS, TURNED, CHUNK,
             )),
-            (_fetch, (
-                w, rest, x, wide, ring, begin, end, rows, K, FIRST, ALL, GROUP, STAGES, DEEP, PARTS,
-            )),
+            (_fetch, (w, rest, x, wide, ring, begin, end, K, FIRST, ALL, STAGES, DEEP)),
         ],
         [4, 1],
         [232, 40],

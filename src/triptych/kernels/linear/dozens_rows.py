@@ -14,7 +14,6 @@ from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.dozens import line_of, products
 from triptych.kernels.linear.few_rows import blocks_of
-from triptych.kernels.linear.rounding import parted
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix
 
 _MOST = 128
@@ -32,21 +31,14 @@ class Tiling(NamedTuple):
     turned: bool
 
 
-GROUPED = Tiling(128, 1, True)
-"""Of rows that are not rounded, and results that are."""
-
-
 class _Factors(NamedTuple):
-    """What a launch multiplies: e4m3 rows by weights [N, K], the same rows as they are by more in bf16.
-
-    `group`: outputs that have their own columns of the rows, which are pairs; 0: all have the same."""
+    """What a launch multiplies: e4m3 rows by weights [N, K], the same rows as they are by more in bf16."""
 
     values: Tensor
     scales: Tensor
     weight: Fp8Matrix
     plain: Tensor | None = None
     rest: Tensor | None = None
-    group: int = 0
 
 
 class Plan(NamedTuple):
@@ -62,24 +54,20 @@ class Plan(NamedTuple):
         chunk = min(triton.next_power_of_2(-(-blocks // 2)), _LOADS * 128 // n)
         return chunk, -(-blocks // chunk)
 
-    def places(self, tiling: Tiling, n: int, parts: int) -> int:
-        """Of the ring, beside the scales, for n rows of so many parts."""
+    def places(self, tiling: Tiling, n: int) -> int:
+        """Of the ring, beside the scales, for n rows."""
         chunk, chunks = self.chunks(tiling, n)
         room = _MEMORY - chunk * chunks * 4 * n
-        return min(self.stages, room // (tiling.deep * 128 * (tiling.tall + parts * n)))
+        return min(self.stages, room // (tiling.deep * 128 * (tiling.tall + n)))
 
 
 def serves(rows: int, weight: Fp8Matrix) -> bool:
     """Whether these are the products of so many rounded rows.
 
     With few columns the outputs would take the time, and many rows of very many are the library's."""
-    columns = weight.shape[-1]
-    return serves_groups(rows, weight) and columns >= _COLUMNS and (rows <= 64 or columns <= 2 * _COLUMNS)
-
-
-def serves_groups(rows: int, weight: Fp8Matrix) -> bool:
-    """Whether these are the products of so many rows that are not rounded."""
-    return 0 < rows <= _MOST and weight.shape[-2] % 128 == 0
+    outputs, columns = weight.shape[-2:]
+    fits = 0 < rows <= _MOST and outputs % 128 == 0
+    return fits and columns >= _COLUMNS and (rows <= 64 or columns <= 2 * _COLUMNS)
 
 
 def tiling_of(rows: int, weight: tuple[int, int], columns: int, most: int) -> Tiling:
@@ -107,18 +95,9 @@ def front(x: BothRows, matrix: FrontMatrix, out: Tensor, tiling: Tiling | None =
     return out
 
 
-def grouped(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = None) -> None:
-    """x [rows, G * K] bf16, not rounded, by matrices [G, N, K] into out [rows, G * N]; two launches, one behind the
-    other. With `scales` out is rounded."""
-    groups, rank, depth = weight.shape
-    values, row_scales = parted(x)
-    flat = Fp8Matrix(weight.values.view(groups * rank, depth), weight.scales)
-    _launch(_Factors(values, row_scales.T, flat, group=rank), out, GROUPED, scales)
-
-
-def _launch(given: _Factors, out: Tensor, tiling: Tiling | None, scales: Tensor | None = None) -> None:
+def _launch(given: _Factors, out: Tensor, tiling: Tiling | None) -> None:
     """One launch of dozens.products."""
-    weight, parts = given.weight, 2 if given.group else 1
+    weight = given.weight
     rows, columns = out.shape
     latent, depth = weight.shape
     most = multiprocessors(out.device)
@@ -133,23 +112,19 @@ def _launch(given: _Factors, out: Tensor, tiling: Tiling | None, scales: Tensor 
     plain = x if given.plain is None else blocks_of(given.plain, n)
     products[(plan.programs,)](
         *(w, weight.scales, rest, x, given.scales, plain),
-        *(out, given.scales if scales is None else scales, part, counters(out.device), rows, *given.scales.stride()),
+        *(out, part, counters(out.device), rows, *given.scales.stride()),
         K=depth,
         OUT=columns,
         LATENT=latent,
-        GROUP=given.group or columns,
         N=n,
-        STAGES=plan.places(tiling, n, parts),
+        STAGES=plan.places(tiling, n),
         DEEP=tiling.deep,
         TALL=tiling.tall,
-        PARTS=parts,
         CHUNK=chunk,
         CHUNKS=chunks,
         SHARERS=plan.sharers,
         TURNED=tiling.turned,
-        ROUND=scales is not None,
         num_warps=4,
-        launch_pdl=parts == 2,
     )
 
 

@@ -1,18 +1,20 @@
 """Linear maps for NVIDIA GPUs, of weights as released.
 
     up to 32 rows    one launch that streams the weights (few.py)
-    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py)
+    up to 128        the same where a row has many columns, with copies that run ahead of the products (dozens.py), or
+                     where it has few and many outputs, for which the rows are kept at hand (wide.py)
     more             the library's, or tiles of many.py where that cannot serve
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
 made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
-to 16 rows and dozens.py's up to 128. Dense weights go to the library, released ones on other GPUs than Hopper to
+to 8 rows and grouped.py's up to 1,024. Dense weights go to the library, released ones on other GPUs than Hopper to
 portable.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,12 +24,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import dozens_rows, few_rows, portable, ref, rounding, whole
+from triptych.kernels.linear import dozens_rows, few_rows, grouped_rows, portable, ref, rounding, whole, wide_rows
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, product
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, empty_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
 
-_FEW_WHOLE = 16  # rows that are not rounded, up to which whole.py serves
+_FEW_WHOLE = 8  # rows that are not rounded, up to which whole.py serves
 _FEW_FRONT = 16  # rows of a front up to which few.py is the faster one
 _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster one
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
@@ -44,13 +46,21 @@ def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
         return portable.linear(x, weight) if weight.values.is_cuda else ref.linear(x, weight)
     rows = x if isinstance(x, Fp8Rows) else quantize(x)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
-    few, dozens = few_rows.serves(rows.shape[0]), dozens_rows.serves(rows.shape[0], weight)
-    if not few and not dozens and dtype == torch.bfloat16 and _for_library(rows, weight):
+    own = _own(rows, weight, dtype)
+    if own is None and dtype == torch.bfloat16 and _for_library(rows, weight):
         return _by_library(rows, weight)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=weight.values.device)
-    if few:
-        return few_rows.product(rows, weight, out)
-    return dozens_rows.product(rows, weight, out) if dozens else _many(rows, weight, out)
+    return (own or _many)(rows, weight, out)
+
+
+def _own(x: Fp8Rows, weight: Fp8Matrix, dtype: torch.dtype) -> Callable[[Fp8Rows, Fp8Matrix, Tensor], Tensor] | None:
+    """The kernel that streams weights for so many rows, if there is one and the library has no faster one."""
+    rows = x.shape[0]
+    if few_rows.serves(rows):
+        return few_rows.product
+    if dtype == torch.bfloat16 and wide_rows.serves(rows, weight):
+        return None if _for_library(x, weight) and wide_rows.suits_library(weight) else wide_rows.product
+    return dozens_rows.product if dozens_rows.serves(rows, weight) else None
 
 
 def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
@@ -73,17 +83,17 @@ def front_linear(x: Tensor | BothRows, front: FrontMatrix) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Matrix, *, rounds: bool = False) -> Tensor | Fp8Rows:
-    """See ref.grouped_linear; of more than a few rows the result is not rounded here."""
+    """See ref.grouped_linear; of very many rows the result is not rounded here."""
     if isinstance(weight, Tensor) or not _fits(weight):
         own = isinstance(weight, Fp8Matrix) and x.is_cuda
         return portable.grouped_linear(x, weight) if own else ref.grouped_linear(x, weight)
     groups, rank, _ = weight.shape
     rows, kind = len(x), x.dtype
     x = x.to(torch.bfloat16).flatten(1)
-    if rows <= _FEW_WHOLE or dozens_rows.serves_groups(rows, weight):
-        run = _whole if rows <= _FEW_WHOLE else dozens_rows.grouped
+    if rows <= _FEW_WHOLE or grouped_rows.serves(rows, weight):
+        run = _whole if rows <= _FEW_WHOLE else grouped_rows.product
         if rounds and rank % 128 == 0:
-            result = empty_rows(rows, groups * rank, x.device)
+            result = rounding.room(rows, groups * rank, x.device, by_row=few_rows.serves(rows))
             run(x, weight, result.values, result.scales)
             return result
         out = torch.empty(rows, groups * rank, dtype=kind, device=x.device)
@@ -151,13 +161,13 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
     x = x.to(torch.bfloat16).contiguous()
     rows, columns = out.shape
     rank, depth = weight.shape[1:]
-    n, tiles, blocks = 8 if rows <= 8 else 16, columns // 64, depth // 128
+    tiles, blocks = columns // 64, depth // 128
     split = few_rows.parts(tiles, blocks, x.device)
     stage = math.gcd(blocks // split, few_rows.TILING.blocks)
     rounds = scales is not None
     part = torch.empty(split if split > 1 or rounds else 0, rows, columns, dtype=torch.float32, device=x.device)
     whole.products[(tiles * split,)](
-        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, n)),
+        *(few_rows.blocks_of(weight.values.view(columns, depth), 64), weight.scales, _halves(x, _FEW_WHOLE)),
         *(out, out if scales is None else scales, part, counters(x.device), rows),
         K=depth,
         OUT=columns,
@@ -165,7 +175,7 @@ def _whole(x: Tensor, weight: Fp8Matrix, out: Tensor, scales: Tensor | None = No
         GROUP=rank,
         SPLIT=split,
         TALL=min(128, rank),
-        N=n,
+        N=_FEW_WHOLE,
         KS=stage,
         STAGES=min(few_rows.TILING.stages, blocks // split // stage),
         num_warps=4,
