@@ -13,8 +13,8 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: they are made where frames are gathered and compared where they come back, at a small part
 of the copy's time. From Python a copy costs as long as its page takes over the link. So demotions that are neighbours
-on the host go together, and what comes up is read by the GPU itself (kernels/frames), a fetch in one launch. Two
-threads ask for them by turns: while one fetch is on its way, the next is enqueued and the one before is reported.
+on the host go together, and what comes up is read by the GPU itself (kernels/frames), a fetch in one launch. `run`
+enqueues it and `poll` asks for its end: no thread is woken, and the next fetch is enqueued while one is on its way.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from triptych.cache.geometry import CacheGeometry
-from triptych.cache.jobs import DEVICE, HOST, Demotion, FetchPart, Jobs, Save
+from triptych.cache.jobs import DEVICE, HOST, Demotion, Done, FetchPart, Jobs, Save
 from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
-from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded
+from triptych.engine.mover import Arrival, Bytes, Mover, host_memory, not_superseded
 from triptych.engine.pools import Pools
 from triptych.kernels.frames import bringer
 from triptych.kernels.frames.ref import checksums, factors_of
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 64  # frames gathered at once
 _STAGES = 4  # buffers of that many frames
+_BLINK = 50e-6  # seconds from one look at fetches under way to the next while nothing else is to be done
 
 
 class _Stage:
@@ -51,6 +54,22 @@ class _Stage:
     def __init__(self, size: int, device: torch.device) -> None:
         self.frames = torch.empty(_BATCH, size, dtype=torch.uint8, device=device)
         self.filled, self.free = torch.cuda.Event(), torch.cuda.Event()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """Parts of a fetch that the GPU brings from the host.
+
+    left: pinned int64, for each of their frames in turn what its checksum lacks, once `ended` has come. Until all of a
+    fetch has been reported nobody sees its frames, right or not.
+    """
+
+    parts: Sequence[FetchPart]
+    arrival: Arrival
+    index: int
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+    left: Tensor
 
 
 class GpuMover(Mover):
@@ -72,7 +91,7 @@ class GpuMover(Mover):
         size = self._frames.shape[1]
         self._falling = [_Stage(size, pools.device) for _ in range(_STAGES if host_frames else 0)]
         self._turn = 0
-        self._risers = ThreadPoolExecutor(2, thread_name_prefix="triptych-rise")
+        self._rising: deque[_Rise] = deque()  # in the order of their stream
         self._factors = factors_of(size).to(pools.device)
         self._bring_frames = bringer(self._pinned, pools.device)
         self._table = torch.zeros(host_frames, dtype=torch.int64, device=pools.device)  # checksums of host frames
@@ -80,7 +99,7 @@ class GpuMover(Mover):
         self._fences = torch.cuda.Event(), torch.cuda.Event()
         self._own = threading.local()
         if host_frames:
-            self._bring_up([])  # compiles what brings them
+            self._enqueue([], [])[1].synchronize()  # compiles what brings them
 
     def run(self, jobs: Jobs) -> None:
         """Gather what is demoted, mark where the streams are, start the rest."""
@@ -95,8 +114,19 @@ class GpuMover(Mover):
 
     def close(self) -> None:
         """See Mover.close."""
-        self._risers.shutdown()
+        self._rise.synchronize()
+        self._report_risen()
         super().close()
+
+    def poll(self, timeout: float = 0.0) -> list[Done]:
+        """See Mover.poll."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self._report_risen()
+            left = max(0.0, deadline - time.monotonic())
+            out = super().poll(min(left, _BLINK) if self._rising else left)
+            if out or not left or not self._under_way:
+                return out
 
     # ---- down
 
@@ -131,45 +161,69 @@ class GpuMover(Mover):
 
     # ---- up
 
-    def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
+    def _slices(self, parts: Sequence[FetchPart]) -> list[Sequence[FetchPart]]:
         """As many as follow each other from the host in one, others as usual."""
-        out: list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]] = []
+        out: list[Sequence[FetchPart]] = []
         for from_host, group in groupby(parts, lambda part: part.tier == HOST):
             some = list(group)
-            out += [(self._risers, some)] if from_host else super()._slices(some)
+            out += [some] if from_host else super()._slices(some)
         return out
 
-    def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
-        from_host = [part for part in parts if part.tier == HOST]
-        pairs = [pair for part in from_host for pair in zip(part.host_frames, part.frames, strict=True)]
+    def _start_slice(self, parts: Sequence[FetchPart], arrival: Arrival, index: int) -> None:
+        if parts[0].tier != HOST:
+            return super()._start_slice(parts, arrival, index)
+        host_frames = list(chain.from_iterable(part.host_frames for part in parts))
+        frames = list(chain.from_iterable(part.frames for part in parts))
         try:
-            self._own.damaged = self._bring_up(pairs) if pairs else set()
+            begun, ended, left = self._enqueue(host_frames, frames)
         except Exception:
-            logger.exception("fetching %d frames from the host failed; they are computed again", len(pairs))
+            logger.exception("fetching %d frames from the host failed; they are computed again", len(frames))
             self._rise.synchronize()  # what was enqueued must not write into frames that others get
-            return (False,) * len(parts)
-        return super()._bring_slice(parts)
+            return arrival.end(index, (False,) * len(parts))
+        self._rising.append(_Rise(parts, arrival, index, begun, ended, left))
 
-    def _bring_from_host(self, part: FetchPart) -> bool:
-        whole = self._names[part.host_frames[0]] == part.key and self._own.damaged.isdisjoint(part.host_frames)
-        if not whole:
-            self._tell_damage(part.key)
-        return whole
-
-    def _bring_up(self, pairs: Sequence[tuple[int, int]]) -> set[int]:
-        """Copy host frames into frames, pairs of (host frame, frame), and wait. Returns the host frames that are not
-        what once came down; until all of a fetch has been reported nobody sees its frames, right or not."""
-        ended = torch.cuda.Event()
-        answer = torch.empty(len(pairs), dtype=torch.bool, pin_memory=self._where.type == "cuda")
+    def _enqueue(
+        self, host_frames: Sequence[int], frames: Sequence[int]
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event, Tensor]:
+        """Copy host frames into frames behind the fences. Returns when that begins and ends, and `left` of _Rise."""
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        left = torch.empty(len(frames), dtype=torch.int64, pin_memory=self._where.type == "cuda")
         with torch.cuda.stream(self._rise):
             for fence in self._fences:
                 self._rise.wait_event(fence)
-            places = to_device(np.array(pairs, np.int64).reshape(-1, 2).T, self._where)
-            sums = self._bring_frames(self._pinned, self._frames, places, self._factors)
-            answer.copy_(sums != self._table.index_select(0, places[0]), non_blocking=True)
+            begun.record(self._rise)
+            places = to_device(np.array((host_frames, frames), np.int64), self._where)
+            left.copy_(
+                self._bring_frames(self._pinned, self._frames, places, self._factors, self._table), non_blocking=True
+            )
             ended.record(self._rise)
-        ended.synchronize()
-        return {host_frame for (host_frame, _), wrong in zip(pairs, answer.tolist(), strict=True) if wrong}
+        return begun, ended, left
+
+    def _report_risen(self) -> None:
+        """Say of each fetch whose copies have ended what has arrived."""
+        while self._rising:
+            rise = self._rising[0]
+            try:
+                if not rise.ended.query():
+                    return
+                ok, took = self._judged(rise), rise.begun.elapsed_time(rise.ended) / 1e3
+            except Exception:
+                logger.exception("fetching %d frames from the host failed; they are computed again", len(rise.left))
+                ok, took = (False,) * len(rise.parts), 0.0
+            self._rising.popleft()
+            rise.arrival.end(rise.index, ok, took)
+
+    def _judged(self, rise: _Rise) -> tuple[bool, ...]:
+        """Which parts are what once came down under their names."""
+        named = [self._names[part.host_frames[0]] == part.key for part in rise.parts]
+        if all(named) and not rise.left.numpy().any():
+            return (True,) * len(named)
+        each = rise.left.split([len(part.frames) for part in rise.parts])
+        ok = tuple(fine and not left.any() for fine, left in zip(named, each, strict=True))
+        for part, fine in zip(rise.parts, ok, strict=True):
+            if not fine:
+                self._tell_damage(part.key)
+        return ok
 
     def _bring_from_store(self, part: FetchPart) -> bool:
         staging, memory = self._staging(len(part.frames))

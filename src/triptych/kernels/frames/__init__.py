@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triptych.kernels.frames import ref
 
-BringUp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+BringUp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def bringer(memory: Tensor, device: torch.device) -> BringUp:

@@ -17,7 +17,7 @@ import math
 
 import triton
 import triton.language as tl
-from torch import Tensor, zeros
+from torch import Tensor
 
 from triptych.kernels.frames.ref import words_of
 
@@ -27,24 +27,24 @@ _BLOCK = 8192  # bytes that a program asks for at once: twice 16 a thread
 _LINE = 128
 
 
-def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor) -> Tensor:
+def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, table: Tensor) -> Tensor:
     """See ref.bring_up. `memory` is pinned, or on the device itself; its rows follow each other."""
     source, target = words_of(memory, factors), words_of(frames, factors)
-    wide, count = source.element_size(), places.shape[1]
+    wide = source.element_size()
     strides = len(factors), source.stride(0), target.stride(0)
-    sums = zeros(count, dtype=factors.dtype, device=frames.device)
+    left = table.index_select(0, places[0])
     _bring_up[(_PROGRAMS,)](
-        *(source, target, places, factors, sums, count),
+        *(source, target, places, factors, left, len(left)),
         **dict(zip(("WORDS", "SOURCE", "TARGET"), strides, strict=True)),
         **dict(LINE=_LINE // wide, BLOCK=_BLOCK // wide, EVEN=math.gcd(16 // wide, *strides)),
         num_warps=_WARPS,
     )
-    return sums
+    return left
 
 
 @triton.jit(do_not_specialize=["count"])
 def _bring_up(
-    source_ptr, target_ptr, places_ptr, factors_ptr, sums_ptr, count,
+    source_ptr, target_ptr, places_ptr, factors_ptr, left_ptr, count,
     WORDS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -62,4 +62,4 @@ def _bring_up(
             factors = tl.load(factors_ptr + at, mask=inside, other=0)
             tl.store(target_ptr + target + at, some, mask=inside)
             total += tl.sum(some.to(tl.int64) * factors)
-        tl.atomic_add(sums_ptr + i, total, sem="relaxed")
+        tl.atomic_add(left_ptr + i, -total, sem="relaxed")
