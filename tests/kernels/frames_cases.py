@@ -22,7 +22,6 @@ def comes_up(bring_up: BringUp, size: int, count: int, device: str = "cpu") -> b
     factors, there = factors_of(size), wide.to(device)
     table = checksums(memory, factors)
     table[::2] += 3
-    given = (one.to(device) for one in (places, factors, table))
-    left = bring_up(memory, there[:, :size], *given)
+    left = bring_up(memory, there[:, :size], places, factors.to(device), table.to(device))
     wide[places[1], :size] = memory[places[0]]
     return torch.equal(there.cpu(), wide) and torch.equal(left.cpu(), (places[0] + 1) % 2 * 3)

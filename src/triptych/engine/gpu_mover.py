@@ -27,8 +27,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
+from operator import attrgetter, eq, itemgetter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ from triptych.cache.geometry import CacheGeometry
 from triptych.cache.jobs import DEVICE, HOST, Demotion, Done, FetchPart, Jobs, Save
 from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
-from triptych.engine.mover import Arrival, Bytes, Mover, host_memory, not_superseded
+from triptych.engine.mover import Bytes, Ended, Mover, host_memory, not_superseded
 from triptych.engine.pools import Pools
 from triptych.kernels.frames import bringer
 from triptych.kernels.frames.ref import checksums, factors_of
@@ -58,18 +60,17 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True)
 class _Rise:
-    """Parts of a fetch that the GPU brings from the host.
+    """Parts of a fetch that the GPU brings from the host, and who is told of them.
 
     left: pinned int64, for each of their frames in turn what its checksum lacks, once `ended` has come. Until all of a
     fetch has been reported nobody sees its frames, right or not.
     """
 
     parts: Sequence[FetchPart]
-    arrival: Arrival
-    index: int
+    end: Ended
+    left: Tensor
     begun: torch.cuda.Event
     ended: torch.cuda.Event
-    left: Tensor
 
 
 class GpuMover(Mover):
@@ -99,7 +100,7 @@ class GpuMover(Mover):
         self._fences = torch.cuda.Event(), torch.cuda.Event()
         self._own = threading.local()
         if host_frames:
-            self._enqueue([], [])[1].synchronize()  # compiles what brings them
+            self._enqueue((), lambda *_: None).ended.synchronize()  # compiles what brings them
 
     def run(self, jobs: Jobs) -> None:
         """Gather what is demoted, mark where the streams are, start the rest."""
@@ -164,40 +165,34 @@ class GpuMover(Mover):
     def _slices(self, parts: Sequence[FetchPart]) -> list[Sequence[FetchPart]]:
         """As many as follow each other from the host in one, others as usual."""
         out: list[Sequence[FetchPart]] = []
-        for from_host, group in groupby(parts, lambda part: part.tier == HOST):
+        for tier, group in groupby(parts, attrgetter("tier")):
             some = list(group)
-            out += [some] if from_host else super()._slices(some)
+            out += [some] if tier == HOST else super()._slices(some)
         return out
 
-    def _start_slice(self, parts: Sequence[FetchPart], arrival: Arrival, index: int) -> None:
+    def _start_slice(self, parts: Sequence[FetchPart], end: Ended) -> None:
         if parts[0].tier != HOST:
-            return super()._start_slice(parts, arrival, index)
-        host_frames = list(chain.from_iterable(part.host_frames for part in parts))
-        frames = list(chain.from_iterable(part.frames for part in parts))
+            return super()._start_slice(parts, end)
         try:
-            begun, ended, left = self._enqueue(host_frames, frames)
+            self._rising.append(self._enqueue(parts, end))
         except Exception:
-            logger.exception("fetching %d frames from the host failed; they are computed again", len(frames))
+            logger.exception("fetching %d objects from the host failed; they are computed again", len(parts))
             self._rise.synchronize()  # what was enqueued must not write into frames that others get
-            return arrival.end(index, (False,) * len(parts))
-        self._rising.append(_Rise(parts, arrival, index, begun, ended, left))
+            end((False,) * len(parts), 0.0)
 
-    def _enqueue(
-        self, host_frames: Sequence[int], frames: Sequence[int]
-    ) -> tuple[torch.cuda.Event, torch.cuda.Event, Tensor]:
-        """Copy host frames into frames behind the fences. Returns when that begins and ends, and `left` of _Rise."""
+    def _enqueue(self, parts: Sequence[FetchPart], end: Ended) -> _Rise:
+        """Copy host frames into frames behind the fences."""
+        places = torch.from_numpy(np.stack([_all_of(parts, "host_frames"), _all_of(parts, "frames")]))
+        left = torch.empty(places.shape[1], dtype=torch.int64, pin_memory=self._where.type == "cuda")
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        left = torch.empty(len(frames), dtype=torch.int64, pin_memory=self._where.type == "cuda")
         with torch.cuda.stream(self._rise):
             for fence in self._fences:
                 self._rise.wait_event(fence)
             begun.record(self._rise)
-            places = to_device(np.array((host_frames, frames), np.int64), self._where)
-            left.copy_(
-                self._bring_frames(self._pinned, self._frames, places, self._factors, self._table), non_blocking=True
-            )
+            found = self._bring_frames(self._pinned, self._frames, places, self._factors, self._table)
+            left.copy_(found, non_blocking=True)
             ended.record(self._rise)
-        return begun, ended, left
+        return _Rise(parts, end, left, begun, ended)
 
     def _report_risen(self) -> None:
         """Say of each fetch whose copies have ended what has arrived."""
@@ -208,14 +203,15 @@ class GpuMover(Mover):
                     return
                 ok, took = self._judged(rise), rise.begun.elapsed_time(rise.ended) / 1e3
             except Exception:
-                logger.exception("fetching %d frames from the host failed; they are computed again", len(rise.left))
+                logger.exception("fetching %d objects from the host failed; they are computed again", len(rise.parts))
                 ok, took = (False,) * len(rise.parts), 0.0
             self._rising.popleft()
-            rise.arrival.end(rise.index, ok, took)
+            rise.end(ok, took)
 
     def _judged(self, rise: _Rise) -> tuple[bool, ...]:
         """Which parts are what once came down under their names."""
-        named = [self._names[part.host_frames[0]] == part.key for part in rise.parts]
+        first = map(itemgetter(0), map(attrgetter("host_frames"), rise.parts))
+        named = list(map(eq, map(self._names.__getitem__, first), map(attrgetter("key"), rise.parts)))
         if all(named) and not rise.left.numpy().any():
             return (True,) * len(named)
         each = rise.left.split([len(part.frames) for part in rise.parts])
@@ -260,6 +256,11 @@ class GpuMover(Mover):
         if memory is None or len(memory) < frames:
             memory = self._own.memory = host_memory(frames, self._frames.shape[1])
         return torch.from_numpy(memory), memory
+
+
+def _all_of(parts: Sequence[FetchPart], field: str) -> npt.NDArray[np.int64]:
+    """The frames that parts have in `field`, one after the other; no Python runs for each, prompts have hundreds."""
+    return np.fromiter(chain.from_iterable(map(attrgetter(field), parts)), np.int64)
 
 
 def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:

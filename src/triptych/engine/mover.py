@@ -17,8 +17,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from triptych.engine.pools import Pools
 
 logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
+Ended = Callable[[tuple[bool, ...], float], None]  # told which parts of a slice have arrived, and what that took
 
 _SLICE = 64  # objects of one fetch that one thread brings; longer fetches are spread over the threads
 _BATCH = 16  # saves that are reported together: waking an idle engine for each slows them down by a sixth (measured)
@@ -158,20 +160,20 @@ class Mover:
     def _start_fetch(self, fetch: Fetch) -> None:
         """Split a fetch into slices, which end in any order."""
         slices = self._slices(fetch.parts)
-        arrival = Arrival(fetch.job, len(slices), self._done)
+        arrival = _Arrival(fetch.job, len(slices), self._done)
         self._under_way += 1
         for index, parts in enumerate(slices):
-            self._start_slice(parts, arrival, index)
+            self._start_slice(parts, partial(arrival.end, index))
 
     def _slices(self, parts: Sequence[FetchPart]) -> list[Sequence[FetchPart]]:
         """Parts that follow each other, as many as one thread is to bring."""
         return [parts[at : at + _SLICE] for at in range(0, len(parts), _SLICE)]
 
-    def _start_slice(self, parts: Sequence[FetchPart], arrival: Arrival, index: int) -> None:
+    def _start_slice(self, parts: Sequence[FetchPart], end: Ended) -> None:
         def bring() -> None:
             began = time.perf_counter()  # waiting for other fetches says nothing about the tier
             brought = tuple(self._bring(part) for part in parts)
-            arrival.end(index, brought, time.perf_counter() - began)
+            end(brought, time.perf_counter() - began)
 
         self._fetchers.submit(bring)
 
@@ -226,7 +228,7 @@ class Mover:
             return False
 
 
-class Arrival:
+class _Arrival:
     """A fetch under way: the last of its slices to end reports it. Slices may end in several threads."""
 
     def __init__(self, job: int, slices: int, done: queue.SimpleQueue[list[Done]]) -> None:
@@ -235,7 +237,7 @@ class Arrival:
         self._began = math.inf
         self._lock = threading.Lock()
 
-    def end(self, index: int, ok: tuple[bool, ...], seconds: float = 0.0) -> None:
+    def end(self, index: int, ok: tuple[bool, ...], seconds: float) -> None:
         """Slice `index` has just ended; ok: which of its parts arrived; seconds: what that took."""
         now = time.perf_counter()
         with self._lock:
@@ -244,7 +246,7 @@ class Arrival:
             self._missing -= 1
             if self._missing:
                 return
-        whole = tuple(fine for at in sorted(self._ok) for fine in self._ok[at])
+        whole = sum((self._ok[at] for at in sorted(self._ok)), ())
         self._done.put([Done(self._job, whole, now - self._began)])
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,14 +33,20 @@ def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, ta
     source, target = words_of(memory, factors), words_of(frames, factors)
     wide = source.element_size()
     strides = len(factors), source.stride(0), target.stride(0)
-    left = table.index_select(0, places[0])
+    there = on_device(places, frames.device)
+    left = table.index_select(0, there[0])
     _bring_up[(_PROGRAMS,)](
-        *(source, target, places, factors, left, len(left)),
+        *(source, target, there, factors, left, len(left)),
         **dict(zip(("WORDS", "SOURCE", "TARGET"), strides, strict=True)),
         **dict(LINE=_LINE // wide, BLOCK=_BLOCK // wide, EVEN=math.gcd(16 // wide, *strides)),
         num_warps=_WARPS,
     )
     return left
+
+
+def on_device(places: Tensor, device: torch.device) -> Tensor:
+    """Places that lie on the host; it does not wait for the copy."""
+    return (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["count"])
