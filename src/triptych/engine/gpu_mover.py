@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 64  # frames gathered at once
 _STAGES = 4  # buffers of that many frames
-_BLINK = 50e-6  # seconds from one look at fetches under way to the next while nothing else is to be done
 
 
 class _Stage:
@@ -120,14 +118,10 @@ class GpuMover(Mover):
         super().close()
 
     def poll(self, timeout: float = 0.0) -> list[Done]:
-        """See Mover.poll."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self._report_risen()
-            left = max(0.0, deadline - time.monotonic())
-            out = super().poll(min(left, _BLINK) if self._rising else left)
-            if out or not left or not self._under_way:
-                return out
+        """See Mover.poll. With time to wait it waits for the oldest fetch from the host, some milliseconds at most."""
+        wait = bool(timeout and self._rising)
+        self._report_risen(wait)
+        return super().poll(0.0 if wait else timeout)
 
     # ---- down
 
@@ -182,8 +176,10 @@ class GpuMover(Mover):
 
     def _enqueue(self, parts: Sequence[FetchPart], end: Ended) -> _Rise:
         """Copy host frames into frames behind the fences."""
-        places = torch.from_numpy(np.stack([_all_of(parts, "host_frames"), _all_of(parts, "frames")]))
-        left = torch.empty(places.shape[1], dtype=torch.int64, pin_memory=self._where.type == "cuda")
+        frames = [_all_of(parts, "host_frames"), _all_of(parts, "frames")]
+        shared = torch.empty(3, len(frames[0]), dtype=torch.int64, pin_memory=self._where.type == "cuda")
+        places, left = shared[:2], shared[2]
+        np.stack(frames, out=places.numpy())
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._rise):
             for fence in self._fences:
@@ -194,11 +190,14 @@ class GpuMover(Mover):
             ended.record(self._rise)
         return _Rise(parts, end, left, begun, ended)
 
-    def _report_risen(self) -> None:
-        """Say of each fetch whose copies have ended what has arrived."""
+    def _report_risen(self, wait: bool = False) -> None:
+        """Say of each fetch whose copies have ended what has arrived; `wait`: not before the oldest has ended."""
         while self._rising:
             rise = self._rising[0]
             try:
+                if wait:
+                    rise.ended.synchronize()
+                    wait = False
                 if not rise.ended.query():
                     return
                 ok, took = self._judged(rise), rise.begun.elapsed_time(rise.ended) / 1e3

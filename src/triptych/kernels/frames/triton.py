@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +32,7 @@ def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, ta
     source, target = words_of(memory, factors), words_of(frames, factors)
     wide = source.element_size()
     strides = len(factors), source.stride(0), target.stride(0)
-    there = on_device(places, frames.device)
+    there = places.to(frames.device, non_blocking=True)
     left = table.index_select(0, there[0])
     _bring_up[(_PROGRAMS,)](
         *(source, target, there, factors, left, len(left)),
@@ -42,11 +41,6 @@ def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, ta
         num_warps=_WARPS,
     )
     return left
-
-
-def on_device(places: Tensor, device: torch.device) -> Tensor:
-    """Places that lie on the host; it does not wait for the copy."""
-    return (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["count"])
