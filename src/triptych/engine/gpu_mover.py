@@ -1,7 +1,7 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
     demotion   frames --gather--> stage --copies--> pinned host frames     gathered in the step's stream, then in `down`
-    fetch      host frames --one launch--> frames                          in `rise`
+    fetch      host frames --one call--> frames                            in `rise`
                stores --> pinned staging --copies--> frames                in `up`
     save       frames --copies--> pinned staging --> store                 in `down`
 
@@ -13,8 +13,8 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: they are made where frames are gathered and compared where they come back, at a small part
 of the copy's time. From Python a copy costs as long as its page takes over the link. So demotions that are neighbours
-on the host go together, and what comes up is read by the GPU itself (kernels/frames), a fetch in one launch. `run`
-enqueues it and `poll` asks for its end: no thread is woken, and the next fetch is enqueued while one is on its way.
+on the host go together, and a fetch comes up by one call (kernels/frames). `run` enqueues it and `poll` asks for its
+end: no thread is woken, which took longer than small fetches, and the next is enqueued while one is on its way.
 """
 
 from __future__ import annotations
