@@ -20,4 +20,4 @@ def bringer(memory: Tensor, device: torch.device) -> BringUp:
         return ref.bring_up
     from triptych.kernels.frames import engines, triton
 
-    return triton.bring_up if engines.driver_copies() is None else engines.bring_up
+    return engines.bring_up if engines.works(device) else triton.bring_up

@@ -54,6 +54,22 @@ def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, ta
     return compare(frames, there[1], factors, table.index_select(0, there[0]))
 
 
+def works(device: torch.device) -> bool:
+    """Whether the driver can be asked, tried with a few bytes: a symbol alone promises nothing."""
+    copies = driver_copies()
+    if copies is None:
+        return False
+    source, target = torch.arange(16).pin_memory()[None], torch.zeros(1, 16, dtype=torch.int64, device=device)
+    stream, first = torch.cuda.Stream(device), np.zeros(1, np.int64)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        copies(_rows(target, first), _rows(source, first), 128, stream.cuda_stream)
+    except RuntimeError:
+        return False
+    stream.synchronize()
+    return torch.equal(target.cpu(), source)
+
+
 def _rows(matrix: Tensor, rows: npt.NDArray[np.int64]) -> Addresses:
     return (matrix.data_ptr() + rows * (matrix.stride(0) * matrix.element_size())).astype(np.uint64)
 
