@@ -13,13 +13,19 @@ settings.load_profile("triptych")
 class _NeverBehind:
     """A stream or an event of a GPU that has nothing left to do."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def _done(self, *_: object) -> None:
         pass
 
     wait_event = record = synchronize = _done
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: object) -> float:
+        return 1.0
 
 
 @pytest.fixture

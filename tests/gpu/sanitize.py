@@ -30,6 +30,7 @@ from triptych.kernels import inputs  # noqa: E402
 from triptych.kernels.attend import triton as attend  # noqa: E402
 from triptych.kernels.attend_rows import triton as rows  # noqa: E402
 from triptych.kernels.compress.triton import compress  # noqa: E402
+from triptych.kernels.frames import engines  # noqa: E402
 from triptych.kernels.frames import triton as frames  # noqa: E402
 from triptych.kernels.index import triton as index  # noqa: E402
 from triptych.kernels.linear import fixed as fixed_linears  # noqa: E402
@@ -234,7 +235,8 @@ def many_mixtures() -> None:
 def tiers() -> None:
     """Frames that come up from the host, of every size of words."""
     for size in frames_cases.SIZES:
-        frames_cases.comes_up(frames.bring_up, size, 4, "cuda")
+        for way in (engines, frames):
+            frames_cases.comes_up(way.bring_up, size, 4, "cuda")
 
 
 def steps() -> None:

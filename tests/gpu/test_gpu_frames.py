@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from triptych.cache.store.protocol import ObjectKey
 from triptych.config import SHAPES
 from triptych.engine.gpu_mover import GpuMover
 from triptych.engine.pools import Pools
-from triptych.kernels.frames import bringer
+from triptych.kernels.frames import bringer, engines, triton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from frames_cases import SIZES, comes_up
@@ -29,19 +30,24 @@ ORDER = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1)).tolist
 
 @pytest.mark.parametrize("size", (*SIZES, PAGE))
 @pytest.mark.parametrize("count", (0, 1, 8))
-def test_the_kernel_brings_frames_up(size: int, count: int) -> None:
-    bring_up = bringer(torch.empty(1, 16, dtype=torch.uint8, pin_memory=True), CUDA)
-    assert bring_up.__module__.endswith("triton")
-    assert comes_up(bring_up, size, count, "cuda")
+@pytest.mark.parametrize("way", (engines, triton))
+def test_frames_come_up(way: ModuleType, size: int, count: int) -> None:
+    assert comes_up(way.bring_up, size, count, "cuda")
 
 
-@pytest.fixture
-def mover() -> Iterator[GpuMover]:
+def test_the_copy_engines_are_asked_where_the_driver_can() -> None:
+    chosen = bringer(torch.empty(1, 16, dtype=torch.uint8, pin_memory=True), CUDA)
+    assert chosen is (triton.bring_up if engines.driver_copies() is None else engines.bring_up)
+
+
+@pytest.fixture(params=[engines, triton])
+def mover(request: pytest.FixtureRequest) -> Iterator[GpuMover]:
     """Over pages of V4-Flash, all of which have gone down to scattered frames of the host; what is up is no more."""
     shape = SHAPES["flash"]
     geometry = CacheGeometry.of(shape, "fp8")
     pools = Pools(shape, geometry, CacheCapacity(COUNT, 1), CUDA)
     moving = GpuMover(pools, geometry, COUNT)
+    moving._bring_frames = request.param.bring_up
     assert pools.frames.shape[1] == PAGE
     pools.frames.random_(0, 256, generator=torch.Generator("cuda").manual_seed(0))
     moving.run(Jobs(tuple(Demotion(KEYS[at], (at,), (ORDER[at],)) for at in range(COUNT))))

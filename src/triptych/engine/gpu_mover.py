@@ -1,7 +1,7 @@
 """Tiers below a GPU: the same jobs as engine/mover.py, over streams, so that steps neither wait nor are overtaken.
 
     demotion   frames --gather--> stage --copies--> pinned host frames     gathered in the step's stream, then in `down`
-    fetch      host frames --one launch--> frames                          in `rise`
+    fetch      host frames --one call--> frames                            in `rise`
                stores --> pinned staging --copies--> frames                in `up`
     save       frames --copies--> pinned staging --> store                 in `down`
 
@@ -13,8 +13,8 @@ ended, so that whatever is enqueued afterwards sees them.
 
 Checksums are the GPU's work: they are made where frames are gathered and compared where they come back, at a small part
 of the copy's time. From Python a copy costs as long as its page takes over the link. So demotions that are neighbours
-on the host go together, and what comes up is read by the GPU itself (kernels/frames), a fetch in one launch. Two
-threads ask for them by turns: while one fetch is on its way, the next is enqueued and the one before is reported.
+on the host go together, and a fetch comes up by one call (kernels/frames). `run` enqueues it and `poll` asks for its
+end: no thread is woken, which took longer than small fetches, and the next is enqueued while one is on its way.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import attrgetter, eq, itemgetter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from triptych.cache.geometry import CacheGeometry
-from triptych.cache.jobs import DEVICE, HOST, Demotion, FetchPart, Jobs, Save
+from triptych.cache.jobs import DEVICE, HOST, Demotion, Done, FetchPart, Jobs, Save
 from triptych.cache.store.protocol import ObjectKey, Store
 from triptych.engine.batching import to_device
-from triptych.engine.mover import Bytes, Mover, host_memory, not_superseded
+from triptych.engine.mover import Bytes, Ended, Mover, host_memory, not_superseded
 from triptych.engine.pools import Pools
 from triptych.kernels.frames import bringer
 from triptych.kernels.frames.ref import checksums, factors_of
@@ -51,6 +54,21 @@ class _Stage:
     def __init__(self, size: int, device: torch.device) -> None:
         self.frames = torch.empty(_BATCH, size, dtype=torch.uint8, device=device)
         self.filled, self.free = torch.cuda.Event(), torch.cuda.Event()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """Parts of a fetch that the GPU brings from the host, and who is told of them.
+
+    left: pinned int64, for each of their frames in turn what its checksum lacks, once `ended` has come. Until all of a
+    fetch has been reported nobody sees its frames, right or not.
+    """
+
+    parts: Sequence[FetchPart]
+    end: Ended
+    left: Tensor
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
 
 
 class GpuMover(Mover):
@@ -72,7 +90,7 @@ class GpuMover(Mover):
         size = self._frames.shape[1]
         self._falling = [_Stage(size, pools.device) for _ in range(_STAGES if host_frames else 0)]
         self._turn = 0
-        self._risers = ThreadPoolExecutor(2, thread_name_prefix="triptych-rise")
+        self._rising: deque[_Rise] = deque()  # in the order of their stream
         self._factors = factors_of(size).to(pools.device)
         self._bring_frames = bringer(self._pinned, pools.device)
         self._table = torch.zeros(host_frames, dtype=torch.int64, device=pools.device)  # checksums of host frames
@@ -80,7 +98,7 @@ class GpuMover(Mover):
         self._fences = torch.cuda.Event(), torch.cuda.Event()
         self._own = threading.local()
         if host_frames:
-            self._bring_up([])  # compiles what brings them
+            self._enqueue((), lambda *_: None).ended.synchronize()  # compiles what brings them
 
     def run(self, jobs: Jobs) -> None:
         """Gather what is demoted, mark where the streams are, start the rest."""
@@ -95,8 +113,15 @@ class GpuMover(Mover):
 
     def close(self) -> None:
         """See Mover.close."""
-        self._risers.shutdown()
+        self._rise.synchronize()
+        self._report_risen()
         super().close()
+
+    def poll(self, timeout: float = 0.0) -> list[Done]:
+        """See Mover.poll. With time to wait it waits for the oldest fetch from the host, some milliseconds at most."""
+        wait = bool(timeout and self._rising)
+        self._report_risen(wait)
+        return super().poll(0.0 if wait else timeout)
 
     # ---- down
 
@@ -131,45 +156,69 @@ class GpuMover(Mover):
 
     # ---- up
 
-    def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
+    def _slices(self, parts: Sequence[FetchPart]) -> list[Sequence[FetchPart]]:
         """As many as follow each other from the host in one, others as usual."""
-        out: list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]] = []
-        for from_host, group in groupby(parts, lambda part: part.tier == HOST):
+        out: list[Sequence[FetchPart]] = []
+        for tier, group in groupby(parts, attrgetter("tier")):
             some = list(group)
-            out += [(self._risers, some)] if from_host else super()._slices(some)
+            out += [some] if tier == HOST else super()._slices(some)
         return out
 
-    def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
-        from_host = [part for part in parts if part.tier == HOST]
-        pairs = [pair for part in from_host for pair in zip(part.host_frames, part.frames, strict=True)]
+    def _start_slice(self, parts: Sequence[FetchPart], end: Ended) -> None:
+        if parts[0].tier != HOST:
+            return super()._start_slice(parts, end)
         try:
-            self._own.damaged = self._bring_up(pairs) if pairs else set()
+            self._rising.append(self._enqueue(parts, end))
         except Exception:
-            logger.exception("fetching %d frames from the host failed; they are computed again", len(pairs))
+            logger.exception("fetching %d objects from the host failed; they are computed again", len(parts))
             self._rise.synchronize()  # what was enqueued must not write into frames that others get
-            return (False,) * len(parts)
-        return super()._bring_slice(parts)
+            end((False,) * len(parts), 0.0)
 
-    def _bring_from_host(self, part: FetchPart) -> bool:
-        whole = self._names[part.host_frames[0]] == part.key and self._own.damaged.isdisjoint(part.host_frames)
-        if not whole:
-            self._tell_damage(part.key)
-        return whole
-
-    def _bring_up(self, pairs: Sequence[tuple[int, int]]) -> set[int]:
-        """Copy host frames into frames, pairs of (host frame, frame), and wait. Returns the host frames that are not
-        what once came down; until all of a fetch has been reported nobody sees its frames, right or not."""
-        ended = torch.cuda.Event()
-        answer = torch.empty(len(pairs), dtype=torch.bool, pin_memory=self._where.type == "cuda")
+    def _enqueue(self, parts: Sequence[FetchPart], end: Ended) -> _Rise:
+        """Copy host frames into frames behind the fences."""
+        frames = [_all_of(parts, "host_frames"), _all_of(parts, "frames")]
+        shared = torch.empty(3, len(frames[0]), dtype=torch.int64, pin_memory=self._where.type == "cuda")
+        places, left = shared[:2], shared[2]
+        np.stack(frames, out=places.numpy())
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._rise):
             for fence in self._fences:
                 self._rise.wait_event(fence)
-            places = to_device(np.array(pairs, np.int64).reshape(-1, 2).T, self._where)
-            sums = self._bring_frames(self._pinned, self._frames, places, self._factors)
-            answer.copy_(sums != self._table.index_select(0, places[0]), non_blocking=True)
+            begun.record(self._rise)
+            found = self._bring_frames(self._pinned, self._frames, places, self._factors, self._table)
+            left.copy_(found, non_blocking=True)
             ended.record(self._rise)
-        ended.synchronize()
-        return {host_frame for (host_frame, _), wrong in zip(pairs, answer.tolist(), strict=True) if wrong}
+        return _Rise(parts, end, left, begun, ended)
+
+    def _report_risen(self, wait: bool = False) -> None:
+        """Say of each fetch whose copies have ended what has arrived; `wait`: not before the oldest has ended."""
+        while self._rising:
+            rise = self._rising[0]
+            try:
+                if wait:
+                    rise.ended.synchronize()
+                    wait = False
+                if not rise.ended.query():
+                    return
+                ok, took = self._judged(rise), rise.begun.elapsed_time(rise.ended) / 1e3
+            except Exception:
+                logger.exception("fetching %d objects from the host failed; they are computed again", len(rise.parts))
+                ok, took = (False,) * len(rise.parts), 0.0
+            self._rising.popleft()
+            rise.end(ok, took)
+
+    def _judged(self, rise: _Rise) -> tuple[bool, ...]:
+        """Which parts are what once came down under their names."""
+        first = map(itemgetter(0), map(attrgetter("host_frames"), rise.parts))
+        named = list(map(eq, map(self._names.__getitem__, first), map(attrgetter("key"), rise.parts)))
+        if all(named) and not rise.left.numpy().any():
+            return (True,) * len(named)
+        each = rise.left.split([len(part.frames) for part in rise.parts])
+        ok = tuple(fine and not left.any() for fine, left in zip(named, each, strict=True))
+        for part, fine in zip(rise.parts, ok, strict=True):
+            if not fine:
+                self._tell_damage(part.key)
+        return ok
 
     def _bring_from_store(self, part: FetchPart) -> bool:
         staging, memory = self._staging(len(part.frames))
@@ -206,6 +255,11 @@ class GpuMover(Mover):
         if memory is None or len(memory) < frames:
             memory = self._own.memory = host_memory(frames, self._frames.shape[1])
         return torch.from_numpy(memory), memory
+
+
+def _all_of(parts: Sequence[FetchPart], field: str) -> npt.NDArray[np.int64]:
+    """The frames that parts have in `field`, one after the other; no Python runs for each, prompts have hundreds."""
+    return np.fromiter(chain.from_iterable(map(attrgetter(field), parts)), np.int64)
 
 
 def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:

@@ -12,12 +12,14 @@ more than three times the copy's (measured, see the log).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ from triptych.engine.pools import Pools
 
 logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
+Ended = Callable[[tuple[bool, ...], float], None]  # told which parts of a slice have arrived, and what that took
 
 _SLICE = 64  # objects of one fetch that one thread brings; longer fetches are spread over the threads
 _BATCH = 16  # saves that are reported together: waking an idle engine for each slows them down by a sixth (measured)
@@ -155,32 +158,24 @@ class Mover:
     # ---- in the background
 
     def _start_fetch(self, fetch: Fetch) -> None:
-        """Split a fetch over the threads; the last slice to end reports it."""
+        """Split a fetch into slices, which end in any order."""
         slices = self._slices(fetch.parts)
-        results: dict[int, tuple[bool, ...]] = {}
-        started: list[float] = []  # when the first slice had its turn: waiting for others says nothing about the tier
-        lock = threading.Lock()
-
-        def bring(index: int) -> None:
-            started.append(time.perf_counter())
-            brought = self._bring_slice(slices[index][1])
-            with lock:
-                results[index] = brought
-                last = len(results) == len(slices)
-            if last:
-                ok = tuple(fine for i in range(len(slices)) for fine in results[i])
-                self._done.put([Done(fetch.job, ok, time.perf_counter() - started[0])])
-
+        arrival = _Arrival(fetch.job, len(slices), self._done)
         self._under_way += 1
-        for index, (threads, _) in enumerate(slices):
-            threads.submit(bring, index)
+        for index, parts in enumerate(slices):
+            self._start_slice(parts, partial(arrival.end, index))
 
-    def _slices(self, parts: Sequence[FetchPart]) -> list[tuple[ThreadPoolExecutor, Sequence[FetchPart]]]:
-        """Parts that follow each other, and the threads of which one brings them."""
-        return [(self._fetchers, parts[at : at + _SLICE]) for at in range(0, len(parts), _SLICE)]
+    def _slices(self, parts: Sequence[FetchPart]) -> list[Sequence[FetchPart]]:
+        """Parts that follow each other, as many as one thread is to bring."""
+        return [parts[at : at + _SLICE] for at in range(0, len(parts), _SLICE)]
 
-    def _bring_slice(self, parts: Sequence[FetchPart]) -> tuple[bool, ...]:
-        return tuple(self._bring(part) for part in parts)
+    def _start_slice(self, parts: Sequence[FetchPart], end: Ended) -> None:
+        def bring() -> None:
+            began = time.perf_counter()  # waiting for other fetches says nothing about the tier
+            brought = tuple(self._bring(part) for part in parts)
+            end(brought, time.perf_counter() - began)
+
+        self._fetchers.submit(bring)
 
     def _bring(self, part: FetchPart) -> bool:
         try:
@@ -231,6 +226,28 @@ class Mover:
         except Exception:
             logger.exception("saving a %s to tier %s failed; it stays where it is", save.key.kind, save.tier)
             return False
+
+
+class _Arrival:
+    """A fetch under way: the last of its slices to end reports it. Slices may end in several threads."""
+
+    def __init__(self, job: int, slices: int, done: queue.SimpleQueue[list[Done]]) -> None:
+        self._job, self._missing, self._done = job, slices, done
+        self._ok: dict[int, tuple[bool, ...]] = {}
+        self._began = math.inf
+        self._lock = threading.Lock()
+
+    def end(self, index: int, ok: tuple[bool, ...], seconds: float) -> None:
+        """Slice `index` has just ended; ok: which of its parts arrived; seconds: what that took."""
+        now = time.perf_counter()
+        with self._lock:
+            self._ok[index] = ok
+            self._began = min(self._began, now - seconds)
+            self._missing -= 1
+            if self._missing:
+                return
+        whole = sum((self._ok[at] for at in sorted(self._ok)), ())
+        self._done.put([Done(self._job, whole, now - self._began)])
 
 
 def not_superseded(demotions: Sequence[Demotion]) -> list[Demotion]:

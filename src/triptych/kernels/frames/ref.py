@@ -34,12 +34,14 @@ def checksums(frames: Tensor, factors: Tensor) -> Tensor:
     return torch.cat([(some * factors).sum(dim=1) for some in words.split(_AT_ONCE * words.element_size() // 8)])
 
 
-def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor) -> Tensor:
-    """Copy frames of the host's memory [H, bytes] uint8 into frames [F, bytes] uint8, and add up what arrives.
+def bring_up(memory: Tensor, frames: Tensor, places: Tensor, factors: Tensor, table: Tensor) -> Tensor:
+    """Copy frames of the host's memory [H, bytes] uint8 into frames [F, bytes] uint8, and compare what arrives.
 
-    places [2, n] int64: rows of `memory`, and the rows of `frames` that get them, each once; factors [words] as
-    `factors_of` makes them; frames, places and factors on one device. Returns the checksums [n] int64.
+    places [2, n] int64, on the host: rows of `memory`, and the rows of `frames` that get them, each once. With the
+    frames: factors [words] as `factors_of` makes them; table [H] int64, the checksums of what `memory` is to hold.
+    Returns [n] int64, what each checksum lacks of the table's: 0 where a frame has arrived whole.
     """
-    arrived = memory.index_select(0, places[0].to(memory.device)).to(frames.device)
-    frames.index_copy_(0, places[1], arrived)
-    return checksums(arrived, factors)
+    arrived = memory.index_select(0, places[0]).to(frames.device)
+    there = places.to(frames.device)
+    frames.index_copy_(0, there[1], arrived)
+    return table.index_select(0, there[0]) - checksums(arrived, factors)
