@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from triptych.kernels.attend_rows.hopper_keys import fetch, tell
+from triptych.kernels.barriers import forget
 
 
 @gluon.constexpr_function
@@ -280,6 +281,10 @@ def partial(
         [4, 4],
         [160, 136],
     )  # fmt: skip
+    forget(full, 2)
+    forget(empty, 2)
+    forget(weighed, 2)
+    mbarrier.invalidate(ready)
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.quant.e4m3 import scale_of
 
 
@@ -395,3 +396,6 @@ def products(
         [4, 1],
         [232, 40],
     )  # fmt: skip
+    forget(full, STAGES)
+    forget(empty, STAGES)
+    mbarrier.invalidate(ready)

@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from triptych.kernels.barriers import forget
+
 
 @gluon.constexpr_function
 def _sums(n, depth=32):
@@ -163,6 +165,7 @@ def products(
         part_ptr += TILES * SPLIT * TALL * N
         more = _bf16_part(rest, wide, ws, xs, bar, tile * TALL, first, PART, N, KS, STAGES, TALL)
         gather(more, part_ptr, count_ptr + TILES, out_ptr, rows, tile, LATENT, split, OUT, 2 * SPLIT, False)
+    forget(bar, STAGES)
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.fragments import from_fp8, from_rows, mma_layout, weight_layout
 
@@ -121,6 +122,7 @@ def products(
             else:
                 gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
             gl.store(mine, 0)
+    forget(bar, STAGES)
 
 
 @gluon.jit

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.moe.operands import (
     as_operands,
     hidden_layout,
@@ -154,4 +155,5 @@ def _product(
         gl.thread_barrier()
         if block + STAGES < BLOCKS:
             _fetch(w, ws, bar, row, first + block + STAGES, s)
+    forget(bar, STAGES)
     return acc

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.moe.shared import shared_down, shared_up, swiglu
 from triptych.kernels.moe.stream import begin, multiply, rows_in_slots, rows_layout, scales_of_rows, stages
 from triptych.kernels.quant.e4m3 import scale_of
@@ -72,6 +73,7 @@ def up(
                         acc, po, jo < count, gates, n0, shared + tile, limit,
                         h_ptr, hq_ptr, hs_ptr, count_ptr, first, order_ptr, count, pairs + rows, INNER, TILES,
                     )  # fmt: skip
+        forget(bar, STAGES)
 
 
 @gluon.jit
@@ -181,6 +183,7 @@ def down(
                     row += TILES
                     keep(acc, po, jo < count, each_ptr, n0, DIM)
                     add(t8, j8 < count, each_ptr, out_ptr, count_ptr, n0, rows, pairs, TOPK, PARTS, DIM, TILES)
+        forget(bar, STAGES)
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.moe.beside import shared_down, shared_up
 from triptych.kernels.moe.few import add, entry, keep, sum_layout
 from triptych.kernels.moe.operands import (
@@ -114,6 +115,7 @@ def _up(
         to = h_ptr + piece * 32 + pair[None, :] * INNER + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
         gl.store(to, swiglu(gate, up, limit) * weight[None, :], mask=(j < count)[None, :])
         done(ready_ptr + tile)
+    forget(bar, STAGES)
 
 
 @gluon.jit
@@ -148,3 +150,4 @@ def _down(
         j8 = gl.arange(0, 8, gl.SliceLayout(1, sum_layout(1)))
         t8 = gl.load(order_ptr + j8, mask=j8 < count, other=0) // TOPK
         add(t8, j8 < count, each_ptr, out_ptr, count_ptr, piece * 64, rows, pairs, TOPK, PARTS, DIM, 1)
+    forget(bar, STAGES)

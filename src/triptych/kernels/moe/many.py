@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.moe.stream import expand, shifts
 
 
@@ -150,6 +151,7 @@ def up(
         it += K // 128 // KS
         item += gl.num_programs(0)
         first, row = next_first, next_row
+    forget(room[3], STAGES)
 
 
 @gluon.jit
@@ -183,3 +185,4 @@ def down(
         it += K // 128 // KS
         item += gl.num_programs(0)
         first, row = next_first, next_row
+    forget(room[3], STAGES)

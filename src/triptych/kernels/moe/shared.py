@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.quant.e4m3 import scale_of
 
 
@@ -86,6 +87,7 @@ def product(
         gl.thread_barrier()
         if block + STAGES < BLOCKS:
             _fetch(w, x, ws, xs, bar, row, xrow, first + block + STAGES, s, N)
+    forget(bar, STAGES)
     return acc
 
 

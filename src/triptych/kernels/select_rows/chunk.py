@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.quant.formats import PackedRows
@@ -257,6 +258,7 @@ def scores(  # noqa: C901  (loops that the compiler unrolls)
                     kept[p], kept[ROWS // 2 + p], kept[ROWS + p], kept[ROWS + ROWS // 2 + p],
                     sees_s.index(p), at, total,
                 )  # fmt: skip
+    forget(bar, STAGES)
 
 
 @gluon.constexpr_function

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.linear.counters import counters
@@ -350,3 +351,6 @@ def scores(
         [1],
         [144 if TOGETHER else 32],
     )  # fmt: skip
+    forget(full, STAGES)
+    forget(empty, STAGES)
+    mbarrier.invalidate(told)
