@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from triptych.kernels.barriers import forget
 from triptych.kernels.linear.few_rows import TILING, blocks_of
 from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.matrices import Fp8Matrix, Unnormed
@@ -119,3 +120,4 @@ def _products(
     n = row + gl.arange(0, TALL, gl.SliceLayout(1, MMA))
     j = gl.arange(0, _SLOTS, gl.SliceLayout(0, MMA))
     gl.store(out_ptr + n[:, None] + j[None, :], acc.to(gl.bfloat16), mask=(j == 0)[None, :] & (n >= 0)[:, None])
+    forget(bar, STAGES)
