@@ -26,6 +26,7 @@ SHAPE = replace(NARROW_FLASH, index_topk=64)
 LENGTHS = (3, 126, 280)  # the last one sees more entries than it may read
 PAGES = 3
 CUDA = torch.device("cuda")
+ROW_BY_ROW = ("token_ids", "positions", "slots", "lowest", "page_table")
 
 
 def runner_on(device: str, storage: Storage, kv_format: Any, index_format: Any) -> Runner:
@@ -82,6 +83,11 @@ def batch(step: int, padding: int, device: torch.device) -> DecodeBatch:
     )
 
 
+def only(sequence: int, given: DecodeBatch) -> DecodeBatch:
+    """One row of a batch."""
+    return replace(given, **{name: getattr(given, name)[sequence : sequence + 1].clone() for name in ROW_BY_ROW})
+
+
 def copy_pools(source: Runner, target: Runner) -> None:
     for name, value in vars(source.pools).items():
         if isinstance(value, Tensor):
@@ -127,11 +133,36 @@ def test_a_captured_step_is_the_eager_one() -> None:
     copy_pools(start, gpu)
     for step, want in enumerate(eager):
         now = batch(step, 2, CUDA)
-        for name in ("token_ids", "positions", "slots", "lowest", "page_table"):
+        for name in ROW_BY_ROW:
             getattr(static, name).copy_(getattr(now, name))
         logits.fill_(float("nan"))
         graph.replay()
         assert torch.equal(logits[: len(LENGTHS)], want[: len(LENGTHS)]), step
+
+
+@torch.inference_mode()
+def test_steps_of_a_single_row_are_the_general_path() -> None:
+    """It has launches of its own, some of which begin before the last one has ended."""
+    start, last = prompted("fp8"), len(LENGTHS) - 1
+    general, fast = (runner_on("cuda", "released", "fp8", "fp8") for _ in range(2))
+    copy_pools(start, general)
+    copy_pools(start, fast)
+    static, graph = only(last, batch(0, 0, CUDA)), torch.cuda.CUDAGraph()
+    fast.model.decode(static, fast.pools.layers)
+    with torch.cuda.graph(graph):
+        logits = fast.model.decode(static, fast.pools.layers)
+    copy_pools(start, fast)
+    want, got = [], []
+    for step in range(8):
+        tokens = tokens_of(step)[last:]
+        want.append(general.logits(StepPlan(0, (chunk(last, LENGTHS[last] + step, tokens),))).cpu())
+        now = only(last, batch(step, 0, CUDA))
+        for name in ROW_BY_ROW:
+            getattr(static, name).copy_(getattr(now, name))
+        logits.fill_(float("nan"))
+        graph.replay()
+        got.append(logits.clone())
+    near(got, want)
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

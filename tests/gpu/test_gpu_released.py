@@ -19,7 +19,15 @@ from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
 from triptych.kernels.moe.triton import experts, moe_rows
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
+from triptych.kernels.quant.matrices import (
+    BothRows,
+    Fp8Matrix,
+    Fp8Rows,
+    FrontMatrix,
+    Mxfp4Matrix,
+    Unnormed,
+    quantize_rows,
+)
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 DIMS = {"flash": (4096, 2048), "pro": (7168, 3072), "tiny": (256, 128)}
@@ -84,6 +92,13 @@ def test_fronts(columns: tuple[int, int, int], rows: int, run: Callable[..., Ten
     front = FrontMatrix(fp8(latent, k), torch.randn(rest, k, device="cuda").to(torch.bfloat16) / 64)
     x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
     agree(lambda: run(x, front), linear_ref.front_linear(x, front))
+
+
+@pytest.mark.parametrize("size", [(32768, 1024), (40960, 1024), (192, 2048), (128, 1536)])
+def test_a_row_is_normed_by_its_product(size: tuple[int, int]) -> None:
+    weight, columns = fp8(*size), torch.randn(1, size[1] + 64, device="cuda").to(torch.bfloat16).float()
+    x = Unnormed(columns[:, : size[1]], torch.rand(size[1], device="cuda") + 0.5, 1e-6)
+    agree(lambda: linear(x, weight), linear_ref.linear(x, weight))
 
 
 @pytest.mark.parametrize("size", [(8, 1024, 4096), (4, 64, 128)])

@@ -12,7 +12,7 @@ from triptych.kernels.linear import portable
 from triptych.kernels.linear import ref as linear_ref
 from triptych.kernels.moe import portable as mixtures
 from triptych.kernels.moe import ref as moe_ref
-from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Mxfp4Matrix
+from triptych.kernels.quant.matrices import Fp8Matrix, FrontMatrix, Mxfp4Matrix, Unnormed
 from triptych.kernels.quant.ref import fake_quant_fp8
 
 G = torch.Generator().manual_seed(0)
@@ -51,6 +51,8 @@ def main() -> None:
         for rows in (1, 5, 70):
             weight, x = fp8(columns, 384), randn(rows, 384)
             say(f"linear {rows} x {columns}", portable.linear(x, weight), linear_ref.linear(x, weight), 1e-6)
+    left, weight = Unnormed(randn(1, 384).bfloat16().float(), randn(384), 1e-6), fp8(192, 384)
+    say("linear of a row that is not normed", portable.linear(left, weight), linear_ref.linear(left, weight), 4e-3)
     grouped, x = fp8(4, 72, 128), randn(5, 4, 128).bfloat16()
     say("grouped", portable.grouped_linear(x, grouped), linear_ref.grouped_linear(x.float(), grouped), 4e-3)
     front, x = FrontMatrix(fp8(192, 256), randn(40, 256).bfloat16()), randn(3, 256).bfloat16()

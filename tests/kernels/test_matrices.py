@@ -11,7 +11,16 @@ from torch import Tensor
 from triptych.kernels.linear import cpu, ref
 from triptych.kernels.moe import ref as moe_ref
 from triptych.kernels.moe.ref import Experts, Router
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Mxfp4Matrix, quantize_rows
+from triptych.kernels.norm.ref import rms_norm
+from triptych.kernels.quant.matrices import (
+    BothRows,
+    Fp8Matrix,
+    Fp8Rows,
+    FrontMatrix,
+    Mxfp4Matrix,
+    Unnormed,
+    quantize_rows,
+)
 from triptych.kernels.quant.ref import (
     dequantize_fp8,
     dequantize_mxfp4,
@@ -118,6 +127,13 @@ def test_products_of_rounded_rows_are_those_of_rows_that_they_round() -> None:
     front = FrontMatrix(fp8(128, 256), torch.randn(40, 256).to(torch.bfloat16))
     assert torch.equal(ref.front_linear(BothRows(x, quantize_rows(x)), front), ref.front_linear(x, front))
     assert torch.equal(ref.linear(quantize_rows(x), front.latent), ref.linear(x, front.latent))
+
+
+def test_a_product_norms_a_row_that_was_left_to_it() -> None:
+    columns, norm, weight = torch.randn(1, 256).to(torch.bfloat16).float(), torch.rand(256) + 0.5, fp8(128, 256)
+    normed = rms_norm(columns, norm, 1e-6).to(torch.bfloat16)
+    assert torch.equal(Unnormed(columns, norm, 1e-6).normed(), normed)
+    assert torch.equal(ref.linear(Unnormed(columns, norm, 1e-6), weight), ref.linear(normed, weight))
 
 
 @pytest.mark.parametrize("run", [ref.grouped_linear, cpu.grouped_linear])

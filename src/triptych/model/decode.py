@@ -19,7 +19,7 @@ from triptych.kernels.attend_rows.ref import Queries, RingRows
 from triptych.kernels.front.ref import DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.mhc.ref import Residual, Uncollapsed
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Mxfp4Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Mxfp4Matrix, Unnormed
 from triptych.kernels.registry import KernelSet
 from triptych.kernels.select_rows.ref import IndexQueries
 from triptych.model.batch import DecodeBatch, LayerCache
@@ -131,8 +131,8 @@ class Decoder:
             inner = self._k.grouped_linear(x, w.o_a, rounds=rounds)
         return self._linear(inner, w.o_b)
 
-    def _linear(self, x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
-        """A linear whose input the released model quantises, in the dtype of x; of rows that are already, in bf16."""
+    def _linear(self, x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
+        """A linear whose input the released model quantises, in its dtype; of rows that are or will be, in bf16."""
         if isinstance(weight, Fp8Matrix):
             return self._k.linear(x, weight)  # type: ignore[no-any-return]
         assert isinstance(x, Tensor)

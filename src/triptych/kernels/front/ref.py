@@ -29,7 +29,8 @@ class FrontWeights(NamedTuple):
         [ query q_lora | window c | compressor from compress_at: C, Z | indexer's from index_at: C, Z | heads ]
 
     q_norm [q_lora], kv_norm [c]. `native`: round where the released model does. scale: of the head weights [count].
-    `rounds`, native only: the query's product reads rounded rows, as which the query may come.
+    `rounds`, native only: the query's product reads rounded rows, as which the query may come; or as a single row
+    that its product norms.
     """
 
     q_norm: Tensor

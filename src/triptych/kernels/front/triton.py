@@ -1,6 +1,7 @@
 """The front end of decode rows in one launch: programs over (row, job).
 
-    job 0   norm of the low-rank query; the weights of the indexer's heads
+    job 0   norm of the low-rank query, which of a single row its product does (linear/latent.py) while this launch
+            runs; the weights of the indexer's heads
     job 1   window row: norm, rotation, rounding, into the slot's ring
     job 2   compressor row into its ring; if the row completes a group: pooling, norm, rotation, entry into the page. In
             an HCA layer, where 128 rows are pooled, several programs with some channels each; the last does the rest
@@ -20,14 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from triptych.config import PAGE
 from triptych.kernels.compress.ref import Compressor
 from triptych.kernels.front.ref import Angles, DecodeRows, FrontCaches, FrontWeights
 from triptych.kernels.front.store import DENSE, ENTRY, FP8, MXFP4, put_entry, put_key
-from triptych.kernels.gpu import rounds_rows
+from triptych.kernels.gpu import is_hopper, rounds_rows
 from triptych.kernels.quant.formats import PackedRows, Rows
-from triptych.kernels.quant.matrices import Fp8Rows, empty_rows
+from triptych.kernels.quant.matrices import Fp8Rows, Unnormed, empty_rows
 from triptych.kernels.quant.triton_rows import put_rounded
 
 _KINDS = {"entry": ENTRY, "fp8": FP8, "mxfp4": MXFP4}
@@ -53,7 +55,7 @@ def front_rows(
     caches: FrontCaches,
     rows: DecodeRows,
     angles: tuple[Angles, Angles | None],
-) -> tuple[Tensor | Fp8Rows, Tensor]:
+) -> tuple[Tensor | Fp8Rows | Unnormed, Tensor]:
     """See ref.front_rows."""
     count, q_lora, dim = len(front), len(weights.q_norm), len(weights.kv_norm)
     heads = weights.heads[1] - weights.heads[0]
@@ -86,6 +88,7 @@ def front_rows(
         PAGE_TOKENS=PAGE,
         NATIVE=weights.native,
         ROUNDS=isinstance(qr, Fp8Rows),
+        LEAVES=isinstance(qr, Unnormed),
         QUERY=triton.next_power_of_2(q_lora),
         HEADS=triton.next_power_of_2(max(heads, 1)),
         DIM=wide,
@@ -108,16 +111,20 @@ def _meeting_points(device: torch.device) -> Tensor:
     return torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device)
 
 
-def _room_for_query(rows: int, weights: FrontWeights, front: Tensor) -> Tensor | Fp8Rows:
-    """Where the low-rank query goes."""
+def _room_for_query(rows: int, weights: FrontWeights, front: Tensor) -> Tensor | Fp8Rows | Unnormed:
+    """Where the low-rank query goes, or a single row as it is: its product norms it."""
     width = len(weights.q_norm)
     if weights.rounds and rounds_rows(front.device, width):
+        if rows == 1 and is_hopper(front.device):
+            return Unnormed(front[:, :width], weights.q_norm, weights.eps)
         return empty_rows(rows, width, front.device)
     return torch.empty(rows, width, dtype=torch.bfloat16 if weights.native else front.dtype, device=front.device)
 
 
-def _parts(query: Tensor | Fp8Rows) -> tuple[Tensor, Tensor]:
+def _parts(query: Tensor | Fp8Rows | Unnormed) -> tuple[Tensor, Tensor]:
     """Values and scales; there are none of rows that are not rounded."""
+    if isinstance(query, Unnormed):
+        return query.norm, query.norm
     return (query.values, query.scales) if isinstance(query, Fp8Rows) else (query, query)
 
 
@@ -288,16 +295,17 @@ def _group(
 @triton.jit
 def _query(
     front_ptr, qr_ptr, qr_scales_ptr, norm_ptr, r, q_lora, eps,
-    NATIVE: tl.constexpr, ROUNDS: tl.constexpr, QUERY: tl.constexpr,
+    NATIVE: tl.constexpr, ROUNDS: tl.constexpr, LEAVES: tl.constexpr, QUERY: tl.constexpr,
 ):  # fmt: skip
-    """The low-rank query of row r, normed and as its product reads it."""
-    i = tl.arange(0, QUERY)
-    x = _narrowed(front_ptr + i, i < q_lora, NATIVE)
-    x = _normed(x, i, q_lora, norm_ptr, eps)
-    if ROUNDS:
-        put_rounded(x.to(tl.bfloat16), r, q_lora, qr_ptr, qr_scales_ptr, QUERY)
-    else:
-        tl.store(qr_ptr + r * q_lora + i, x.to(qr_ptr.dtype.element_ty), mask=i < q_lora)
+    """The low-rank query of row r, normed and as its product reads it, if that does not do it."""
+    if not LEAVES:
+        i = tl.arange(0, QUERY)
+        x = _narrowed(front_ptr + i, i < q_lora, NATIVE)
+        x = _normed(x, i, q_lora, norm_ptr, eps)
+        if ROUNDS:
+            put_rounded(x.to(tl.bfloat16), r, q_lora, qr_ptr, qr_scales_ptr, QUERY)
+        else:
+            tl.store(qr_ptr + r * q_lora + i, x.to(qr_ptr.dtype.element_ty), mask=i < q_lora)
 
 
 @triton.jit
@@ -305,6 +313,13 @@ def _head_weights(front_ptr, scaled_ptr, heads, scale, NATIVE: tl.constexpr, HEA
     """A row's weights of the indexer's heads."""
     h = tl.arange(0, HEADS)
     tl.store(scaled_ptr + h, _narrowed(front_ptr + h, h < heads, NATIVE) * scale, mask=h < heads)
+
+
+@triton.jit
+def _let_go(LEAVES: tl.constexpr):
+    """Lets the query's product begin, which waits for the end of this launch before it stores."""
+    if LEAVES:
+        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -316,10 +331,11 @@ def _front(
     key_row, key_scales_page, key_scales_row, ape_ptr, norm_ptr, state_ptr, key_ape_ptr, key_norm_ptr, key_state_ptr,
     state_stride, pooled_ptr, met_ptr, compress_at, index_at, heads_at, heads, scale, q_lora, dim, key_dim, width, eps,
     RING_KIND: tl.constexpr, ENTRY_KIND: tl.constexpr, KEY_KIND: tl.constexpr, RATIO: tl.constexpr,
-    OVERLAP: tl.constexpr, PAGE_TOKENS: tl.constexpr, NATIVE: tl.constexpr, ROUNDS: tl.constexpr, QUERY: tl.constexpr,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEY: tl.constexpr, KEY_STEPS: tl.constexpr,
-    KEY_ROOT: tl.constexpr,
+    OVERLAP: tl.constexpr, PAGE_TOKENS: tl.constexpr, NATIVE: tl.constexpr, ROUNDS: tl.constexpr, LEAVES: tl.constexpr,
+    QUERY: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEY: tl.constexpr,
+    KEY_STEPS: tl.constexpr, KEY_ROOT: tl.constexpr,
 ):  # fmt: skip
+    _let_go(LEAVES)
     r = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
     front_ptr += r * front_stride
@@ -327,11 +343,10 @@ def _front(
     slot = tl.load(slots_ptr + r).to(tl.int64)
     pairs = width // 2
     group = position // RATIO
-    done = (position + 1) % RATIO == 0
     per_page: tl.constexpr = PAGE_TOKENS // RATIO
     half = dim * (2 if OVERLAP else 1)
     if job == 0:
-        _query(front_ptr, qr_ptr, qr_scales_ptr, q_norm_ptr, r, q_lora, eps, NATIVE, ROUNDS, QUERY)
+        _query(front_ptr, qr_ptr, qr_scales_ptr, q_norm_ptr, r, q_lora, eps, NATIVE, ROUNDS, LEAVES, QUERY)
         _head_weights(front_ptr + heads_at, scaled_ptr + r * heads, heads, scale, NATIVE, HEADS)
     elif job == 1:
         d = tl.arange(0, DIM)
@@ -358,7 +373,7 @@ def _front(
     else:
         if KEY > 1:
             here, state = front_ptr + index_at, key_state_ptr + slot * state_stride * (4 * key_dim)
-            if done:
+            if (position + 1) % RATIO == 0:
                 d = tl.arange(0, KEY)
                 x = _pooled(here, state, key_ape_ptr, position, d, key_dim, 2 * key_dim, RATIO, OVERLAP, KEY)
                 x = _normed(x, d, key_dim, key_norm_ptr, eps)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from triptych.kernels.linear import portable
 from triptych.kernels.linear.portable import FIXED_ROWS
-from triptych.kernels.quant.matrices import BothRows, Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Rows, FrontMatrix, Matrix, Unnormed
 
 
-def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
     """See ref.linear."""
     return portable.linear(x, weight, FIXED_ROWS)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3, scale_of
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Unnormed
 
 FIXED_ROWS = 64
 """Rows of a tile in deterministic mode."""
@@ -28,8 +28,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter has no bfloat16 arithmetic."""
 
 
-def linear(x: Tensor | Fp8Rows, weight: Matrix, tall: int | None = None) -> Tensor:
+def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix, tall: int | None = None) -> Tensor:
     """See ref.linear; float32 rows of a bfloat16 matrix give float32 sums. `tall`: rows of a tile."""
+    if isinstance(x, Unnormed):
+        x = x.normed()
     if isinstance(x, Fp8Rows):
         x = x.dequantize().to(torch.bfloat16)
     if isinstance(weight, Fp8Matrix):

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, quantize_rows
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Unnormed, quantize_rows
 
 
-def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
     """x [R, in], weight [out, in] -> [R, out] in x's dtype; weights of another dtype multiply in theirs.
 
-    An Fp8Matrix multiplies rows quantised in groups of 128 (reference section 2.9); Fp8Rows give bf16.
+    An Fp8Matrix multiplies rows quantised in groups of 128 (reference section 2.9); Fp8Rows and Unnormed give bf16.
     """
+    x = x.normed() if isinstance(x, Unnormed) else x
     if isinstance(weight, Fp8Matrix):
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
         y = F.linear(rows.dequantize(), weight.dequantize())

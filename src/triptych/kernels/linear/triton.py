@@ -6,9 +6,9 @@
     more             the library's, or tiles of many.py where that cannot serve
 
 All multiply rows rounded to e4m3 on the FP8 tensor cores, and sum each 128 columns apart. Rows come rounded from what
-made them where that can round, or are rounded here first. Grouped maps, whose rows are not rounded, are whole.py's up
-to 8 rows and grouped.py's up to 1,024. Dense weights go to the library, released ones on other GPUs than Hopper to
-portable.py.
+made them where that can round, or are rounded here first; a single one may come before its norm (latent.py). Grouped
+maps, whose rows are not rounded, are whole.py's up to 8 rows and grouped.py's up to 1,024. Dense weights go to the
+library, released ones on other GPUs than Hopper to portable.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triptych.kernels.gpu import is_hopper, multiprocessors
-from triptych.kernels.linear import dozens_rows, few_rows, grouped_rows, portable, ref, rounding, whole, wide_rows
+from triptych.kernels.linear import (
+    dozens_rows,
+    few_rows,
+    grouped_rows,
+    latent,
+    portable,
+    ref,
+    rounding,
+    whole,
+    wide_rows,
+)
 from triptych.kernels.linear.counters import counters
 from triptych.kernels.linear.many import dequantised, product
-from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix
+from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Unnormed
 
 _FEW_WHOLE = 8  # rows that are not rounded, up to which whole.py serves
 _FEW_FRONT = 16  # rows of a front up to which few.py is the faster one
@@ -35,8 +45,12 @@ _LIBRARY = 65  # rows from which on the library's product of e4m3 is the faster 
 _SPLIT = 512  # rows up to which a matrix of few outputs is cut along its columns too
 
 
-def linear(x: Tensor | Fp8Rows, weight: Matrix) -> Tensor:
+def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
     """See ref.linear. float32 inputs of a bf16 matrix give float32 sums."""
+    if isinstance(x, Unnormed):
+        if isinstance(weight, Fp8Matrix) and _fits(weight):
+            return latent.product(x, weight)
+        x = x.normed()
     if isinstance(weight, Tensor):
         assert isinstance(x, Tensor)
         if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:

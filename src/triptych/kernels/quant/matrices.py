@@ -144,6 +144,25 @@ class BothRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Unnormed:
+    """A row that its product norms and rounds: columns [1, K] float32, norm [K] float32 and eps of an RMS norm."""
+
+    columns: Tensor
+    norm: Tensor
+    eps: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """[1, K]."""
+        return self.columns.shape
+
+    def normed(self) -> Tensor:
+        """bf16 [1, K]."""
+        x = self.columns.to(torch.bfloat16).float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.norm).to(torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
 class FrontMatrix:
     """The front projections: `latent` [q_lora + c, d] as FP8, the compressors and indexer weights [.., d] in bf16."""
 
