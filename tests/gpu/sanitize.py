@@ -43,7 +43,7 @@ from triptych.kernels.moe import portable as mixtures  # noqa: E402
 from triptych.kernels.moe.triton import experts, moe_rows, route, shared_expert  # noqa: E402
 from triptych.kernels.norm.triton import query_rows  # noqa: E402
 from triptych.kernels.quant.formats import RowFormat  # noqa: E402
-from triptych.kernels.quant.matrices import FrontMatrix  # noqa: E402
+from triptych.kernels.quant.matrices import FrontMatrix, Unnormed  # noqa: E402
 from triptych.kernels.quant.ref import fake_quant_fp8  # noqa: E402
 from triptych.kernels.registry import FIXED, FOLDER, table  # noqa: E402
 from triptych.kernels.select_rows import highest, narrow  # noqa: E402
@@ -151,6 +151,7 @@ def products() -> None:
             kind(narrow_x, front)
     for kind in (fixed_linears.linear, linear):
         kind(_normal(70, 256), released.fp8(128, 256))
+    linear(Unnormed(_normal(1, 1024).float(), _normal(1024).float(), 1e-6), weight)
     linear(_normal(40, 256), released.fp8(17280, 256))  # enough outputs for all rows to be kept at hand
     for count in (40, 100):  # rows long enough for copies to run ahead, also of a front's columns in bf16
         linear(_normal(count, 4096), released.fp8(256, 4096))

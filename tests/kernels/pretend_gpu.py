@@ -7,6 +7,7 @@ so a part that does not fit the functions it calls fails here.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,12 +59,17 @@ def main() -> None:
     found = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     torch.cuda.get_device_properties = lambda *_: found  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = lambda *_: None  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment, misc, return-value]
     gpu.is_hopper = lambda device: True  # type: ignore[assignment]
     JITFunction.run = launch
     import sanitize
 
+    from triptych.kernels.frames import engines
     from triptych.kernels.linear import triton as linears
 
+    engines.driver_copies = lambda: lambda *_: None  # type: ignore[assignment]
     linears._library_can = lambda device: True  # type: ignore[assignment]
     launches = sanitize.Launches()
     with OnProcessor():
