@@ -124,7 +124,10 @@ def test_a_launch_selects_however_many_programs_a_row_has(kind: str, visible: li
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("visible", "programs"), [([262144], 132), ([33000, 4500, 600], 44), ([140000, 9000], 16)])
+@pytest.mark.parametrize(
+    ("visible", "programs"),
+    [([262144], 132), ([33000, 4500, 600], 44), ([140000, 9000], 16), ([250000, 249998, 120000, 5000], 33)],
+)
 def test_programs_choose_together_whatever_the_scores(name: str, visible: list[int], programs: int) -> None:
     """Scores of any kind are what equal keys have by their scales. Where candidates are too many, one program chooses
     alone; counters are left 0 in either case."""
