@@ -154,7 +154,7 @@ def test_a_page_that_is_damaged_on_the_host_is_computed_again() -> None:
 
 @pytest.mark.usefixtures("gpu_mover")
 def test_what_the_gpu_has_no_room_to_bring_up_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody would ever be told of a fetch whose thread died."""
+    """Nobody would ever be told of a fetch whose copies were not enqueued."""
     engine = _engine(pages=40, host_pages=40)
     prompt = text(3, 700)
     want = engine.ask(prompt, 20).tokens

@@ -55,8 +55,7 @@ def test_products_of_attention_on_hopper_do_not_wait_for_each_other(mode: int, f
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(partial.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(partial, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "Used" in said and "serialized" not in said, said
 
 
@@ -88,8 +87,7 @@ def test_few_rows_of_attention_ask_for_all_of_their_keys_at_once(most: int) -> N
     names = [n for n, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name == "heads_row"]
     source = GluonASTSource(kernel, signature, sizes, {(n,): [["tt.divisibility", 16]] for n in names})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "0 bytes spill stores" in said and "serialized" not in said, said
     code = _disassembled(triton, made.asm["ptx"])
     # of each key 9 pieces, and the queries and their angles
@@ -130,8 +128,7 @@ def test_many_programs_of_experts_fit_a_multiprocessor(
     options = {"num_warps": 4, "maxnreg": registers}
     made = triton.compile(GluonASTSource(experts, signature, sizes, aligned), GPUTarget("cuda", 90, 32), options)
     assert programs * (made.metadata.shared + 1024) <= 228 * 1024
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled and int(spilled[1]) <= 32, said
 
@@ -158,8 +155,7 @@ def test_all_products_with_mxfp4_keys_are_made_and_none_waits_for_another() -> N
     }
     source = GluonASTSource(scores, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 128})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "0 bytes spill stores" in said and "serialized" not in said, said
     products = made.asm["ptx"].count("wgmma.mma_async")
     assert products == 8 and made.asm["sass"].count("QGMMA") == products
@@ -188,6 +184,12 @@ def test_a_site_asks_for_all_weights_before_it_waits() -> None:
     code = _disassembled(triton, made.asm["ptx"])
     maps, gate = 2 * 4, 16 * 512 // (128 * 4)
     assert code[: code.index("ATOMG")].count("LDG.E.128") >= maps + gate
+
+
+def _assembler_says(triton: ModuleType, ptx: str) -> str:
+    """Registers, spills and warnings of `ptx`."""
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    return subprocess.run(assembler, input=ptx, capture_output=True, text=True, check=True).stderr
 
 
 def _disassembled(triton: ModuleType, ptx: str) -> str:
@@ -230,8 +232,7 @@ def test_products_of_dozens_of_rows_do_not_wait_for_each_other(rows: int, rest: 
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(products, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "Used" in said and "serialized" not in said, said
     assert made.metadata.shared <= 227 << 10
 
@@ -258,8 +259,7 @@ def test_all_products_of_rows_that_are_not_rounded_are_made_and_none_waits_for_a
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(products, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "0 bytes spill stores" in said and "serialized" not in said, said
     asked = made.asm["ptx"].count("wgmma.mma_async")
     assert asked == 2 * 2 * 8 and made.asm["sass"].count("HGMMA") == asked
@@ -288,8 +288,7 @@ def test_products_of_rows_at_hand_do_not_wait_for_each_other(rows: int, outputs:
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(products.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(products, signature, sizes, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     assert "0 bytes spill stores" in said and "serialized" not in said, said
     assert made.asm["sass"].count("QGMMA") == made.asm["ptx"].count("wgmma.mma_async") == 2 * 2 * 4
     assert made.asm["sass"].count("STG.E.128") == 2 * rows // 16
@@ -317,8 +316,7 @@ def test_frames_come_up_by_sixteen_bytes_and_leave_most_registers_to_others() ->
     asked = frames._BLOCK // (frames._WARPS * 32 * 16)
     assert code.count("LDG.E.128.STRONG.GPU") == code.count("STG.E.128") == asked
     assert code[: code.index("STG.E.128")].count("LDG.E.128.STRONG.GPU") == asked, "all are on their way at once"
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
-    said = subprocess.run(assembler, input=made.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    said = _assembler_says(triton, made.asm["ptx"])
     used = re.search(r"Used (\d+) registers", said)
     assert used and int(used[1]) * frames._WARPS * 32 <= 65536 // 8
 

@@ -130,9 +130,9 @@ def test_products_of_rounded_rows_are_those_of_rows_that_they_round() -> None:
 
 
 def test_a_product_norms_a_row_that_was_left_to_it() -> None:
-    columns, norm, weight = torch.randn(1, 256).to(torch.bfloat16).float(), torch.rand(256) + 0.5, fp8(128, 256)
-    normed = rms_norm(columns, norm, 1e-6).to(torch.bfloat16)
-    assert torch.equal(Unnormed(columns, norm, 1e-6).normed(), normed)
+    columns, norm, weight = torch.randn(1, 256), torch.rand(256) + 0.5, fp8(128, 256)
+    normed = rms_norm(columns.to(torch.bfloat16).float(), norm, 1e-6).to(torch.bfloat16)
+    assert torch.equal(ref.normed(Unnormed(columns, norm, 1e-6)), normed)
     assert torch.equal(ref.linear(Unnormed(columns, norm, 1e-6), weight), ref.linear(normed, weight))
 
 

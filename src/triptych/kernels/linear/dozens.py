@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triptych.kernels.barriers import forget
-from triptych.kernels.linear.rings import next_place
+from triptych.kernels.linear.rings import meet, next_place
 
 
 @gluon.constexpr_function
@@ -125,9 +125,7 @@ def _keep_factors(
         f = gl.load(f_ptr + row // 128 * DEPTH + block % DEPTH)
         s = gl.load(s_ptr + block % DEPTH * s_group + j * s_row)
         chunks.index(c).store(s * f)
-    gl.thread_barrier()
-    mbarrier.arrive(ready, count=1)
-    mbarrier.wait(ready, 0)
+    meet(ready)
 
 
 @gluon.jit

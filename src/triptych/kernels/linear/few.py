@@ -21,17 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triptych.kernels.barriers import forget
-
-
-@gluon.constexpr_function
-def _sums(n, depth=32):
-    """Accumulators [.., n] of a warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, depth])
+from triptych.kernels.linear.rings import sums_layout
 
 
 @gluon.constexpr_function
 def _factors(n, blocks):
-    """[n, blocks] float32: a thread has those of the rows that it has of _sums(n)."""
+    """[n, blocks] float32: a thread has those of the rows that it has of sums_layout(n)."""
     deep = [[0, 1 << i] for i in range(blocks.bit_length() - 1)]
     deep += [[1, 0]] + [[8 << i, 0] for i in range((n // 8).bit_length() - 1)]
     return gl.DistributedLinearLayout(deep, [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [n, blocks])
@@ -73,7 +68,7 @@ def _rounded_part(
 
     f_ptr [DEPTH] are the scales of the weights, s_ptr [rows, DEPTH] those of x.
     """
-    MMA: gl.constexpr = _sums(N)
+    MMA: gl.constexpr = sums_layout(N)
     F: gl.constexpr = _factors(N, KS)
     STEPS: gl.constexpr = PART // KS
     b = gl.arange(0, KS, gl.SliceLayout(0, F))
@@ -108,7 +103,7 @@ def _bf16_part(
     PART: gl.constexpr, N: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr,
 ):  # fmt: skip
     """As _rounded_part, of a bf16 matrix and rows as they are, in blocks of 64 columns."""
-    MMA: gl.constexpr = _sums(N, 16)
+    MMA: gl.constexpr = sums_layout(N, 16)
     W: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     STEPS: gl.constexpr = PART // KS
     acc = gl.zeros([TALL, N], gl.float32, MMA)

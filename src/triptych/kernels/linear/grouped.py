@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triptych.kernels.barriers import forget
-from triptych.kernels.linear.rings import meet, next_place
+from triptych.kernels.linear.rings import meet, next_place, sums_layout
 from triptych.kernels.quant.e4m3 import scale_of
 
 _EXPAND: Any = gl.constexpr(
@@ -57,12 +57,6 @@ def _pairs():
     mine = [[8, 0], [0, 4], [0, 8], [0, 16], [0, 32]]
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(mine, lanes, [[16, 0], [32, 0]], [], [64, 64])
-
-
-@gluon.constexpr_function
-def _sums(n):
-    """Accumulators [64, n] of a warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
 
 
 @gluon.constexpr_function
@@ -103,7 +97,7 @@ def _part(f_ptr, ring, WHO: gl.constexpr, PART: gl.constexpr, STAGES: gl.constex
     """Sums of a tile over every other of PART blocks, those of the ring: twice float32 [64, N]. Scales are at f_ptr."""
     ws, xs, full, empty = ring
     N: gl.constexpr = xs.shape[1]
-    MMA: gl.constexpr = _sums(N)
+    MMA: gl.constexpr = sums_layout(N, 16)
     low = gl.zeros([64, N], gl.float32, MMA)
     high = gl.zeros([64, N], gl.float32, MMA)
     place = 0

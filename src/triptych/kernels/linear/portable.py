@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.kernels.gpu import multiprocessors
+from triptych.kernels.linear.ref import normed
 from triptych.kernels.quant.e4m3 import e4m3_values, on_e4m3, scale_of
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Unnormed
 
@@ -31,7 +32,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix, tall: int | None = None) -> Tensor:
     """See ref.linear; float32 rows of a bfloat16 matrix give float32 sums. `tall`: rows of a tile."""
     if isinstance(x, Unnormed):
-        x = x.normed()
+        x = normed(x)
     if isinstance(x, Fp8Rows):
         x = x.dequantize().to(torch.bfloat16)
     if isinstance(weight, Fp8Matrix):

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.kernels.norm.ref import rms_norm
 from triptych.kernels.quant.matrices import BothRows, Fp8Matrix, Fp8Rows, FrontMatrix, Matrix, Unnormed, quantize_rows
+
+
+def normed(x: Unnormed) -> Tensor:
+    """A row that was left to its product, normed: bf16 [1, K]."""
+    return rms_norm(x.columns.to(torch.bfloat16).float(), x.norm, x.eps).to(torch.bfloat16)
 
 
 def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
@@ -14,7 +20,7 @@ def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
 
     An Fp8Matrix multiplies rows quantised in groups of 128 (reference section 2.9); Fp8Rows and Unnormed give bf16.
     """
-    x = x.normed() if isinstance(x, Unnormed) else x
+    x = normed(x) if isinstance(x, Unnormed) else x
     if isinstance(weight, Fp8Matrix):
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
         y = F.linear(rows.dequantize(), weight.dequantize())

@@ -23,6 +23,12 @@ def meet(met):
 
 
 @gluon.constexpr_function
+def sums_layout(n, depth=32):
+    """Accumulators [.., n] of a warpgroup; products of `depth` columns at a time."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, depth])
+
+
+@gluon.constexpr_function
 def side_by_side(size):
     """Outputs [64, n] of so many bytes, 16 bytes of a row in a thread."""
     some = 16 // size

@@ -50,7 +50,7 @@ def linear(x: Tensor | Fp8Rows | Unnormed, weight: Matrix) -> Tensor:
     if isinstance(x, Unnormed):
         if isinstance(weight, Fp8Matrix) and _fits(weight):
             return latent.product(x, weight)
-        x = x.normed()
+        x = ref.normed(x)
     if isinstance(weight, Tensor):
         assert isinstance(x, Tensor)
         if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:

@@ -23,13 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triptych.kernels.barriers import forget
-from triptych.kernels.linear.rings import meet, next_place, side_by_side
-
-
-@gluon.constexpr_function
-def _sums(n):
-    """Accumulators [64, n] of a warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 32])
+from triptych.kernels.linear.rings import meet, next_place, side_by_side, sums_layout
 
 
 @gluon.jit
@@ -79,7 +73,7 @@ def _multiply(
     ws, full, empty, here = ring
     BLOCKS: gl.constexpr = xs.shape[0]
     N: gl.constexpr = xs.shape[1]
-    MMA: gl.constexpr = _sums(N)
+    MMA: gl.constexpr = sums_layout(N)
     MANY: gl.constexpr = factors.shape[1]
     _keep_factors(factors, scales, rows, begin, end, met, HALF, BLOCKS)
     table = factors._reinterpret(gl.float32, [2 * MANY, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))

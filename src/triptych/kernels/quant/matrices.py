@@ -156,11 +156,6 @@ class Unnormed:
         """[1, K]."""
         return self.columns.shape
 
-    def normed(self) -> Tensor:
-        """bf16 [1, K]."""
-        x = self.columns.to(torch.bfloat16).float()
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.norm).to(torch.bfloat16)
-
 
 @dataclass(frozen=True, slots=True)
 class FrontMatrix:
