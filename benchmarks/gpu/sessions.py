@@ -50,7 +50,7 @@ def main() -> None:
     shape = made.shape_of("flash", given.layers)
     if given.kinds:
         shape = replace(shape, ratios=tuple(KINDS[kind] for kind in given.kinds))
-    weights = made.released_weights(shape)
+    weights = made.released_weights(shape, tiles=not given.deterministic)
     table = []
     if "resume" not in given.skip:
         table.append(resume(shape, weights))

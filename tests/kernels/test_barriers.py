@@ -29,10 +29,46 @@ def test_nothing_lies_where_barriers_of_selection_are(levels: int, wide: int, to
     sizes |= {"TOGETHER": together, "WARPS": 8}
     types = {"q_ptr": "*bf16", "seq_ptr": "*i64", "visible_ptr": "*i64"}
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "weight_ptr"), "*fp32")
-    copied = {"keys": ([1, 32, 128], 128), "scales": ([1, 128], 0)}
-    barriers, others = placed(scores, sizes, types, copied, 168 if together else 80)
+    copied = {"keys": ([1, 32, 128], 128, "u8"), "scales": ([1, 128], 0, "u8")}
+    made = compiled(scores, sizes, types, copied, 168 if together else 80)
+    barriers, others = placed(made)
     assert len(barriers) == 3 and len(others) >= 4
     assert not [(bar, other) for bar in barriers for other in others if overlap(bar, other)]
+    assert given_back(made.asm["ptx"]) == ["fence.proxy.async", "bar.sync"]
+
+
+def test_places_that_warps_load_from_are_given_back_behind_a_fence() -> None:
+    """By products of rows that are not rounded; those of selection are looked at above."""
+    pytest.importorskip("triton")
+    from triptych.kernels.attend_rows.triton import INTERPRETED
+
+    if INTERPRETED:
+        pytest.skip("the interpreter has taken the compiler's place")
+    from triptych.kernels.linear.whole import products
+
+    sizes = {
+        "K": 4096,
+        "OUT": 8192,
+        "GROUP": 1024,
+        "SPLIT": 1,
+        "TALL": 128,
+        "ROUND": True,
+        "N": 8,
+        "KS": 2,
+        "STAGES": 4,
+    }
+    types = {"f_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "part_ptr": "*fp32"}
+    copied = {"w": ([64, 128], 128, "fp8e4nv"), "x": ([2, 8, 64], 128, "bf16")}
+    made = compiled(products, sizes, types, copied, 255, warps=4)
+    assert given_back(made.asm["ptx"]) == ["fence.proxy.async", "bar.sync"]
+
+
+def given_back(ptx: str) -> list[str]:
+    """What warps do before the arrival, or the copy, that lets others write where they have read."""
+    found = re.findall(r"ld\.shared|fence\.proxy\.async|bar\.sync|mbarrier\.arrive|wgmma\.wait_group|mma\.sync", ptx)
+    products = max(n for n, what in enumerate(found) if what in ("wgmma.wait_group", "mma.sync"))
+    at = found.index("mbarrier.arrive", products)
+    return found[at - 2 : at]
 
 
 def test_who_initialises_barriers_invalidates_them() -> None:
@@ -56,32 +92,44 @@ def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
-def placed(
-    kernel: Any, sizes: dict[str, Any], types: dict[str, str], copied: dict[str, tuple[list[int], int]], registers: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where a kernel of 8 warps has barriers, and where everything else in shared memory: half-open ranges of bytes.
-
-    `copied`: blocks and swizzles of descriptors of bytes. Of scratch only the first four bytes are known.
-    """
+def compiled(
+    kernel: Any,
+    sizes: dict[str, Any],
+    types: dict[str, str],
+    copied: dict[str, tuple[list[int], int, str]],
+    registers: int,
+    warps: int = 8,
+) -> Any:
+    """A kernel compiled for Hopper. `copied`: blocks, swizzles and types of descriptors."""
     import triton
-    from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     def of(name: str) -> str:
         if name in copied:
-            block, swizzle = copied[name]
-            return f"tensordesc<u8{block},{gl.NVMMASharedLayout(swizzle, 8, rank=len(block))!r}>"
+            block, swizzle, kind = copied[name]
+            width = 16 if kind == "bf16" else 8
+            return f"tensordesc<{kind}{block},{gl.NVMMASharedLayout(swizzle, width, rank=len(block))!r}>"
         return "constexpr" if name in sizes else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
 
-    target = GPUTarget("cuda", 90, 32)
     source = GluonASTSource(kernel, {name: of(name) for name in kernel.arg_names}, sizes, {})
-    made = triton.compile(source, target=target, options={"num_warps": 8, "maxnreg": registers})
+    options = {"num_warps": warps, "maxnreg": registers}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def placed(made: Any) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Where a compiled kernel has barriers, and where everything else in shared memory: half-open ranges of bytes.
+
+    Of scratch only the first four bytes are known.
+    """
+    from triton._C.libtriton import ir, nvidia, passes
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
     context = ir.context()
     ir.load_dialects(context)
-    CUDABackend(target).load_dialects(context)
+    CUDABackend(GPUTarget("cuda", 90, 32)).load_dialects(context)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ttgir"
         path.write_text(made.asm["ttgir"])

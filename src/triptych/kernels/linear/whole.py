@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from triptych.kernels.barriers import forget
+from triptych.kernels.barriers import forget, read_by_all
 from triptych.kernels.quant.e4m3 import scale_of
 from triptych.kernels.quant.fragments import from_fp8, from_rows, mma_layout, weight_layout
 
@@ -66,7 +66,7 @@ def _part(
             some = gl.reshape(gl.permute(some.to(gl.float16), (1, 0, 2)), [N, 4, 32])
             right = from_rows(some, N, MMA)
             acc += mma_v2(from_fp8(gl.reshape(words, [64, 4, 8]), 64, MMA), right, zero) * f[:, None]
-        gl.thread_barrier()  # all warps have read the stage
+        read_by_all()
         if step + STAGES < STEPS:
             _fetch(w, x, ws, xs, bar, row, column, first + (step + STAGES) * KS, s, KS, N)
     return acc

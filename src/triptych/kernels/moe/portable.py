@@ -22,6 +22,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, moe: Experts, tile: int | N
     """See ref.experts, in native numerics: inputs and hidden values are rounded here. Does not synchronise."""
     w13, w2 = moe.w13, moe.w2
     assert isinstance(w13, Mxfp4Matrix) and isinstance(w2, Mxfp4Matrix)
+    assert w13.tops is None and w2.tops is None, "these read MXFP4 as released, not in tiles"
     rows, k = ids.shape
     count, dim, inner = w2.shape
     if not rows:

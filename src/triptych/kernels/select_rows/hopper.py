@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triptych.kernels.barriers import forget
+from triptych.kernels.barriers import forget, read_by_all
 from triptych.kernels.gpu import multiprocessors
 from triptych.kernels.index.ref import PagedEntries
 from triptych.kernels.linear.counters import counters
@@ -272,6 +272,7 @@ def _score_tiles(
         x = warpgroup_mma_wait(1, deps=(x,))
         first = weighed(x, w, WARPS)
         y = warpgroup_mma_wait(0, deps=(y,))
+        read_by_all()
         mbarrier.arrive(empty.index(slot), count=1)
         second = weighed(y, w, WARPS)
         sums = first[0], second[0], first[1], second[1]
