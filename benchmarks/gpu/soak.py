@@ -82,7 +82,7 @@ def flash(given: argparse.Namespace, disk: str) -> Engine:
     shape = made.shape_of("flash", given.layers)
     host = int(_HOST * given.tokens * CacheGeometry.of(shape, "fp8").token_bytes)
     return engine_of(
-        *(shape, made.released_weights(shape), given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
+        *(shape, made.released_weights(shape, tiles=not given.deterministic), given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
         host_memory=host, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
     )  # fmt: skip
 
