@@ -8,7 +8,7 @@ of index selection, lay where its warps counted.
 A place that is given back. Bulk copies do not stand in line with loads of shared memory ("async proxy" in PTX, which
 asks for a fence between the two): a load from before a barrier can still wait for its turn, which tensor cores that
 read shared memory take from it, when the copy which that barrier allowed has written the next values. Index selection
-gave one score of 40,000 the scale of the key that came next to its place, and only where two programs shared a
+gave one score of 100,000 the scale of the key that came next to its place, and only where two programs shared a
 multiprocessor. So a place that warps load from is given back by `read_by_all`, unless a product has used what they
 loaded.
 """
