@@ -150,9 +150,17 @@ def _side_by_side(words, N: gl.constexpr):
 
 
 @gluon.jit
+def _quick(x, WHAT: gl.constexpr):
+    """One over x, or log2 of x, to 22 bits: what is exact to the last takes a dozen instructions or two."""
+    return gl.inline_asm_elementwise(
+        WHAT + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def tell_averages(at, sums, weight, N: gl.constexpr):
     """Sums of 128 dims [128, N] by their weights [N], to words from `at` on."""
-    x = sums * (1.0 / (_UNIT * weight))[None, :]
+    x = sums * _quick(_UNIT * weight, "rcp")[None, :]
     left, right = gl.split(gl.reshape(x, [128, N // 2, 2]))
     word = gl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [left, right], dtype=gl.int32, is_pure=True, pack=1
@@ -163,15 +171,18 @@ def tell_averages(at, sums, weight, N: gl.constexpr):
 
 
 @gluon.jit
-def tell_shares(at, share, A: gl.constexpr, SLICES: gl.constexpr, N: gl.constexpr):
-    """Shares [N], in the layout of a row of A [128, N]: a copy for each slice of the result."""
-    bits = gl.convert_layout(_told(share), gl.SliceLayout(0, A))[None, :]
-    left, right = gl.split(gl.reshape(gl.broadcast(bits, gl.zeros([128, N], gl.int32, layout=A))[0], [128, N // 2, 2]))
-    both = gl.join(_side_by_side(left, N), _side_by_side(right, N))
-    copy = gl.arange(0, 128, layout=gl.SliceLayout(1, gl.SliceLayout(2, both.type.layout)))[:, None, None]
-    pair = gl.arange(0, N // 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, both.type.layout)))[None, :, None]
-    side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, both.type.layout)))[None, None, :]
-    gl.store(at + copy * N + pair * 2 + side, both, mask=(copy < SLICES) & (side < 2))
+def tell_shares(at, peak, weight, SLICES: gl.constexpr, N: gl.constexpr):
+    """What keys of heads count, of peaks and weights [N]: a copy for each slice of the result."""
+    C: gl.constexpr = gl.BlockedLayout([1, 2], [64 // N, N // 2], [WARPS, 1], [1, 0])
+    share = peak + _quick(weight, "lg2")
+    if N == 16:
+        share = gl.permute(gl.reshape(share, [2, 4, 2]), (1, 0, 2))
+    else:
+        share = gl.permute(gl.reshape(share, [N // 32, 4, 4, 2]), (0, 2, 1, 3))
+    share = gl.convert_layout(_told(gl.reshape(share, [N])), gl.SliceLayout(0, C))
+    at = at + gl.arange(0, SLICES, layout=gl.SliceLayout(1, C))[:, None] * N
+    at = at + gl.arange(0, N, layout=gl.SliceLayout(0, C))[None, :]
+    gl.store(at, gl.broadcast(share[None, :], at)[0])
 
 
 @gluon.jit

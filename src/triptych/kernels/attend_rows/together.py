@@ -181,7 +181,7 @@ def _tell_tile(
     a2, a3 = _sums(k2_s, p_s, zeros), _sums(k3_s, p_s, zeros)
     if MAIN > 0:
         weight = gl.sum(p, 0)
-        averages.tell_shares(shares_ptr, peak + gl.log2(weight), A, SLICES, N)
+        averages.tell_shares(shares_ptr, peak, weight, SLICES, N)
         weight = gl.convert_layout(weight, gl.SliceLayout(0, A))
         a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
         averages.tell_averages(sums_ptr, a0, weight, N)
