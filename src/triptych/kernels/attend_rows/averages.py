@@ -50,9 +50,18 @@ def _shares_layout(heads, each):
 
 
 @gluon.constexpr_function
-def _result_layout(heads):
-    """[dims, heads], of which a thread has pairs of dims."""
-    return gl.BlockedLayout([2, 1], [4, 8], [1, WARPS.value], [0, 1])
+def _warps_layout(dims, heads):
+    """[warps, dims, heads] of what warps have added up: a thread has pairs of dims, of all warps."""
+    across = min(32, heads)
+    along = 32 // across
+    tall = min(WARPS.value, dims // 2 // along)
+    return gl.BlockedLayout([WARPS.value, 2, 1], [1, along, across], [1, tall, WARPS.value // tall], [0, 1, 2])
+
+
+@gluon.constexpr_function
+def _pairs_layout(layout):
+    """Of one of each pair of dims [pairs, heads] of what lies [warps, dims, heads] in `layout`."""
+    return gl.BlockedLayout([1, 1], layout.threads_per_warp[1:], layout.warps_per_cta[1:], [0, 1])
 
 
 @gluon.constexpr_function
@@ -261,14 +270,15 @@ def put_result(
     V: gl.constexpr = _values_layout(N)
     Q: gl.constexpr = _shares_layout(N, 1)
     F: gl.constexpr = _shares_layout(N, 4)
-    O: gl.constexpr = _result_layout(N)  # noqa: E741
+    W: gl.constexpr = _warps_layout(DIMS, N)
+    O: gl.constexpr = _pairs_layout(W)  # noqa: E741
     s = gl.arange(0, SPLITS, layout=gl.SliceLayout(1, Q))
     q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, Q))
     place = ((line + s) * SLICES + slice_)[:, None] * (N // 4) + q[None, :]
     place = gl.where(_there(s, in_window, seen, REACH, KEYS)[:, None], place, -1)
     # what else is needed is asked for before anything is waited for
     sink = gl.load(sink_ptr + _head(gl.arange(0, N, layout=gl.SliceLayout(0, F)), N))
-    pair = gl.arange(0, DIMS // 2, layout=gl.SliceLayout(1, _pairs_layout(O)))[:, None] + slice_ * (DIMS // 2)
+    pair = gl.arange(0, DIMS // 2, layout=gl.SliceLayout(1, O))[:, None] + slice_ * (DIMS // 2)
     cos = gl.load(cos_ptr + pair - 224, mask=pair >= 224, other=1.0)
     sin = gl.load(sin_ptr + pair - 224, mask=pair >= 224, other=0.0)
     SHARES: gl.constexpr = _each(SPLITS, 2, N)
@@ -292,13 +302,10 @@ def put_result(
         rest = _wait(rest, averages_ptr, tail, LEFT)
         _leave(averages_ptr, tail, LEFT)
         x += _weighed(rest, factor_s.slice(MAIN * WARPS, TAIL * WARPS, 0), V)
-    _put(out_ptr, gl.convert_layout(gl.sum(x, 0), O), slice_ * DIMS, cos, sin, N)
-
-
-@gluon.constexpr_function
-def _pairs_layout(layout):
-    """Of one of each pair of dims [pairs, heads] of what lies [dims, heads] in `layout`."""
-    return gl.BlockedLayout([1, 1], layout.threads_per_warp, layout.warps_per_cta, layout.order)
+    # a sum across warps goes through shared memory as the compiler does it, too, but in places of the same banks
+    warps_s = gl.allocate_shared_memory(gl.float32, [WARPS, DIMS, N], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    warps_s.store(x)
+    _put(out_ptr, gl.sum(warps_s.load(W), 0), slice_ * DIMS, cos, sin, N)
 
 
 @gluon.jit
