@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,30 @@ def test_few_rows_are_attended_in_one_launch(kind: str, count: int) -> None:
     if kind != "swa" and count > 1:
         window.lowest[0] = window.positions[0] + 1  # no window
     assert together.tiling_of(torch.empty(count, 64, 512, device="cuda"), entries, ids) is not None
+    attended_again_and_again(case)
+
+
+@pytest.mark.parametrize("visible", [[8192], [7812], [4097], [2100], [8192, 8000], [6000, 3]])
+@pytest.mark.parametrize("model", MODELS)
+def test_long_rows_are_attended_in_one_launch(model: str, visible: list[int]) -> None:
+    """Programs tell averages, of scores that are alike and of such that a few keys have all weight."""
+    together = pytest.importorskip("triptych.kernels.attend_rows.together")
+    case = cases.decode_case("hca", visible, MODELS[model][0], ENTRY, 512, "cuda")
+    queries, window, entries, ids, core = case
+    shape = torch.empty(len(visible), queries.count, 512, device="cuda")
+    tiling = together.tiling_of(shape, entries, ids)
+    if tiling is None:
+        assert len(visible) * queries.count > 128
+        return
+    assert tiling.averages
+    attended_again_and_again(case)
+    sharp = queries, window, entries, ids, core._replace(scale=20 * core.scale)
+    assert cases.decode_error(rows.attend_rows(*sharp), sharp) < 1e-2
+
+
+def attended_again_and_again(case: tuple[Any, ...]) -> None:
+    """As the reference says, at once and three times from a graph; the workspace is EMPTY then."""
+    together = pytest.importorskip("triptych.kernels.attend_rows.together")
     poison()
     got = rows.attend_rows(*case)
     assert cases.decode_error(got, case) < 4e-3

@@ -1,11 +1,11 @@
 """How programs of together.py that are many come to slices of a row's result: as gathered.py, by half of the bytes.
 
     workspace   averages [program, dim, place of a head]    of a program's keys by their weights; float16, two a word
-                shares   [program, slice, place of a head]  log2 of what a program's keys count; a copy for each who asks
+                shares   [program, slice, place of a head]  log2 of what its keys count; a copy for each who asks
 
 An average is as large as values are, whatever the scores, so float16 has it to an eighth of what bfloat16 makes of the
-result. What has not been written is EMPTY, see gathered.py; here averages are asked for when all shares are there, and
-while they are on their way it is found what each counts. Only what is still EMPTY then is asked for again.
+result. What has not been written is EMPTY, see gathered.py. Here averages are asked for when it is found what each
+counts, those of the rest of the splits as well, and only what comes EMPTY is asked for again.
 
 A product's thread has columns 2t, 2t + 1, 2t + 8, ... of its dims; they lie side by side, so that what it writes at
 once are sixteen bytes, and four threads have whole lines. `_head` says which head is at a place.
@@ -18,7 +18,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from triptych.kernels.attend_rows.gathered import EMPTY, WARPS, _leave, _told
+from triptych.kernels.attend_rows.gathered import WARPS, _leave, _told
 
 _UNIT: Any = gl.constexpr(16.0)
 """Of averages: float16 then reaches a million, and a thousandth with all of its digits."""
@@ -29,6 +29,12 @@ def rounds_for(splits: int) -> tuple[int, int]:
     rounds = -(-splits // WARPS.value)
     most: int = 1 << (rounds.bit_length() - 1)
     return most, 1 << (rounds - most - 1).bit_length() if rounds > most else 0
+
+
+def have_room(heads: int, slices: int, splits: int) -> bool:
+    """Whether a thread asks for sixteen pieces at once at most, which take a quarter of its registers."""
+    most, _ = rounds_for(splits)
+    return bool(most * WARPS.value * heads <= 64 * slices)
 
 
 @gluon.constexpr_function
@@ -76,12 +82,13 @@ def _asking(n):
     words = [f"{{${i}, ${n + i}, ${2 * n + i}, ${3 * n + i}}}" for i in range(n)]
     named = [f".reg .pred w<{n}>; .reg .b64 a<{n}>;", *[f"mov.b32 ${i}, 0;" for i in range(4 * n)]]
     named += [f"setp.ge.s32 w{i}, ${4 * n + i}, 0; mad.wide.s32 a{i}, ${4 * n + i}, 16, ${5 * n};" for i in range(n)]
-    return "{ " + " ".join([*named, *[f"@w{i} ld.relaxed.gpu.global.v4.b32 {words[i]}, [a{i}];" for i in range(n)]]) + " }"
+    reads = [f"@w{i} ld.relaxed.gpu.global.v4.b32 {words[i]}, [a{i}];" for i in range(n)]
+    return "{ " + " ".join([*named, *reads]) + " }"
 
 
 @gluon.constexpr_function
 def _waiting(n):
-    """Reads those of n times four words again that are EMPTY, until none is; they are $0 .. and $4n .., then as above."""
+    """Reads those of n times four words again of which one is EMPTY, until none is; places are $8n .., the base $9n."""
     words = [[i + n * word for word in range(4)] for i in range(n)]
     named = [f".reg .pred k<{n}>, g, any; .reg .b32 c; .reg .b64 a<{n}>;", "mov.b32 c, 0;"]
     named += [f"mad.wide.s32 a{i}, ${8 * n + i}, 16, ${9 * n};" for i in range(n)]
@@ -286,15 +293,16 @@ def put_result(
     shape: gl.constexpr = (REACH, KEYS, N, SLICES)
     EACH: gl.constexpr = _each(MAIN * WARPS, DIMS, N)
     main = _pieces(line, slice_, in_window, seen, 0, MAIN * WARPS, shape, P)
+    _leave(shares_ptr, place, SHARES)
+    there = _there(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, F)), in_window, seen, REACH, KEYS)
+    factor_s = gl.allocate_shared_memory(gl.float32, [SPLITS, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    factor_s.store(_factors(shares, there, sink, F))
+    # not before: what else goes through the same pipe, as all does that warps add up, would wait behind it
     words = _ask(averages_ptr, main, EACH)
     if TAIL > 0:
         LEFT: gl.constexpr = _each(TAIL * WARPS, DIMS, N)
         tail = _pieces(line, slice_, in_window, seen, MAIN * WARPS, TAIL * WARPS, shape, P)
         rest = _ask(averages_ptr, tail, LEFT)
-    _leave(shares_ptr, place, SHARES)
-    there = _there(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, F)), in_window, seen, REACH, KEYS)
-    factor_s = gl.allocate_shared_memory(gl.float32, [SPLITS, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    factor_s.store(_factors(shares, there, sink, F))
     words = _wait(words, averages_ptr, main, EACH)
     _leave(averages_ptr, main, EACH)
     x = _weighed(words, factor_s.slice(0, MAIN * WARPS, 0), V)

@@ -6,8 +6,9 @@
     sums                keys turned . weights       [512, N]     heads cost little
     result              a slice of the dims of N heads, of all tiles, in each of a row's first SLICES programs
 
-What a row's programs have for each other goes through a workspace, see gathered.py. All programs run side by side:
-there is at most one for each multiprocessor.
+What a row's programs have for each other goes through a workspace, see gathered.py; where they are many, or have many
+heads, it is averages as float16 instead of sums, see averages.py. All programs run side by side: there is at most one
+for each multiprocessor.
 """
 
 from __future__ import annotations
@@ -147,10 +148,13 @@ def _sums(k_s, p_s, zeros):
 
 @gluon.jit
 def _tell_tile(
-    words, bits, valid, scale, q_s, sums_ptr, shares_ptr,
+    words, bits, valid, scale, q_s, sums_ptr, shares_ptr, mine,
     KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, MAIN: gl.constexpr,
 ):  # fmt: skip
-    """Sums or, MAIN, averages and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace."""
+    """Sums and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace of program `mine`.
+
+    Averages instead of sums if MAIN is not 0.
+    """
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     S: gl.constexpr = _product_layout(KEYS, N)
@@ -180,6 +184,8 @@ def _tell_tile(
     a0, a1 = _sums(k0_s, p_s, zeros), _sums(k1_s, p_s, zeros)
     a2, a3 = _sums(k2_s, p_s, zeros), _sums(k3_s, p_s, zeros)
     if MAIN > 0:
+        sums_ptr += mine * (256 * N)
+        shares_ptr += mine * (SLICES * N)
         weight = gl.sum(p, 0)
         averages.tell_shares(shares_ptr, peak, weight, SLICES, N)
         weight = gl.convert_layout(weight, gl.SliceLayout(0, A))
@@ -189,12 +195,33 @@ def _tell_tile(
         averages.tell_averages(sums_ptr + 128 * N, a2, weight, N)
         averages.tell_averages(sums_ptr + 192 * N, a3, weight, N)
     else:
+        sums_ptr += mine * (512 * N)
+        shares_ptr += mine * (SLICES * 2 * N)
         tell_shares(shares_ptr, peak, p, SLICES, N)
         a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
         tell_sums(sums_ptr, a0, N)
         tell_sums(sums_ptr + 128 * N, a1, N)
         tell_sums(sums_ptr + 256 * N, a2, N)
         tell_sums(sums_ptr + 384 * N, a3, N)
+
+
+@gluon.jit
+def _put_slice(
+    sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+    REACH: gl.constexpr, KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, SPLITS: gl.constexpr,
+    LANES: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """A slice of the result, of sums or, if MAIN is not 0, of averages."""
+    if MAIN > 0:
+        averages.put_result(
+            sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, MAIN, TAIL,
+        )  # fmt: skip
+    else:
+        put_result(
+            sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, LANES,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["table_row", "limit"])
@@ -249,22 +276,13 @@ def attend(
     if gl.where(begin < REACH, begin < in_window, begin - REACH < seen):
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(1, _product_layout(KEYS, N)))
         valid = gl.where(key < REACH, key < in_window, key - REACH < seen)
-        mine = line + split
-        EACH: gl.constexpr = 1 if MAIN > 0 else 2  # numbers of a head and slice; of what is summed, words of two heads
-        at, share_at = sums_ptr + mine * (256 * EACH * N), shares_ptr + mine * (SLICES * EACH * N)
-        _tell_tile(words, bits, valid, scale, q_s, at, share_at, KEYS, N, SLICES, MAIN)
+        _tell_tile(words, bits, valid, scale, q_s, sums_ptr, shares_ptr, line + split, KEYS, N, SLICES, MAIN)
     if split < SLICES:
         out_ptr += (r * heads + h0) * 512
-        if MAIN > 0:
-            averages.put_result(
-                sums_ptr, shares_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
-                REACH, KEYS, N, SLICES, SPLITS, MAIN, TAIL,
-            )  # fmt: skip
-        else:
-            put_result(
-                sums_ptr, shares_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
-                REACH, KEYS, N, SLICES, SPLITS, LANES,
-            )  # fmt: skip
+        _put_slice(
+            sums_ptr, shares_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, LANES, MAIN, TAIL,
+        )  # fmt: skip
 
 
 class Tiling(NamedTuple):
@@ -278,10 +296,12 @@ class Tiling(NamedTuple):
 
 _TILINGS = ((16, 64), (16, 128), (32, 64), (32, 128))
 """Heads and keys of a program, the first first."""
-_AVERAGED = ((32, 128), (64, 128))
-"""The same of programs that are so many that they tell averages."""
+_AVERAGED = ((32, 64), (32, 128), (64, 128))
+"""The same of programs that tell averages, which are fewer bytes."""
 _SERVED = ((640, 8), (1152, 1))
 """Keys that a row may have, and of how many rows one launch then takes less time than two: with few heads."""
+_SERVED_BY_AVERAGES = ((1152, 4), (8448, 2))
+"""The same of rows of 64 heads each, or halves of rows of 128, with more than 640 keys."""
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | None:
@@ -289,16 +309,26 @@ def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | No
 
     Programs are no more than `processors`. As many have a slice of the result as a row has, sixteen at least.
     """
-    sums = heads <= 64 and any(rows <= many and most <= keys for keys, many in _SERVED)
-    for each, keys in _TILINGS if sums else _AVERAGED:
-        beside = processors // (rows * heads // each)  # programs of a row's heads
-        splits = triton.cdiv(most, keys)
-        if splits <= beside and not sums:
-            return Tiling(each, keys, min(2 * each, 1 << (beside.bit_length() - 1)), True) if splits > 32 else None
-        if splits <= beside:
-            wanted = max(16, int(triton.next_power_of_2(splits)))
-            return Tiling(each, keys, min(wanted, _SLICES, 1 << (beside.bit_length() - 1)))
+    if heads <= 64 and _within(_SERVED, most, rows):
+        for each, keys in _TILINGS:
+            beside = processors // (rows * heads // each)  # programs of a row's heads
+            splits = triton.cdiv(most, keys)
+            if splits <= beside:
+                wanted = max(16, int(triton.next_power_of_2(splits)))
+                return Tiling(each, keys, min(wanted, _SLICES, 1 << (beside.bit_length() - 1)))
+    elif most > _SERVED[0][0] and _within(_SERVED_BY_AVERAGES, most, rows * heads // 64):
+        for each, keys in _AVERAGED:
+            beside = processors // (rows * heads // each)
+            splits = triton.cdiv(most, keys)
+            slices = min(2 * each, 1 << (max(beside, 1).bit_length() - 1))
+            if splits <= beside and averages.have_room(each, slices, splits):
+                return Tiling(each, keys, slices, True)
     return None
+
+
+def _within(served: tuple[tuple[int, int], ...], most: int, rows: int) -> bool:
+    """Whether so many rows of up to `most` keys are served."""
+    return any(most <= keys and rows <= many for keys, many in served)
 
 
 def tiling_of(out: Tensor, entries: PagedEntries | None, ids: Tensor | None) -> Tiling | None:
