@@ -77,6 +77,8 @@ def decode_attention() -> None:
         rows.attend_rows(*case, tiling=rows.Tiling(64, 64, 64, 0, 0))
         if kind != "swa":
             rows.attend_rows(*case, tiling=rows.Tiling(16, 32, 96, 4, 3))
+    for long in ([2100], [2100, 3]):  # which tell averages
+        rows.attend_rows(*cases.decode_case("hca", long, 64, ENTRY, 512, "cuda"))
     rows.attend_rows(*cases.decode_case("swa", VISIBLE * 35, 64, ENTRY, 512, "cuda"))
     rows.attend_rows_deterministic(*cases.decode_case("csa", VISIBLE, 64, ENTRY, 512, "cuda"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,32 @@ def test_few_rows_are_attended_in_one_launch(kind: str, count: int) -> None:
     if kind != "swa" and count > 1:
         window.lowest[0] = window.positions[0] + 1  # no window
     assert together.tiling_of(torch.empty(count, 64, 512, device="cuda"), entries, ids) is not None
+    attended_again_and_again(case)
+
+
+LONG = [("flash", "hca", visible) for visible in ([8192], [7812], [4097], [2100])]
+LONG += [("flash", "hca", visible) for visible in ([8192, 8000], [6000, 3], [3000, 4000], [2100, 2000], [1000, 1024])]
+LONG += [("flash", "hca", visible) for visible in ([1024, 900, 3], [1024, 900, 3, 0], [800, 896, 3, 640])]
+LONG += [("pro", "hca", visible) for visible in ([8192], [4000], [1024], [1024, 700])] + [("pro", "csa", [1500])]
+
+
+@pytest.mark.parametrize(("model", "kind", "visible"), LONG)
+def test_few_rows_of_long_lists_are_attended_in_one_launch(model: str, kind: str, visible: list[int]) -> None:
+    """Programs tell averages, of scores that are alike and of such that a few keys have all weight."""
+    together = pytest.importorskip("triptych.kernels.attend_rows.together")
+    heads, topk = MODELS[model]
+    case = cases.decode_case(kind, visible, heads, ENTRY, topk, "cuda")
+    queries, window, entries, ids, core = case
+    tiling = together.tiling_of(torch.empty(len(visible), heads, 512, device="cuda"), entries, ids)
+    assert tiling is not None and tiling.averages
+    attended_again_and_again(case)
+    sharp = queries, window, entries, ids, core._replace(scale=8 * core.scale)
+    assert cases.decode_error(rows.attend_rows(*sharp), sharp) < 8e-3
+
+
+def attended_again_and_again(case: tuple[Any, ...]) -> None:
+    """As the reference says, at once and three times from a graph; the workspace is EMPTY then."""
+    together = pytest.importorskip("triptych.kernels.attend_rows.together")
     poison()
     got = rows.attend_rows(*case)
     assert cases.decode_error(got, case) < 4e-3

@@ -59,7 +59,7 @@ def test_products_of_attention_on_hopper_do_not_wait_for_each_other(mode: int, f
     assert "Used" in said and "serialized" not in said, said
 
 
-@pytest.mark.parametrize("most", [128, 192, 640, 1152])
+@pytest.mark.parametrize("most", [128, 192, 640, 1152, 2176, 8320])
 def test_few_rows_of_attention_ask_for_all_of_their_keys_at_once(most: int) -> None:
     """The assembler would ask for the last of them when the first have come; and programs have room side by side."""
     triton = pytest.importorskip("triton")

@@ -6,8 +6,9 @@
     sums                keys turned . weights       [512, N]     heads cost little
     result              a slice of the dims of N heads, of all tiles, in each of a row's first SLICES programs
 
-What a row's programs have for each other goes through a workspace, see gathered.py. All programs run side by side:
-there is at most one for each multiprocessor.
+What a row's programs have for each other goes through a workspace, see gathered.py; where they are many, or have many
+heads, it is averages as float16 instead of sums, see averages.py. All programs run side by side: there is at most one
+for each multiprocessor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from triptych.config import WINDOW
 from triptych.kernels.attend.ref import Attention
+from triptych.kernels.attend_rows import averages
 from triptych.kernels.attend_rows.gathered import EMPTY, WARPS, lanes_for, put_result, tell_shares, tell_sums
 from triptych.kernels.attend_rows.hopper_keys import _keep_scaled, _words
 from triptych.kernels.attend_rows.ref import Queries, RingRows
@@ -36,6 +38,8 @@ _SLICES = 32
 """Of the result that a row's programs have, at most."""
 _HEADS = 32
 """Of a program at most."""
+_COPIES = 64 * 64
+"""Of a share at most: for slices and heads of averages."""
 _PROGRAMS = 132
 """At most, for which the workspace has room."""
 
@@ -46,7 +50,7 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
     Made by the first call, which must not be one that is captured.
     """
-    sizes = (_PROGRAMS * 512 * _HEADS, _PROGRAMS * _SLICES * 2 * _HEADS)
+    sizes = (_PROGRAMS * 512 * _HEADS, _PROGRAMS * _COPIES)
     sums, shares = (torch.full((size,), EMPTY.value, dtype=torch.int32, device=device) for size in sizes)
     return sums, shares
 
@@ -144,10 +148,13 @@ def _sums(k_s, p_s, zeros):
 
 @gluon.jit
 def _tell_tile(
-    words, bits, valid, scale, q_s, sums_ptr, shares_ptr,
-    KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr,
+    words, bits, valid, scale, q_s, sums_ptr, shares_ptr, mine,
+    KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, MAIN: gl.constexpr,
 ):  # fmt: skip
-    """Sums and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace."""
+    """Sums and shares of a tile of keys, of which `valid` [KEYS] are there, to the workspace of program `mine`.
+
+    Averages instead of sums if MAIN is not 0.
+    """
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     S: gl.constexpr = _product_layout(KEYS, N)
@@ -172,15 +179,49 @@ def _tell_tile(
     p_s.permute((1, 0)).store(p.to(gl.bfloat16))
     fence_async_shared()
     gl.thread_barrier()
-    zeros = gl.zeros([128, N], gl.float32, layout=_product_layout(128, N))
+    A: gl.constexpr = _product_layout(128, N)
+    zeros = gl.zeros([128, N], gl.float32, layout=A)
     a0, a1 = _sums(k0_s, p_s, zeros), _sums(k1_s, p_s, zeros)
     a2, a3 = _sums(k2_s, p_s, zeros), _sums(k3_s, p_s, zeros)
-    tell_shares(shares_ptr, peak, p, SLICES, N)
-    a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
-    tell_sums(sums_ptr, a0, N)
-    tell_sums(sums_ptr + 128 * N, a1, N)
-    tell_sums(sums_ptr + 256 * N, a2, N)
-    tell_sums(sums_ptr + 384 * N, a3, N)
+    if MAIN > 0:
+        sums_ptr += mine * (256 * N)
+        shares_ptr += mine * (SLICES * N)
+        weight = gl.sum(p, 0)
+        averages.tell_shares(shares_ptr, peak, weight, SLICES, N)
+        weight = gl.convert_layout(weight, gl.SliceLayout(0, A))
+        a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
+        averages.tell_averages(sums_ptr, a0, weight, N)
+        averages.tell_averages(sums_ptr + 64 * N, a1, weight, N)
+        averages.tell_averages(sums_ptr + 128 * N, a2, weight, N)
+        averages.tell_averages(sums_ptr + 192 * N, a3, weight, N)
+    else:
+        sums_ptr += mine * (512 * N)
+        shares_ptr += mine * (SLICES * 2 * N)
+        tell_shares(shares_ptr, peak, p, SLICES, N)
+        a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(a0, a1, a2, a3))
+        tell_sums(sums_ptr, a0, N)
+        tell_sums(sums_ptr + 128 * N, a1, N)
+        tell_sums(sums_ptr + 256 * N, a2, N)
+        tell_sums(sums_ptr + 384 * N, a3, N)
+
+
+@gluon.jit
+def _put_slice(
+    sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+    REACH: gl.constexpr, KEYS: gl.constexpr, N: gl.constexpr, SLICES: gl.constexpr, SPLITS: gl.constexpr,
+    LANES: gl.constexpr, MAIN: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """A slice of the result, of sums or, if MAIN is not 0, of averages."""
+    if MAIN > 0:
+        averages.put_result(
+            sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, MAIN, TAIL,
+        )  # fmt: skip
+    else:
+        put_result(
+            sums_ptr, shares_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, line, slice_, in_window, seen,
+            REACH, KEYS, N, SLICES, SPLITS, LANES,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["table_row", "limit"])
@@ -191,7 +232,8 @@ def attend(
     slots_ptr, positions_ptr, lowest_ptr, table_ptr, table_row, visible_ptr, chosen_ptr, chosen_row, chosen_count,
     sink_ptr, sums_ptr, shares_ptr, out_ptr, heads, limit,
     MODE: gl.constexpr, PER_PAGE: gl.constexpr, RING: gl.constexpr, REACH: gl.constexpr, KEYS: gl.constexpr,
-    N: gl.constexpr, SLICES: gl.constexpr, SPLITS: gl.constexpr, LANES: gl.constexpr,
+    N: gl.constexpr, SLICES: gl.constexpr, SPLITS: gl.constexpr, LANES: gl.constexpr, MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """N heads of row program_id(2): what split program_id(1) has, and of what all splits have a slice of the result.
 
@@ -234,29 +276,32 @@ def attend(
     if gl.where(begin < REACH, begin < in_window, begin - REACH < seen):
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(1, _product_layout(KEYS, N)))
         valid = gl.where(key < REACH, key < in_window, key - REACH < seen)
-        mine = line + split
-        at, share_at = sums_ptr + mine * (512 * N), shares_ptr + mine * (SLICES * 2 * N)
-        _tell_tile(words, bits, valid, scale, q_s, at, share_at, KEYS, N, SLICES)
+        _tell_tile(words, bits, valid, scale, q_s, sums_ptr, shares_ptr, line + split, KEYS, N, SLICES, MAIN)
     if split < SLICES:
         out_ptr += (r * heads + h0) * 512
-        put_result(
+        _put_slice(
             sums_ptr, shares_ptr, sink_ptr + h0, cos_ptr, sin_ptr, out_ptr, line, split, in_window, seen,
-            REACH, KEYS, N, SLICES, SPLITS, LANES,
+            REACH, KEYS, N, SLICES, SPLITS, LANES, MAIN, TAIL,
         )  # fmt: skip
 
 
 class Tiling(NamedTuple):
-    """Heads and keys of a program, and how many of a row's programs have a slice of the result."""
+    """Heads and keys of a program, how many of a row's programs have a slice of the result, and whether of averages."""
 
     heads: int
     keys: int
     slices: int
+    averages: bool = False
 
 
 _TILINGS = ((16, 64), (16, 128), (32, 64), (32, 128))
 """Heads and keys of a program, the first first."""
+_AVERAGED = ((32, 64), (32, 128), (64, 128))
+"""The same of programs that tell averages, which are fewer bytes."""
 _SERVED = ((640, 8), (1152, 1))
 """Keys that a row may have, and of how many rows one launch then takes less time than two: with few heads."""
+_SERVED_BY_AVERAGES = ((1152, 4), (8448, 2))
+"""The same of rows of 64 heads each, or halves of rows of 128, with more than 640 keys."""
 
 
 def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | None:
@@ -264,15 +309,26 @@ def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | No
 
     Programs are no more than `processors`. As many have a slice of the result as a row has, sixteen at least.
     """
-    if heads > 64 or all(rows > many or most > keys for keys, many in _SERVED):
-        return None
-    for each, keys in _TILINGS:
-        beside = processors // (rows * heads // each)  # programs of a row's heads
-        splits = triton.cdiv(most, keys)
-        if splits <= beside:
-            wanted = max(16, int(triton.next_power_of_2(splits)))
-            return Tiling(each, keys, min(wanted, _SLICES, 1 << (beside.bit_length() - 1)))
+    if heads <= 64 and _within(_SERVED, most, rows):
+        for each, keys in _TILINGS:
+            beside = processors // (rows * heads // each)  # programs of a row's heads
+            splits = triton.cdiv(most, keys)
+            if splits <= beside:
+                wanted = max(16, int(triton.next_power_of_2(splits)))
+                return Tiling(each, keys, min(wanted, _SLICES, 1 << (beside.bit_length() - 1)))
+    elif most > _SERVED[0][0] and _within(_SERVED_BY_AVERAGES, most, rows * heads // 64):
+        for each, keys in _AVERAGED:
+            beside = processors // (rows * heads // each)
+            splits = triton.cdiv(most, keys)
+            slices = min(2 * each, 1 << (max(beside, 1).bit_length() - 1))
+            if splits <= beside and averages.have_room(each, slices, splits):
+                return Tiling(each, keys, slices, True)
     return None
+
+
+def _within(served: tuple[tuple[int, int], ...], most: int, rows: int) -> bool:
+    """Whether so many rows of up to `most` keys are served."""
+    return any(most <= keys and rows <= many for keys, many in served)
 
 
 def tiling_of(out: Tensor, entries: PagedEntries | None, ids: Tensor | None) -> Tiling | None:
@@ -325,10 +381,14 @@ def launch(
 
 def shape_of(t: Tiling, most: int) -> dict[str, int]:
     """What the kernel is compiled for, beside what the caches look like."""
+    shape = {"KEYS": t.keys, "N": t.heads, "SLICES": t.slices, "REACH": WINDOW}
+    if t.averages:
+        main, tail = averages.rounds_for(triton.cdiv(most, t.keys))
+        splits = triton.next_power_of_2(max(WARPS.value * (main + tail), 1024 // t.heads))
+        return shape | {"SPLITS": splits, "LANES": 0, "MAIN": main, "TAIL": tail}
     lanes = lanes_for(t.heads, t.slices)
     splits = max(lanes, triton.next_power_of_2(triton.cdiv(most, t.keys)))
-    shape = {"KEYS": t.keys, "N": t.heads, "SLICES": t.slices, "SPLITS": splits, "LANES": lanes}
-    return shape | {"REACH": WINDOW}
+    return shape | {"SPLITS": splits, "LANES": lanes, "MAIN": 0, "TAIL": 0}
 
 
 def _strides(pool: PackedRows) -> tuple[Any, ...]:
