@@ -80,7 +80,8 @@ def measure(shape: ModelShape, weights: ModelWeights, size: tuple[int, int], lef
     deadline = time.monotonic() + left
     took = {start: run(runner, start, parts[start]) for start in dict.fromkeys([starts[0], starts[-1]])}
     seconds, ran = float(np.mean(list(took.values()))) * len(starts), f"{len(took)}/{len(starts)} chunks"
-    if seconds < left:
+    if 2 * seconds < left:
+        whole(runner, parts)  # chunks in between may need kernels that the first and the last do not
         seconds, ran = whole(runner, parts), "all, in a row"
     else:
         for start in starts[:: max(1, len(starts) // 8)]:
