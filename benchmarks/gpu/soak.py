@@ -81,8 +81,9 @@ def flash(given: argparse.Namespace, disk: str) -> Engine:
     """Random weights in the released formats."""
     shape = made.shape_of("flash", given.layers)
     host = int(_HOST * given.tokens * CacheGeometry.of(shape, "fp8").token_bytes)
+    weights = made.released_weights(shape, tiles=not given.deterministic)
     return engine_of(
-        *(shape, made.released_weights(shape, tiles=not given.deterministic), given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
+        *(shape, weights, given.tokens), spare=0, batch=16, step_tokens=2048, max_context=65536,
         host_memory=host, disk=disk, disk_memory=8 << 30, canary=given.canary, deterministic=given.deterministic,
     )  # fmt: skip
 
