@@ -1,4 +1,4 @@
-"""docs/gpu.md: what the kernels of a decode step take, from the newest rows of gpu_table.
+"""docs/gpu.md: what the kernels of a decode step take, from the newest rows of gpu_table of all groups.
 
 Rows of one commit are one table that was made in several runs. Cases are counted by what the engine uses: its own
 kernel, or a vendor's where the dispatcher chooses that.
@@ -96,14 +96,39 @@ def page() -> str:
                 parts.append(f"{markdown_table((title, 'us', *map(str, BATCHES)), blocks)}\n")
         if len(parts[-1]) < len(f"## {name}\n") + 1:
             parts.append(f"Not measured at this commit: `python -m benchmarks.gpu.table --models {model}`.\n")
+    parts.extend(_since(used))
     return "\n".join(parts)
 
 
 def newest() -> tuple[dict[Key, Line], list[Line]]:
-    """The lines measured at the commit of the newest row, the newest of each case, and the rows that they are from."""
+    """The lines measured at the commit of the newest row of all groups, the newest of each case, and the rows that they
+    are from."""
     every = rows.read("gpu_table")
-    used = [row for row in every if row["commit"] == every[-1]["commit"]]
+    whole = [row["commit"] for row in every if not _narrowed(row)]
+    used = [row for row in every if row["commit"] in whole[-1:]]
     return {key_of(line): line for row in used for line in row["table"]}, used
+
+
+def _narrowed(row: Line) -> bool:
+    """Whether only some groups were asked for."""
+    return "--only" in row["command"].split()
+
+
+def _since(used: Sequence[Line]) -> Iterator[str]:
+    """What runs of some groups have measured since the rows that the page is from."""
+    if not used:
+        return
+    newer = [row for row in rows.read("gpu_table") if _narrowed(row) and row["time"] > used[-1]["time"]]
+    found = {key_of(line): line for row in newer for line in row["table"]}
+    if not found:
+        return
+    yield "## Measured since, some groups only\n"
+    yield wrapped("\n".join(f"- {origin.line()}" for origin in origins(newer))) + "\n"
+    order = sorted(found, key=lambda one: (list(MODELS).index(one[0]), one[1], CONTEXTS.index(one[2]), one[3]))
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for key in order:
+        cases.setdefault(key[:3], []).append(f"{key[3]}: {_us(engine_us(found[key]))}")
+    yield markdown_table(("case", "rows: us"), ((_title(*case), ", ".join(at)) for case, at in cases.items())) + "\n"
 
 
 def key_of(line: Line) -> Key:

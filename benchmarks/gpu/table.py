@@ -5,7 +5,8 @@
 
 Runs the cases of attention, experts, linears and front that a layer has, those of 1 and 64 rows first, and appends one
 row to results/gpu_table.jsonl: also when `--seconds` are over or it is interrupted, with the cases that are missing.
-`make bench` draws docs/gpu.md from it. Rows of one commit are shown as one, so a table can be made in several runs.
+`make bench` draws docs/gpu.md from it. Rows of one commit are shown as one, so a table can be made in several runs;
+those of runs with --only are shown behind the newest others.
 
 FlashMLA is measured where it is installed. `--peers` names a folder with the libraries of vLLM 0.26.0, whose index
 scores, top-k and experts are then measured in the same run: see benchmarks/gpu/peers.py.

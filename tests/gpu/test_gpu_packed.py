@@ -157,18 +157,11 @@ def test_many_rows_of_a_long_context_choose_as_each_alone(kind: str, visible: in
     _, keys = cases.index_case(kind, [visible], 64, 128, "cuda")
     sees = visible - torch.arange(128, device="cuda") // 4
     keys = keys._replace(seq=torch.zeros(128, dtype=torch.int64, device="cuda"), visible=sees)
-    alone = torch.cat([select.select_rows(*part_of(queries, keys, slice(r, r + 1)), 512) for r in range(128)])
+    alone = select._some_at_a_time(queries, keys, 512, 1)
     for _ in range(5):
         poison()
         got = select.select_rows(queries, keys, 512)
         assert torch.equal(got, alone), (got != alone).any(1).nonzero().flatten().tolist()
-
-
-def part_of(queries: IndexQueries, keys: PagedEntries, rows: slice) -> tuple[IndexQueries, PagedEntries]:
-    """Some rows."""
-    angles = (queries.angles[0][rows], queries.angles[1][rows])
-    some = queries._replace(heads=queries.heads[rows], angles=angles, weights=queries.weights[rows])
-    return some, keys._replace(seq=keys.seq[rows], visible=keys.visible[rows])
 
 
 @pytest.mark.parametrize("name", KINDS)

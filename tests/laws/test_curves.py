@@ -181,6 +181,22 @@ def test_rows_of_one_commit_are_one_table(curves: ModuleType, monkeypatch: pytes
     assert page.count("- one NVIDIA H200; commit new;") == 1
 
 
+def test_a_run_of_some_groups_takes_nothing_off_the_page_of_kernels(
+    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.import_module("benchmarks.rows"), "RESULTS", tmp_path)
+    attend = {"model": "flash", "context": "any", "op": "attend csa", "batch": 1, "floor_us": 0.1}
+    whole = table_row("2026-01-01", "old", [{**attend, "us": 15.0}])
+    some = table_row("2026-01-02", "new", [{**attend, "us": 7.5}, {**attend, "batch": 2, "us": 8.5}])
+    write(tmp_path / "gpu_table.jsonl", [whole, {**some, "command": some["command"] + " --only attention"}])
+    page = curves.kernels.page()
+    assert "| CSA, window and chosen entries, any context | ours | 15.0 |" in page
+    assert (
+        "| Flash, CSA, window and chosen entries, any context | 1: 7.5, 2: 8.5 |"
+        in page.partition("## Measured since")[2]
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

@@ -1,4 +1,4 @@
-"""What kernels keep to whose barriers let bulk copies write into shared memory.
+"""Two rules of kernels in whose shared memory barriers let bulk copies write.
 
 The end of a barrier. It is more than the eight bytes at its address: until it is invalidated, PTX leaves undefined what
 becomes of anything else that is written there ("mbarrier.inval"). The compiler gives memory to the next buffer as soon

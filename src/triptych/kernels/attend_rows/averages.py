@@ -18,7 +18,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from triptych.kernels.attend_rows.gathered import WARPS, _leave, _told
+from triptych.kernels.attend_rows.gathered import WARPS, leave, there, told
 
 _UNIT: Any = gl.constexpr(16.0)
 """Of averages: float16 then reaches a million, and a thousandth with all of its digits."""
@@ -195,16 +195,10 @@ def tell_shares(at, peak, weight, SLICES: gl.constexpr, N: gl.constexpr):
         share = gl.permute(gl.reshape(share, [2, 4, 2]), (1, 0, 2))
     else:
         share = gl.permute(gl.reshape(share, [N // 32, 4, 4, 2]), (0, 2, 1, 3))
-    share = gl.convert_layout(_told(gl.reshape(share, [N])), gl.SliceLayout(0, C))
+    share = gl.convert_layout(told(gl.reshape(share, [N])), gl.SliceLayout(0, C))
     at = at + gl.arange(0, SLICES, layout=gl.SliceLayout(1, C))[:, None] * N
     at = at + gl.arange(0, N, layout=gl.SliceLayout(0, C))[None, :]
     gl.store(at, gl.broadcast(share[None, :], at)[0])
-
-
-@gluon.jit
-def _there(s, in_window, seen, REACH: gl.constexpr, KEYS: gl.constexpr):
-    """Whether splits s have any keys."""
-    return gl.where(s * KEYS < REACH, s * KEYS < in_window, s * KEYS - REACH < seen)
 
 
 @gluon.jit
@@ -215,9 +209,9 @@ def _side(words, L: gl.constexpr):
 
 
 @gluon.jit
-def _factors(words, there, sink, L: gl.constexpr):
+def _factors(words, known, sink, L: gl.constexpr):
     """What averages [splits, heads] count in results, with the sinks [heads]."""
-    share = gl.where(there[:, None], _side(words, L).to(gl.float32, bitcast=True), -1.0e30)
+    share = gl.where(known[:, None], _side(words, L).to(gl.float32, bitcast=True), -1.0e30)
     sink = sink * 1.4426950408889634
     highest = gl.maximum(gl.max(share, 0), sink)
     factor = gl.exp2(share - highest[None, :])
@@ -259,7 +253,7 @@ def _pieces(line, slice_, in_window, seen, FIRST: gl.constexpr, SPLITS: gl.const
     s = FIRST + gl.arange(0, SPLITS, layout=gl.SliceLayout(1, gl.SliceLayout(2, P)))[:, None, None]
     d = slice_ * DIMS + gl.arange(0, DIMS, layout=gl.SliceLayout(0, gl.SliceLayout(2, P)))[None, :, None]
     e = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, P)))[None, None, :]
-    return gl.where(_there(s, in_window, seen, REACH, KEYS), ((line + s) * 512 + d) * (N // 8) + e, -1)
+    return gl.where(there(s, in_window, seen, REACH, KEYS), ((line + s) * 512 + d) * (N // 8) + e, -1)
 
 
 @gluon.jit
@@ -282,7 +276,7 @@ def put_result(
     s = gl.arange(0, SPLITS, layout=gl.SliceLayout(1, Q))
     q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, Q))
     place = ((line + s) * SLICES + slice_)[:, None] * (N // 4) + q[None, :]
-    place = gl.where(_there(s, in_window, seen, REACH, KEYS)[:, None], place, -1)
+    place = gl.where(there(s, in_window, seen, REACH, KEYS)[:, None], place, -1)
     # what else is needed is asked for before anything is waited for
     sink = gl.load(sink_ptr + _head(gl.arange(0, N, layout=gl.SliceLayout(0, F)), N))
     pair = gl.arange(0, DIMS // 2, layout=gl.SliceLayout(1, O))[:, None] + slice_ * (DIMS // 2)
@@ -293,10 +287,10 @@ def put_result(
     shape: gl.constexpr = (REACH, KEYS, N, SLICES)
     EACH: gl.constexpr = _each(MAIN * WARPS, DIMS, N)
     main = _pieces(line, slice_, in_window, seen, 0, MAIN * WARPS, shape, P)
-    _leave(shares_ptr, place, SHARES)
-    there = _there(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, F)), in_window, seen, REACH, KEYS)
+    leave(shares_ptr, place, SHARES)
+    known = there(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, F)), in_window, seen, REACH, KEYS)
     factor_s = gl.allocate_shared_memory(gl.float32, [SPLITS, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    factor_s.store(_factors(shares, there, sink, F))
+    factor_s.store(_factors(shares, known, sink, F))
     # not before: what else goes through the same pipe, as all does that warps add up, would wait behind it
     words = _ask(averages_ptr, main, EACH)
     if TAIL > 0:
@@ -304,11 +298,11 @@ def put_result(
         tail = _pieces(line, slice_, in_window, seen, MAIN * WARPS, TAIL * WARPS, shape, P)
         rest = _ask(averages_ptr, tail, LEFT)
     words = _wait(words, averages_ptr, main, EACH)
-    _leave(averages_ptr, main, EACH)
+    leave(averages_ptr, main, EACH)
     x = _weighed(words, factor_s.slice(0, MAIN * WARPS, 0), V)
     if TAIL > 0:
         rest = _wait(rest, averages_ptr, tail, LEFT)
-        _leave(averages_ptr, tail, LEFT)
+        leave(averages_ptr, tail, LEFT)
         x += _weighed(rest, factor_s.slice(MAIN * WARPS, TAIL * WARPS, 0), V)
     # a sum across warps goes through shared memory as the compiler does it, too, but in places of the same banks
     warps_s = gl.allocate_shared_memory(gl.float32, [WARPS, DIMS, N], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))

@@ -102,7 +102,7 @@ def _gathered(base, place, N: gl.constexpr):
 
 
 @gluon.jit
-def _leave(base, place, N: gl.constexpr):
+def leave(base, place, N: gl.constexpr):
     """EMPTY in the four words at each place."""
     gl.inline_asm_elementwise(
         _leaving(N), _operands(N, N), [place, base.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=N
@@ -110,10 +110,16 @@ def _leave(base, place, N: gl.constexpr):
 
 
 @gluon.jit
-def _told(x):
+def told(x):
     """Bits of float32 x, never EMPTY."""
     bits = x.to(gl.int32, bitcast=True)
     return gl.where(bits == EMPTY, 0x7FFFFFFF, bits)
+
+
+@gluon.jit
+def there(s, in_window, seen, REACH: gl.constexpr, KEYS: gl.constexpr):
+    """Whether splits s of KEYS keys have any of a row's, which are in its window or entries that it sees."""
+    return gl.where(s * KEYS < REACH, s * KEYS < in_window, s * KEYS - REACH < seen)
 
 
 @gluon.jit
@@ -121,7 +127,7 @@ def tell_sums(at, sums, N: gl.constexpr):
     """Sums [128, N] of 128 dims, to words from `at` on."""
     d = gl.arange(0, 128, layout=gl.SliceLayout(1, sums.type.layout))[:, None]
     h = gl.arange(0, N, layout=gl.SliceLayout(0, sums.type.layout))[None, :]
-    gl.store(at + d * N + h, _told(sums))
+    gl.store(at + d * N + h, told(sums))
 
 
 @gluon.jit
@@ -130,16 +136,16 @@ def tell_shares(at, peak, p, SLICES: gl.constexpr, N: gl.constexpr):
     C: gl.constexpr = gl.BlockedLayout([1, 2], [64 // N, N // 2], [WARPS, 1], [1, 0])
     at = at + gl.arange(0, SLICES, layout=gl.SliceLayout(1, C))[:, None] * (2 * N)
     at = at + gl.arange(0, N, layout=gl.SliceLayout(0, C))[None, :]
-    gl.store(at, gl.broadcast(gl.convert_layout(_told(peak), gl.SliceLayout(0, C))[None, :], at)[0])
-    weight = gl.convert_layout(_told(gl.sum(p, 0)), gl.SliceLayout(0, C))
+    gl.store(at, gl.broadcast(gl.convert_layout(told(peak), gl.SliceLayout(0, C))[None, :], at)[0])
+    weight = gl.convert_layout(told(gl.sum(p, 0)), gl.SliceLayout(0, C))
     gl.store(at + N, gl.broadcast(weight[None, :], at)[0])
 
 
 @gluon.jit
-def _factors(share, there, sink, L: gl.constexpr):
+def _factors(share, known, sink, L: gl.constexpr):
     """What splits' sums count [splits, quads], of peaks and weights [splits, quads, 2], with the sinks [quads]."""
     peak, weight = gl.split(share)
-    peak = gl.where(there, gl.convert_layout(peak, L, assert_trivial=True), -1.0e30)
+    peak = gl.where(known, gl.convert_layout(peak, L, assert_trivial=True), -1.0e30)
     weight = gl.convert_layout(weight, L, assert_trivial=True)
     sink = sink * 1.4426950408889634
     highest = gl.maximum(gl.max(peak, 0), sink)
@@ -170,9 +176,9 @@ def put_result(
     E: gl.constexpr = _pairs_layout(G)
     Q: gl.constexpr = gl.SliceLayout(1, G)
     s = gl.arange(0, SPLITS, layout=gl.SliceLayout(1, Q))
-    there = gl.where(s * KEYS < REACH, s * KEYS < in_window, s * KEYS - REACH < seen)
+    known = there(s, in_window, seen, REACH, KEYS)
     q = gl.arange(0, N // 4, layout=gl.SliceLayout(0, Q))
-    share = gl.where(there[:, None], ((line + s) * SLICES + slice_)[:, None] * (N // 2) + q[None, :], -1)
+    share = gl.where(known[:, None], ((line + s) * SLICES + slice_)[:, None] * (N // 2) + q[None, :], -1)
     wanted = share >= 0
     # what else is needed is asked for before anything is waited for
     sink_ptr += 4 * q
@@ -196,6 +202,6 @@ def put_result(
     _put(at + 512, x1, factor1, cos, sin, E)
     _put(at + 1024, x2, factor2, cos, sin, E)
     _put(at + 1536, x3, factor3, cos, sin, E)
-    _leave(sums_ptr, sums, EACH)
+    leave(sums_ptr, sums, EACH)
     gl.thread_barrier()  # all warps have read the shares
-    _leave(shares_ptr, shares, BOTH)
+    leave(shares_ptr, shares, BOTH)

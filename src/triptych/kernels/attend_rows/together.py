@@ -35,11 +35,11 @@ from triptych.kernels.quant.formats import PackedRows
 
 _LOG2E = 1.4426950408889634
 _SLICES = 32
-"""Of the result that a row's programs have, at most."""
+"""Of the result that a row's programs have of sums, at most."""
 _HEADS = 32
-"""Of a program at most."""
+"""Of a program that tells sums, at most; averages, of twice as many, take the same room."""
 _COPIES = 64 * 64
-"""Of a share at most: for slices and heads of averages."""
+"""Heads times slices of averages at most: as many shares does a program tell."""
 _PROGRAMS = 132
 """At most, for which the workspace has room."""
 
@@ -320,7 +320,7 @@ def tiling_for(rows: int, heads: int, most: int, processors: int) -> Tiling | No
         for each, keys in _AVERAGED:
             beside = processors // (rows * heads // each)
             splits = triton.cdiv(most, keys)
-            slices = min(2 * each, 1 << (max(beside, 1).bit_length() - 1))
+            slices = min(2 * each, _COPIES // each, 1 << (max(beside, 1).bit_length() - 1))
             if splits <= beside and averages.have_room(each, slices, splits):
                 return Tiling(each, keys, slices, True)
     return None
